@@ -1,0 +1,32 @@
+"""hf_prune: pruning of Hugging Face transformers inside the Trainer.
+
+Importing the package also lets `AutoModel….from_pretrained` load condensed models, whose layers differ in size.
+"""
+
+from .callback import PruningCallback
+from .condense import CondensePlan, condense, condense_plan
+from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
+from .distillation import DistillationConfig, DistillationTrainer
+from .hub import install_reload_hook
+from .pruner import Pruner
+from .report import SparsityReport, sparsity_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CondensePlan",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "Pruner",
+    "PruningArguments",
+    "PruningCallback",
+    "PruningConfig",
+    "PruningConfigError",
+    "PruningRule",
+    "SparsityReport",
+    "condense",
+    "condense_plan",
+    "sparsity_report",
+]
+
+install_reload_hook()

@@ -1,0 +1,133 @@
+"""Specs resolved against a real model: the attention and feed-forward blocks with their modules and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .families import spec_for
+from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
+
+
+def out_features(module: nn.Module) -> int:
+    """Number of outputs of a Linear or of GPT-2's Conv1D (whose weight is stored `[in, out]`)."""
+    weight = module.get_parameter("weight")
+    return weight.shape[1 if isinstance(module, Conv1D) else 0]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection of a block: the module, its name in the model, and the range of output rows that belongs to it."""
+
+    name: str
+    module: nn.Module
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention block. `layer` is the layer's name without the task head's prefix; `name` is the block's name in the model."""
+
+    layer: str
+    name: str
+    spec: AttentionSpec
+    module: nn.Module
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    num_heads: int
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Every projection of the block."""
+        return self.query, self.key, self.value, self.output
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head (0 when no head is left)."""
+        return (self.value.stop - self.value.start) // max(self.num_heads, 1)
+
+
+@dataclass(frozen=True)
+class FeedForwardBlock:
+    """One feed-forward block; see [`AttentionBlock`]."""
+
+    layer: str
+    name: str
+    spec: FeedForwardSpec
+    up: Projection
+    down: Projection
+    gate: Projection | None
+    activation: Any
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Every projection of the block."""
+        return tuple(projection for projection in (self.up, self.gate, self.down) if projection is not None)
+
+    @property
+    def num_neurons(self) -> int:
+        """Width of the intermediate layer."""
+        return self.up.stop - self.up.start
+
+
+Block = AttentionBlock | FeedForwardBlock
+
+
+def _get(root: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    for step in path.split("."):
+        root = getattr(root, step, None)
+    return root
+
+
+def _projection(layer: nn.Module, layer_name: str, part: Part) -> Projection:
+    module = _get(layer, part.path)
+    size = out_features(module) // part.parts
+    return Projection(f"{layer_name}.{part.path}", module, part.index * size, (part.index + 1) * size)
+
+
+def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
+    """Yield every block of `model` that `spec` describes, layer by layer."""
+    base = getattr(model, "base_model", model)
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+    for list_path in spec.layers:
+        for index, layer in enumerate(_get(base, list_path) or ()):
+            short = f"{list_path}.{index}"
+            full = prefix + short
+            for attention in spec.attentions:
+                if (module := _get(layer, attention.module)) is not None:
+                    query, key, value, output = (
+                        _projection(layer, full, part)
+                        for part in (attention.query, attention.key, attention.value, attention.output)
+                    )
+                    heads = getattr(module, attention.heads)
+                    name = f"{full}.{attention.module}"
+                    yield AttentionBlock(short, name, attention, module, query, key, value, output, heads)
+            for ffn in spec.feed_forwards:
+                if _get(layer, ffn.up.path) is not None:
+                    yield FeedForwardBlock(
+                        layer=short,
+                        name=f"{full}.{ffn.up.path}",
+                        spec=ffn,
+                        up=_projection(layer, full, ffn.up),
+                        down=_projection(layer, full, ffn.down),
+                        gate=_projection(layer, full, ffn.gate) if ffn.gate else None,
+                        activation=_get(layer, ffn.activation),
+                    )
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The blocks of a transformers model, by its `config.model_type`.
+
+    Raises:
+        ValueError: the family has no spec.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return list(blocks(model, spec_for(str(model_type))))

@@ -1,0 +1,94 @@
+"""Condensing: a model with dead heads and neurons becomes a smaller model that computes the same.
+
+`plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `verify.py` proves that nothing changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .plan import BlockPlan, CondensePlan, condense_plan, matrix
+from .resize import inputs_of, keep_units, output_of, shrink
+from .verify import compare, observe
+
+__all__ = ["BlockPlan", "CondensePlan", "condense", "condense_plan", "shrink"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def condense(model: Model, verify: bool = True) -> Model:
+    """Remove dead heads and neurons from a model, whoever zeroed them; see [`condense_plan`] for what counts as dead.
+
+    Whatever a dead unit still added for every input alike is folded into the bias of the output projection, so the smaller model
+    computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the sum to one that makes a head
+    without values constant). Modes, attention implementation, dtype, device and `requires_grad` are kept; parameters of shrunk
+    modules are new objects, so an optimizer has to be made anew. `config.hf_prune` then holds the sizes (format: `resize.py`).
+
+    Args:
+        model: a transformers model; it is changed in place, all or nothing.
+        verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TypeError: not a transformers model.
+        RuntimeError: a `Pruner` is attached, or verification failed (differences above 1e-5 in float32; see `verify.tolerance`).
+        ValueError: see [`condense_plan`].
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; allowed: a transformers PreTrainedModel. "
+            "Merge adapters (`merge_and_unload()`) and unwrap distributed wrappers first."
+        )
+    if getattr(model, "_hf_prune_attached", False):
+        raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` before condensing it.")
+    plan = condense_plan(model)
+    if not plan.changed:
+        return model
+    before = observe(model) if verify else None
+    with _all_or_nothing(model, plan):
+        for block in plan.changed:
+            _fold(block)
+            keep_units(block.block, block.kept)
+        model.config.hf_prune = plan.entry(getattr(model.config, "hf_prune", None))
+        if before is not None:
+            compare(before, observe(model))
+    return model
+
+
+@torch.no_grad()
+def _fold(plan: BlockPlan) -> None:
+    """Add what the dead units contribute whatever the input, `W_out · constant`, to the output bias, in float32 at least."""
+    output = output_of(plan.block)
+    dead = plan.dead_features.to(plan.constant.device)
+    wide = torch.promote_types(plan.constant.dtype, torch.float32)
+    shift = matrix(output)[:, dead].to(wide) @ plan.constant[dead].to(wide)
+    if shift.any():
+        bias = output.module.get_parameter("bias")
+        output.module.bias = nn.Parameter((bias.to(wide) + shift).to(bias.dtype), requires_grad=bias.requires_grad)
+
+
+@contextmanager
+def _all_or_nothing(model: PreTrainedModel, plan: CondensePlan) -> Iterator[None]:
+    """If the body raises, put back every changed module and the config: not equal values but the very same parameters."""
+    modules = {part.module for block in plan.changed for part in (*inputs_of(block.block), output_of(block.block))}
+    modules |= {block.block.module for block in plan.changed if hasattr(block.block, "module")}
+    before = [(module, type(module), {**vars(module), "_parameters": dict(module._parameters)}) for module in modules]
+    config = dict(vars(model.config))
+    try:
+        yield
+    except BaseException:
+        for module, cls, state in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(state)
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        raise

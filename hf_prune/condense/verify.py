@@ -1,0 +1,114 @@
+"""Is the smaller model the same model? Everything it puts out, on a batch that exercises every sort of input it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+Outputs = dict[str, Tensor]
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def observe(model: PreTrainedModel) -> Outputs:
+    """Every floating-point output of a model in evaluation mode, hidden states included, eager and sdpa, on `sample_batch`.
+
+    Modes, attention implementation and the global random state are left as they were.
+    """
+    batch = sample_batch(model)
+    seen: Outputs = {}
+    with _evaluating(model), torch.no_grad():
+        for implementation in IMPLEMENTATIONS:
+            model.set_attn_implementation(implementation)
+            outputs = model(**batch, output_hidden_states=True, return_dict=True)
+            seen.update(_tensors(implementation, dict(outputs)))
+    return seen
+
+
+def compare(before: Outputs, after: Outputs) -> None:
+    """Check that outputs agree to within `tolerance`.
+
+    Raises:
+        RuntimeError: they do not; names the output that differs most.
+    """
+    gaps = {name: float((value.double() - after[name].double()).abs().max()) for name, value in before.items()}
+    # `not <=` rather than `>`: a gap that is not a number is a difference too
+    wrong = {name: gap for name, gap in gaps.items() if not gap <= tolerance(before[name])}
+    if wrong:
+        name = max(wrong, key=lambda name: wrong[name])
+        raise RuntimeError(
+            f"the condensed model differs from the masked one by {wrong[name]:.2e} in {name}; "
+            f"allowed: {tolerance(before[name]):.2e}. The model was put back as it was."
+        )
+
+
+def tolerance(reference: Tensor) -> float:
+    """The largest difference that rounding explains: 1e-5, or eight units in the last place of the largest value if that is more.
+
+    That is 1e-5 in float32 for values up to ten; about 0.06 in bfloat16 and 0.008 in float16 for values around one, because a sum
+    over fewer terms rounds differently in every layer.
+    """
+    return max(1e-5, 8 * torch.finfo(reference.dtype).eps * float(reference.abs().max()))
+
+
+def sample_batch(model: PreTrainedModel, rows: int = 3) -> dict[str, Tensor]:
+    """A ragged, right-padded batch of random inputs, the same on every call, for the arguments that the model's `forward` names."""
+    config = model.config
+    tokens = min(16, config.max_position_embeddings // 2)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(tokens, 2, rows).long()
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    padding = config.pad_token_id or 0
+
+    def ids() -> Tensor:
+        drawn = torch.randint(config.vocab_size - 1, (rows, tokens), generator=generator)
+        drawn += drawn >= padding  # any token but padding, from whose place RoBERTa counts positions
+        return torch.where(mask.bool(), drawn, padding)
+
+    makers: dict[str, Callable[[], Tensor]] = {
+        "input_ids": ids,
+        "attention_mask": lambda: mask,
+        "token_type_ids": lambda: torch.randint(config.type_vocab_size, (rows, tokens), generator=generator),
+    }
+    if getattr(config, "add_cross_attention", False):
+        shape = (rows, tokens, config.hidden_size)
+        makers["encoder_hidden_states"] = lambda: torch.randn(shape, generator=generator).to(model.dtype)
+        makers["encoder_attention_mask"] = lambda: mask.flip(0)
+    accepted = inspect.signature(model.forward).parameters
+    batch = {name: make().to(model.device) for name, make in makers.items() if name in accepted}
+    if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        batch = {name: value[None] for name, value in batch.items()}  # one question, each row a choice
+    return batch
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors in nested outputs with their dotted names; caches and the like are passed over."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _tensors(f"{name}.{key}", part)
+    elif isinstance(value, (tuple, list)):
+        for index, part in enumerate(value):
+            yield from _tensors(f"{name}.{index}", part)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module's mode, and the attention implementation, are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    implementation = model.config._attn_implementation
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,32 @@
+"""Masks: apply them in place, count true zeros, save and load them.
+
+A mask is a bool tensor of its parameter's shape, True where the weight is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .targets import Target
+
+
+@torch.no_grad()
+def apply_masks(targets: Mapping[str, Target], masks: Mapping[str, Tensor], gradients: bool = False) -> None:
+    """Zero the masked elements of the parameters, or of their gradients, in place."""
+    for name, mask in masks.items():
+        parameter = targets[name].parameter
+        tensor = parameter.grad if gradients else parameter
+        if tensor is not None:
+            tensor.mul_(mask)
+
+
+def count_zeros(targets: Iterable[Target]) -> tuple[int, int]:
+    """`(zeros, elements)` over parameters, counted from the values."""
+    zeros = elements = 0
+    for target in targets:
+        elements += target.parameter.numel()
+        zeros += target.parameter.numel() - int(torch.count_nonzero(target.parameter.detach()))
+    return zeros, elements

@@ -1,0 +1,188 @@
+"""A config matched to a model and a run: which units each rule prunes and when, everything checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import most_removable
+from ..architectures import Block, find_blocks
+from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
+from ..criteria import CRITERIA, Criterion
+from ..patterns import build_groups
+from ..schedules import Timeline
+from ..targets import body_prefix, check_names, names_module, prunable_modules
+from ..units import UnitGroup
+
+
+@dataclass
+class Rule:
+    """A rule at work.
+
+    Attributes:
+        name: `"rules[0]"` and so on, or `"config"` for the config's own settings.
+        settings: a complete config without rules.
+        groups: the units it ranks.
+        criterion: how it ranks them.
+        timeline: when its masks change, and to what sparsity.
+        kept: bool `[units]` for each group, the units left.
+    """
+
+    name: str
+    settings: PruningConfig
+    groups: list[UnitGroup]
+    criterion: Criterion
+    timeline: Timeline
+    kept: list[Tensor]
+
+    @property
+    def weight_names(self) -> set[str]:
+        """Names of the weights it prunes."""
+        return {view.target.name for group in self.groups for view in group.weights}
+
+
+def match_rules(
+    model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None
+) -> tuple[list[Rule], dict[str, str]]:
+    """Match a config's rules to the model and the run.
+
+    Returns:
+        The rules, and what is left out: module or block name → reason.
+
+    Raises:
+        PruningConfigError: the config does not fit the model or the run.
+    """
+    modules = dict(prunable_modules(model))
+    if not modules:
+        raise PruningConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
+    resolved = config.resolved_rules()
+    structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
+    blocks = find_blocks(model) if structural else []
+    prefix = body_prefix(model)
+    rules: list[Rule] = []
+    left_out: dict[str, str] = {}
+    named: dict[str, dict[int, str]] = {}
+    for name, settings in resolved.items():
+        taken = set(named) if name == "config" else set()
+        selected = _select(modules, settings, prefix, taken)
+        chosen = [block for block in blocks if _selects_block(settings, block, taken)]
+        known = [*modules, *(block.name for block in blocks)]
+        check_names(settings.target_modules, known, f"{name}.target_modules")
+        check_names(settings.exclude_modules, known, f"{name}.exclude_modules")
+        groups, reasons = _groups(name, settings, selected, chosen)
+        left_out |= reasons
+        if not groups and name == "config" and taken:
+            continue
+        if not groups:
+            why = "; ".join(f"{module}: {reason}" for module, reason in reasons.items()) or "no such module in this model"
+            raise PruningConfigError(f"{name}.pattern", settings.pattern, f"finds nothing to prune ({why}).")
+        level = parse_pattern(str(settings.pattern)).level
+        for module in dict.fromkeys(view.target.module_name for group in groups for view in group.weights):
+            if (other := named.setdefault(module, {}).get(level)) is not None:
+                allowed = f"{other} names {module!r} already, with a pattern of the same level; exclude it from one of them."
+                raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+            named[module][level] = name
+        rules.append(_rule(name, settings, groups, _timeline(name, settings, total_steps, steps_per_epoch)))
+    for module in modules:
+        if module not in named and module not in left_out:
+            left_out[module] = (
+                "no rule names it" if module.startswith(prefix) else "it is no part of the model's body, and no rule names it"
+            )
+    return rules, left_out
+
+
+def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline: Timeline) -> Rule:
+    _check_reachable(name, settings, groups)
+    kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
+    if settings.initial_sparsity == "from_model":
+        kept = [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
+    return Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction), timeline, kept)
+
+
+def _groups(
+    name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block]
+) -> tuple[list[UnitGroup], dict[str, str]]:
+    """The unit groups of a rule, and what it leaves out."""
+    groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    if left_out and settings.target_modules is not None:
+        module, reason = next(iter(left_out.items()))
+        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
+    if settings.criterion in GRADIENT_CRITERIA:
+        frozen = [group for group in groups if not all(view.target.parameter.requires_grad for view in group.weights)]
+        left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
+        groups = [group for group in groups if group not in frozen]
+    return groups, left_out
+
+
+def _select(modules: Mapping[str, nn.Module], settings: PruningConfig, prefix: str, taken: set[str]) -> dict[str, nn.Module]:
+    """The modules a rule names: without `target_modules`, everything in the model's body."""
+    names = settings.target_modules
+    return {
+        name: module
+        for name, module in modules.items()
+        if (name.startswith(prefix) if names is None else names_module(names, name))
+        and not names_module(settings.exclude_modules, name)
+        and name not in taken
+    }
+
+
+def _selects_block(settings: PruningConfig, block: Block, taken: set[str]) -> bool:
+    """A block is named by its own name or by that of any of its projections, and excluded likewise."""
+    names = [block.name, *(projection.name for projection in block.projections)]
+    if any(name in taken for name in names) or any(names_module(settings.exclude_modules, name) for name in names):
+        return False
+    return settings.target_modules is None or any(names_module(settings.target_modules, name) for name in names)
+
+
+def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, steps_per_epoch: float | None) -> int:
+    epochs: float = getattr(settings, f"{phase}_epochs")
+    steps: float = getattr(settings, f"{phase}_steps")
+    if epochs:
+        if steps_per_epoch is None:
+            raise PruningConfigError(f"{name}.{phase}_epochs", epochs, "needs steps_per_epoch, or give it in steps.")
+        return round(epochs * steps_per_epoch)
+    return round(steps * total_steps) if steps < 1 else int(steps)
+
+
+def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_epoch: float | None) -> Timeline:
+    """The rule's updates in steps of this run.
+
+    Raises:
+        PruningConfigError: warm-up and cool-down leave no step for pruning.
+    """
+    begin = _in_steps(name, settings, "warmup", total_steps, steps_per_epoch)
+    cooldown = _in_steps(name, settings, "cooldown", total_steps, steps_per_epoch)
+    end = total_steps - cooldown
+    if end <= begin:
+        field = f"{name}.warmup_epochs" if settings.warmup_epochs else f"{name}.warmup_steps"
+        value = settings.warmup_epochs or settings.warmup_steps
+        allowed = (
+            f"warm-up ({begin} steps) and cool-down ({cooldown} steps) must leave at least one of the run's {total_steps} steps."
+        )
+        raise PruningConfigError(field, value, allowed)
+    return Timeline(
+        begin=begin,
+        end=end,
+        frequency=settings.frequency,
+        schedule=settings.schedule,
+        initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
+        target=settings.target_sparsity,
+    )
+
+
+def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
+    """Raise if caps leave too little to prune under global scope."""
+    if settings.scope != "global":
+        return
+    cap, target = settings.max_sparsity_per_module, settings.target_sparsity
+    total = sum(group.num_units * group.unit_size for group in groups)
+    most = sum(most_removable(group, cap) * group.unit_size for group in groups)
+    if target * total - most >= max(group.unit_size for group in groups):
+        allowed = (
+            f"is out of reach: with max_sparsity_per_module={cap} at most {most / total:.4f} of these modules can go "
+            f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
+        )
+        raise PruningConfigError(f"{name}.target_sparsity", target, allowed)

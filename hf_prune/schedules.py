@@ -1,0 +1,105 @@
+"""How much, when: pure functions of progress, and the steps at which masks change.
+
+Progress p runs from 0 at the end of warm-up to 1 at the start of cool-down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def constant(progress: float, initial: float, target: float) -> float:
+    """The target at once, at the end of warm-up."""
+    return target
+
+
+def linear(progress: float, initial: float, target: float) -> float:
+    """s₀ + (s − s₀)·p."""
+    return initial + (target - initial) * progress
+
+
+def cubic(progress: float, initial: float, target: float) -> float:
+    """s + (s₀ − s)·(1 − p)³ (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878, eq. 1)."""
+    return target + (initial - target) * (1 - progress) ** 3
+
+
+def exp(progress: float, initial: float, target: float) -> float:
+    """1 − (1 − s₀)·((1 − s)/(1 − s₀))^p: density falls geometrically, as in Intel Neural Compressor and lottery tickets."""
+    return 1 - (1 - initial) * math.pow((1 - target) / (1 - initial), progress)
+
+
+def cos(progress: float, initial: float, target: float) -> float:
+    """s₀ + (s − s₀)·(1 − cos(pπ/2)), as in Intel Neural Compressor."""
+    return initial + (target - initial) * (1 - math.cos(progress * math.pi / 2))
+
+
+def cube(progress: float, initial: float, target: float) -> float:
+    """s₀ + (s − s₀)·p³, as in Intel Neural Compressor."""
+    return initial + (target - initial) * progress**3
+
+
+def polynomial(exponent: int) -> Callable[[float, float, float], float]:
+    """s + (s₀ − s)·(1 − p)^k; k = 3 is `cubic`."""
+    return lambda progress, initial, target: target + (initial - target) * (1 - progress) ** exponent
+
+
+#: Name → function of (progress, initial sparsity, target sparsity). A lottery ticket's density falls geometrically; the pruner
+#: rewinds its weights (Frankle and Carbin 2019, https://arxiv.org/abs/1803.03635).
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cubic": cubic,
+    "exp": exp,
+    "cos": cos,
+    "cube": cube,
+    "lottery": exp,
+}
+
+
+def schedule(name: str) -> Callable[[float, float, float], float]:
+    """The function of a schedule's name; `polynomial(k)` is made on demand."""
+    if name.startswith("polynomial("):
+        return polynomial(int(name.removeprefix("polynomial(").removesuffix(")")))
+    return SCHEDULES[name]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When masks change and to what sparsity. Steps count from 1: step t is the t-th optimizer step.
+
+    Attributes:
+        begin: last step of warm-up; the first update follows it (at step 1 without warm-up).
+        end: step of the last update; masks are frozen after it.
+        frequency: steps between updates.
+        schedule: a name that `schedule()` knows.
+        initial, target: sparsity at the two ends.
+    """
+
+    begin: int
+    end: int
+    frequency: int
+    schedule: str
+    initial: float
+    target: float
+
+    @property
+    def last_update(self) -> int:
+        """The step of the last update."""
+        return max(self.begin, 1) if self.schedule == "constant" else self.end
+
+    def is_due(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`."""
+        if step == self.last_update:
+            return True
+        return max(self.begin, 1) <= step < self.last_update and (step - self.begin) % self.frequency == 0
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity asked for at `step`."""
+        if step < max(self.begin, 1):
+            return 0.0
+        if step >= self.last_update:
+            return self.target
+        progress = (step - self.begin) / (self.end - self.begin)
+        return schedule(self.schedule)(progress, self.initial, self.target)

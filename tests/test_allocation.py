@@ -1,0 +1,124 @@
+"""Allocation: exact counts whatever the scores, floors and caps really enforced, against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hf_prune.allocation import allocate, candidates, lowest, most_removable
+from hf_prune.targets import Target
+from hf_prune.units import UnitGroup, View
+
+SCORES = st.lists(st.one_of(st.just(0.0), st.sampled_from([1.0, 2.0]), st.floats(-5, 5, width=32)), min_size=1, max_size=24)
+
+
+def group(name: str, units: int, size: int = 1, cell: tuple[int, int] | None = None) -> UnitGroup:
+    """Units of `size` weights, side by side in one row each."""
+    target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
+    return UnitGroup(name, (View(target, 1, size, 0, units),), cell=cell)
+
+
+def nothing(groups: list[UnitGroup]) -> list[Tensor]:
+    return [torch.zeros(g.num_units, dtype=torch.bool) for g in groups]
+
+
+@given(SCORES, st.integers(-1, 30))
+def test_lowest_takes_exactly_so_many_of_the_lowest(scores: list[float], count: int) -> None:
+    chosen = lowest(torch.tensor(scores), count)
+    wanted = min(max(count, 0), len(scores))
+    assert int(chosen.sum()) == wanted
+    assert sorted(torch.tensor(scores)[chosen].tolist()) == sorted(torch.tensor(scores).tolist())[:wanted]
+
+
+def test_ties_are_spread_evenly() -> None:
+    assert lowest(torch.zeros(12), 4).view(4, 3).sum(dim=1).tolist() == [1, 1, 1, 1]
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.data())
+def test_candidates_equal_a_brute_force_choice(cells: int, m: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, m - 1))
+    scores = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.5]), min_size=cells * m, max_size=cells * m)))
+    chosen = candidates(scores, (n, m))
+    for cell in range(cells):
+        part = scores[cell * m : (cell + 1) * m].tolist()
+        wanted = sorted(range(m), key=lambda i: (part[i], i))[:n]
+        assert chosen[cell * m : (cell + 1) * m].nonzero().flatten().tolist() == sorted(wanted)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=4), st.floats(0, 1), st.sampled_from(["local", "global"]))
+def test_exact_counts(scores: list[list[float]], sparsity: float, scope: str) -> None:
+    groups = [group(str(i), len(values)) for i, values in enumerate(scores)]
+    removed = allocate(groups, [torch.tensor(values) for values in scores], nothing(groups), sparsity, scope)
+    if scope == "local":
+        assert [int(gone.sum()) for gone in removed] == [round(sparsity * g.num_units) for g in groups]
+    else:
+        assert sum(int(gone.sum()) for gone in removed) == round(sparsity * sum(g.num_units for g in groups))
+
+
+@given(st.lists(SCORES, min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.sampled_from(["local", "global"]))
+def test_what_is_gone_stays_gone(scores: list[list[float]], first: float, second: float, scope: str) -> None:
+    groups = [group(str(i), len(values)) for i, values in enumerate(scores)]
+    tensors = [torch.tensor(values) for values in scores]
+    before = allocate(groups, tensors, nothing(groups), min(first, second), scope)
+    after = allocate(groups, [-values for values in tensors], before, max(first, second), scope)
+    for old, new in zip(before, after):
+        assert bool((new | ~old).all())
+    if scope == "global":
+        assert sum(int(gone.sum()) for gone in after) == round(max(first, second) * sum(g.num_units for g in groups))
+
+
+@given(st.lists(SCORES, min_size=2, max_size=4), st.floats(0.2, 0.6), st.floats(0, 0.2), st.floats(0.6, 1))
+def test_floor_and_cap_hold_and_the_budget_is_spent(scores: list[list[float]], sparsity: float, floor: float, cap: float) -> None:
+    groups = [group(str(i), len(values)) for i, values in enumerate(scores)]
+    removed = allocate(groups, [torch.tensor(v) for v in scores], nothing(groups), sparsity, "global", floor, cap)
+    least = [round(floor * g.num_units) for g in groups]
+    most = [max(most_removable(g, cap), low) for g, low in zip(groups, least)]
+    counts = [int(gone.sum()) for gone in removed]
+    for count, low, high in zip(counts, least, most):
+        assert low <= count <= high
+    wanted = round(sparsity * sum(g.num_units for g in groups))
+    assert sum(counts) == min(max(wanted, sum(least)), sum(most))
+
+
+@given(st.lists(st.tuples(SCORES, st.integers(1, 7)), min_size=2, max_size=4), st.floats(0, 1))
+def test_units_of_different_size_meet_the_budget_within_one_unit(parts: list[tuple[list[float], int]], sparsity: float) -> None:
+    groups = [group(str(i), len(values), size) for i, (values, size) in enumerate(parts)]
+    removed = allocate(groups, [torch.tensor(values) for values, _ in parts], nothing(groups), sparsity, "global")
+    spent = sum(int(gone.sum()) * g.unit_size for gone, g in zip(removed, groups))
+    budget = sparsity * sum(g.num_units * g.unit_size for g in groups)
+    assert abs(spent - budget) <= max(g.unit_size for g in groups)
+
+
+@given(st.integers(1, 4), st.integers(0, 2**20), st.floats(0, 0.5), st.sampled_from(["local", "global"]))
+def test_n_m_cells_are_never_overfull_while_sparsity_rises(cells: int, seed: int, sparsity: float, scope: str) -> None:
+    torch.manual_seed(seed)
+    groups = [group("a", cells * 4, cell=(2, 4)), group("b", 8, cell=(2, 4))]
+    scores = [torch.randn(g.num_units) for g in groups]
+    half = allocate(groups, scores, nothing(groups), sparsity / 2, scope)
+    removed = allocate(groups, [torch.randn(g.num_units) for g in groups], half, sparsity, scope)
+    final = allocate(groups, scores, removed, 0.5, scope)
+    for old, new, last in zip(half, removed, final):
+        assert bool((new | ~old).all())
+        assert int(new.view(-1, 4).sum(dim=1).max()) <= 2
+        assert last.view(-1, 4).sum(dim=1).unique().tolist() == [2]
+
+
+def test_zero_scores_do_not_wipe_a_layer() -> None:
+    groups = [group(str(i), 12) for i in range(6)]
+    removed = allocate(groups, [torch.zeros(12)] * 6, nothing(groups), 0.5, "global", cap=0.98)
+    assert [int(gone.sum()) for gone in removed] == [6] * 6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_name_their_module(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"'encoder\.layer\.3\.output\.dense'"):
+        allocate(
+            [group("encoder.layer.3.output.dense", 2)],
+            [torch.tensor([1.0, bad])],
+            [torch.zeros(2, dtype=torch.bool)],
+            0.5,
+            "global",
+        )

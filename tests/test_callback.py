@@ -1,0 +1,416 @@
+"""Real Trainer runs: what checkpoints, logs, resuming and the best model are worth while a model is pruned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BertForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    default_data_collator,
+)
+
+from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError
+from hf_prune.callback import STATE_NAME
+
+ROWS = ragged_rows(48)
+
+#: Twelve steps: 2 of warm-up, updates after steps 2, 4, 6, 8, 10, and 2 of cool-down.
+SCHEDULED: dict[str, Any] = {"warmup_steps": 2, "cooldown_steps": 2, "frequency": 2}
+
+#: Pattern → ends of the names of the modules it is about, and target sparsity.
+PATTERNS: dict[str, tuple[tuple[str, ...], float]] = {
+    "1x1": (("dense", "query", "key", "value"), 0.7),
+    "2:4": (("dense", "query", "key", "value"), 0.5),
+    "4x1": (("dense", "query", "key", "value"), 0.7),
+    "1xchannel": (("dense", "query", "key", "value"), 0.5),
+    "head": (("query", "key", "value", "attention.output.dense"), 0.5),
+    "neuron": (("intermediate.dense", "output.dense"), 0.5),
+}
+
+
+def trainer_for(
+    folder: Path, config: PruningConfig | dict[str, Any], model: PreTrainedModel | None = None, **overrides: Any
+) -> Trainer:
+    """A Trainer for two epochs of six steps, with pruning."""
+    extra = {name: overrides.pop(name) for name in ("compute_metrics", "eval_dataset") if name in overrides}
+    return Trainer(
+        tiny_bert() if model is None else model,
+        arguments(folder, num_train_epochs=2, **overrides),
+        train_dataset=ROWS,
+        callbacks=[PruningCallback(config)],
+        **extra,
+    )
+
+
+def pruner_of(trainer: Trainer) -> Pruner:
+    """The pruner of the callback that is at work, which is another one after states were restored."""
+    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, PruningCallback))
+    assert callback.pruner is not None
+    return callback.pruner
+
+
+def logs_of(trainer: Trainer) -> dict[int, dict[str, float]]:
+    """Step → the training log of that step."""
+    return {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+
+
+def targeted(model: nn.Module, pattern: str) -> dict[str, Tensor]:
+    """The weights in the body that a pattern is about, found without hf_prune."""
+    ends = PATTERNS[pattern][0]
+    return {
+        f"bert.{name}.weight": module.weight.detach()
+        for name, module in model.bert.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(ends) and not (pattern == "neuron" and "attention" in name)
+    }
+
+
+def share_of_zeros(weights: dict[str, Tensor]) -> float:
+    """Counted from the values."""
+    return sum(int((weight == 0).sum()) for weight in weights.values()) / sum(weight.numel() for weight in weights.values())
+
+
+def cubic(step: int, target: float, begin: int = 2, end: int = 10) -> float:
+    """The schedule, written out: 0 in warm-up, then s − s·(1 − p)³."""
+    if step < begin:
+        return 0.0
+    progress = min((step - begin) / (end - begin), 1.0)
+    return target - target * (1 - progress) ** 3
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints and logs
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_checkpoint_holds_the_logged_share_of_zeros(pattern: str, tmp_path: Path) -> None:
+    target = PATTERNS[pattern][1]
+    config = PruningConfig(pattern=pattern, target_sparsity=target, **SCHEDULED)
+    trainer = trainer_for(tmp_path, config, save_strategy="steps", save_steps=1)
+    within = {"head": 1 / 12, "neuron": 1 / 120, "1xchannel": 40 / 20992, "4x1": 4 / 20992}.get(pattern, 1 / 20992)
+    trainer.train()
+    logs = logs_of(trainer)
+    assert list(logs) == list(range(1, 13))
+    gone: dict[str, Tensor] = {}
+    for step, log in logs.items():
+        model, info = BertForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{step}", output_loading_info=True)
+        assert not any(info.values())
+        weights = targeted(model, pattern)
+        assert log["sparsity"] == share_of_zeros(weights)
+        assert log["target_sparsity"] == pytest.approx(cubic(step, target), abs=1e-12)
+        asked_for = cubic(step - step % 2, target) if step < 10 else target
+        assert log["sparsity"] == pytest.approx(asked_for, abs=within)
+        for name, weight in weights.items():
+            assert bool((weight == 0)[gone.get(name, torch.zeros_like(weight)).bool()].all()), f"{name} came back at {step}"
+            gone[name] = weight == 0
+    assert logs[12]["sparsity"] > 0.9 * target
+    assert_equal(load_file(tmp_path / "checkpoint-12" / "model.safetensors"), snapshot(trainer.model))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_the_target_is_reached_exactly(scope: str, tmp_path: Path) -> None:
+    config = PruningConfig(pattern="1x1", target_sparsity=0.7, scope=scope, **SCHEDULED)
+    trainer = trainer_for(tmp_path, config)
+    trainer.train()
+    weights = targeted(trainer.model, "1x1")
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+    if scope == "local":
+        assert zeros == sum(round(0.7 * weight.numel()) for weight in weights.values())
+    else:
+        assert zeros == round(0.7 * sum(weight.numel() for weight in weights.values()))
+
+
+def test_checkpoints_load_where_hf_prune_is_not_installed(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED), save_strategy="steps", save_steps=3)
+    trainer.train()
+    script = """
+import json, sys
+sys.modules["hf_prune"] = None
+from transformers import AutoModelForSequenceClassification
+shares = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    weights = [weight for name, weight in model.bert.named_parameters() if weight.ndim == 2 and "embeddings" not in name]
+    shares[folder] = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+print(json.dumps(shares))
+"""
+    folders = {step: str(tmp_path / f"checkpoint-{step}") for step in (3, 6, 9, 12)}
+    result = subprocess.run([sys.executable, "-c", script, *folders.values()], capture_output=True, text=True, check=True)
+    shares = json.loads(result.stdout.splitlines()[-1])
+    assert {step: shares[folder] for step, folder in folders.items()} == {
+        step: logs_of(trainer)[step]["sparsity"] for step in folders
+    }
+
+
+def test_other_weights_are_never_zeroed_and_keep_training(tmp_path: Path) -> None:
+    config = PruningConfig(pattern="1x1", target_modules=["intermediate.dense"], target_sparsity=0.9, **SCHEDULED)
+    trainer = trainer_for(tmp_path, config, save_strategy="steps", save_steps=1)
+    before = snapshot(trainer.model)
+    trainer.train()
+    for step in range(1, 13):
+        after = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        for name, weight in after.items():
+            if "intermediate.dense.weight" in name:
+                alive = weight != 0
+                assert not torch.equal(weight[alive], before[name][alive]), f"{name} stands still at {step}"
+            else:
+                assert torch.equal(weight == 0, before[name] == 0), f"{name} was pruned"
+                assert not torch.equal(weight, before[name]), f"{name} stands still at {step}"
+        before = after
+
+
+def test_masked_weights_receive_no_gradient(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED), save_strategy="steps", save_steps=1)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    for step in range(3, 12):
+        before = load_file(tmp_path / f"checkpoint-{step - 1}" / "model.safetensors")
+        for name in targeted(trainer.model, "1x1"):
+            gradient = gradients.steps[step - 1][name]
+            assert not bool(gradient[before[name] == 0].any())
+            assert bool(gradient[before[name] != 0].any())
+
+
+@pytest.mark.parametrize("criterion", ["snip_momentum", "taylor", "magnitude"])
+def test_gradient_accumulation_counts_optimizer_steps(criterion: str, tmp_path: Path) -> None:
+    config = PruningConfig(pattern="4x1", criterion=criterion, **SCHEDULED)
+    runs = {}
+    for size in (8, 4):
+        # Nothing moves at a learning rate of 0, so the scores differ by a factor at most.
+        trainer = trainer_for(
+            tmp_path, config, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, learning_rate=0.0
+        )
+        trainer.train()
+        assert pruner_of(trainer).steps == trainer.state.global_step == 12
+        runs[size] = trainer
+    keys = ("sparsity", "target_sparsity")
+    assert [[log[key] for key in keys] for log in logs_of(runs[8]).values()] == [
+        [log[key] for key in keys] for log in logs_of(runs[4]).values()
+    ]
+    assert_equal(snapshot(runs[8].model), snapshot(runs[4].model))
+
+
+def test_epochs_are_those_of_the_trainer(tmp_path: Path) -> None:
+    # Two epochs of 12 batches, 5 to a step and 2 in the last one: 3 steps an epoch.
+    config = PruningConfig(pattern="1x1", warmup_epochs=1, cooldown_epochs=0.34, frequency=1)
+    trainer = trainer_for(tmp_path, config, per_device_train_batch_size=4, gradient_accumulation_steps=5)
+    trainer.train()
+    asked_for = [log["target_sparsity"] for log in logs_of(trainer).values()]
+    assert asked_for == pytest.approx([0, 0, 0, cubic(4, 0.5, 3, 5), 0.5, 0.5])
+
+
+def test_evaluation_logs_carry_sparsity_too(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED), eval_dataset=ROWS, eval_strategy="epoch")
+    untouched = trainer.evaluate()
+    assert "sparsity" not in untouched
+    trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"]]
+    assert [entry["sparsity"] for entry in evaluations] == [logs_of(trainer)[step]["sparsity"] for step in (6, 12)]
+
+
+# --------------------------------------------------------------------------------------------------------------- loops and resuming
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("pattern", ["1x1", "head"])
+def test_a_plain_loop_equals_the_trainer(optimizer: str, pattern: str, tmp_path: Path) -> None:
+    config = PruningConfig(pattern=pattern, **SCHEDULED)
+    trainer = trainer_for(tmp_path, config, optim=optimizer, train_sampling_strategy="sequential", max_grad_norm=0.0)
+    trainer.train()
+
+    model = tiny_bert().train()
+    steps = {"sgd": torch.optim.SGD, "adamw_torch": torch.optim.AdamW}[optimizer](model.parameters(), lr=1e-3, weight_decay=0.0)
+    loader = DataLoader(ROWS, batch_size=8, collate_fn=default_data_collator)
+    pruner = Pruner(model, config, total_steps=12)
+    logged = []
+    for _ in range(2):
+        for batch in loader:
+            model(**batch).loss.backward()
+            pruner.observe()
+            steps.step()
+            pruner.step()
+            steps.zero_grad()
+            logged.append((pruner.sparsity(), pruner.target_sparsity()))
+    pruner.finish()
+    assert_equal(snapshot(model), snapshot(trainer.model))
+    assert logged == [(log["sparsity"], log["target_sparsity"]) for log in logs_of(trainer).values()]
+
+
+@pytest.fixture(scope="module", params=["snip_momentum", "taylor"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PruningConfig, Path, Trainer]:
+    """A run with shuffled rows and dropout that saved a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    rules = [{"pattern": "head", "criterion": request.param}]
+    config = PruningConfig(pattern="4x1", criterion=request.param, rules=rules, **SCHEDULED)
+    trainer = trainer_for(folder, config, with_dropout(seed=0), save_strategy="steps", save_steps=1)
+    trainer.train()
+    return config, folder, trainer
+
+
+def with_dropout(seed: int) -> PreTrainedModel:
+    """A tiny BERT with dropout."""
+    return tiny_bert(seed=seed, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("step", [1, 5, 11])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    step: int, restore: bool, uninterrupted: tuple[PruningConfig, Path, Trainer], tmp_path: Path
+) -> None:
+    config, folder, whole = uninterrupted
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    trainer = trainer_for(
+        tmp_path,
+        config,
+        with_dropout(seed=9),
+        save_strategy="steps",
+        save_steps=4,
+        restore_callback_states_from_checkpoint=restore,
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert_equal(snapshot(trainer.model), snapshot(whole.model))
+    assert_equal(pruner_of(trainer).state_dict(), pruner_of(whole).state_dict())
+    for name in ("model.safetensors", STATE_NAME):
+        saved = (load_file(path / "checkpoint-12" / name) for path in (tmp_path, folder))
+        assert_equal(*saved)
+    keys = ("loss", "sparsity", "target_sparsity")
+    resumed, expected = ({at: [log[key] for key in keys] for at, log in logs_of(run).items()} for run in (trainer, whole))
+    assert resumed == expected
+
+
+def test_resuming_where_no_pruning_was_is_an_error(tmp_path: Path) -> None:
+    plain = Trainer(tiny_bert(), arguments(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=6), train_dataset=ROWS)
+    plain.train()
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"))
+    with pytest.raises(FileNotFoundError, match=rf"checkpoint-6 holds no {STATE_NAME}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_resuming_with_another_config_is_an_error(uninterrupted: tuple[PruningConfig, Path, Trainer], tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted[1] / "checkpoint-4", tmp_path / "checkpoint-4")
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"), with_dropout(seed=9))
+    with pytest.raises(ValueError, match="belongs to another config or model"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------- best model
+
+
+def scripted(*scores: float) -> Any:
+    """Metrics that go the way a test wants."""
+    upcoming: Iterator[float] = iter(scores)
+    return lambda _: {"score": next(upcoming)}
+
+
+#: Evaluated and saved after every second step.
+BEST: dict[str, Any] = {
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "save_steps": 2,
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+    "eval_dataset": ROWS[:8],
+}
+
+
+def test_the_best_model_is_one_of_the_final_sparsity(tmp_path: Path) -> None:
+    config = PruningConfig(pattern="1x1", cooldown_steps=6, frequency=2)
+    trainer = trainer_for(tmp_path, config, compute_metrics=scripted(10, 9, 5, 7, 6, 6.5), **BEST)
+    trainer.train()
+    assert trainer.state.best_global_step == 8
+    assert trainer.state.best_metric == 7
+    assert_equal(snapshot(trainer.model), load_file(tmp_path / "checkpoint-8" / "model.safetensors"))
+    assert share_of_zeros(targeted(trainer.model, "1x1")) == pytest.approx(0.5, abs=1e-4)
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_the_best_model_brings_its_own_masks(tmp_path: Path) -> None:
+    # Evaluated at step 4 and stopped after step 6: the best model is less sparse than the last one.
+    config = PruningConfig(pattern="1x1", frequency=1)
+    trainer = trainer_for(tmp_path, config, compute_metrics=scripted(1.0), **BEST | {"save_steps": 4, "eval_steps": 4})
+    trainer.add_callback(StopAfter(6))
+    trainer.train()
+    logs = logs_of(trainer)
+    assert trainer.state.best_global_step == 4
+    assert logs[4]["sparsity"] < logs[6]["sparsity"]
+    assert_equal(snapshot(trainer.model), load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+    assert pruner_of(trainer).sparsity() == logs[4]["sparsity"]
+    assert_equal(pruner_of(trainer).state_dict(), load_file(tmp_path / "checkpoint-4" / STATE_NAME))
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_best_model_survives_resuming(restore: bool, tmp_path: Path) -> None:
+    config = PruningConfig(pattern="1x1", cooldown_steps=6, frequency=2)
+    whole = trainer_for(tmp_path, config, compute_metrics=scripted(10, 9, 5, 7, 6, 6.5), **BEST)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    trainer = trainer_for(tmp_path, config, compute_metrics=scripted(6.5), restore_callback_states_from_checkpoint=restore, **BEST)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_global_step == 8
+    assert_equal(snapshot(trainer.model), snapshot(whole.model))
+
+
+def test_a_best_model_from_before_resuming_that_was_not_sparse_enough_is_forgotten(tmp_path: Path) -> None:
+    config = PruningConfig(pattern="1x1", cooldown_steps=6, frequency=2)
+    whole = trainer_for(tmp_path, config, compute_metrics=scripted(10, 9, 5, 7, 6, 6.5), **BEST)
+    whole.train()
+    for step in (6, 8, 10, 12):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    trainer = trainer_for(tmp_path, config, compute_metrics=scripted(5, 7, 6, 6.5), **BEST)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_global_step == 8
+
+
+# -------------------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_config_that_does_not_fit_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, {"pattern": "1x1", "warmup_steps": 10, "cooldown_steps": 2})
+    before = snapshot(trainer.model)
+    with pytest.raises(PruningConfigError, match=r"warmup_steps=10: .* 12 steps"):
+        trainer.train()
+    assert_equal(snapshot(trainer.model), before)
+
+
+def test_training_can_start_again_after_an_interruption(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED))
+    whole, trainer.train_dataset = trainer.train_dataset, [*ROWS[:47], {"input_ids": [1]}]
+    with pytest.raises((KeyError, ValueError)):
+        trainer.train()
+    trainer.train_dataset = whole
+    trainer.train()
+    assert share_of_zeros(targeted(trainer.model, "1x1")) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_trainer_that_was_never_started_says_so(tmp_path: Path) -> None:
+    callback = PruningCallback({"pattern": "1x1"})
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"))
+    with pytest.raises(RuntimeError, match="on_train_begin did not happen"):
+        callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)

@@ -1,0 +1,371 @@
+"""A condensed model computes what the masked one did, and nothing that still matters is ever removed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import models
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune import condense, condense_plan
+from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks
+
+#: The room itself: `hf_prune.condense` is the function of that name.
+condensing = importlib.import_module("hf_prune.condense")
+
+
+def outputs(model: PreTrainedModel, attention: str = "eager") -> list[Tensor]:
+    """All hidden states, then logits or what else the model puts out, on a ragged batch."""
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        result = model(**models.ragged_batch(model), output_hidden_states=True, return_dict=True)
+    return [*result.hidden_states, *(value for value in result.values() if isinstance(value, Tensor))]
+
+
+def gap(before: list[Tensor], after: list[Tensor]) -> float:
+    assert len(before) == len(after) > 0
+    return max(float((one - other).abs().max()) for one, other in zip(before, after))
+
+
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    return {block.name: block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons for block in find_blocks(model)}
+
+
+def state_of(model: PreTrainedModel) -> dict[str, tuple[int, Tensor]]:
+    return {name: (id(parameter), parameter.detach().clone()) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("head", models.HEADS)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_condensed_equals_masked(family: str, head: str, seed: int) -> None:
+    model = models.tiny(family, head, seed)
+    left = models.prune_randomly(model, seed)
+    before = {attention: outputs(model, attention) for attention in ("eager", "sdpa")}
+    assert condense(model, verify=seed == 0) is model
+    assert sizes(model) == left
+    assert 0 in left.values()
+    for attention in before:
+        assert gap(before[attention], outputs(model, attention)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_modules_stay_true_to_their_size(family: str) -> None:
+    model = models.tiny(family)
+    parameters = model.num_parameters()
+    plan = condense_plan(model)
+    assert not plan.changed
+    models.prune_randomly(model)
+    plan = condense_plan(model)
+    condense(model)
+    assert model.num_parameters() == parameters - plan.parameters
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+    for block in find_blocks(model):
+        if isinstance(block, AttentionBlock):
+            width = block.query.module.out_features
+            wanted = {"heads": width // 8, "width": width}
+            assert all(getattr(block.module, name) == wanted[meaning] for name, meaning in block.spec.sizes.items())
+            assert wanted["width"] == block.output.module.in_features
+
+
+def test_zeroed_by_hand() -> None:
+    model = models.tiny("bert")
+    layer = model.bert.encoder.layer[1]
+    with torch.no_grad():
+        layer.attention.self.value.weight[8:16] = 0
+        layer.attention.output.dense.weight[:, 24:32] = -0.0
+        layer.intermediate.dense.weight[7] = 0
+        layer.output.dense.weight[:, 30:] = 0
+    survivors = layer.attention.self.query.weight[[*range(8), *range(16, 24)]].clone()
+    before = outputs(model)
+    condense(model)
+    assert gap(before, outputs(model)) <= 1e-5
+    assert layer.attention.self.query.weight.equal(survivors)
+    assert model.config.hf_prune == {
+        "version": 1,
+        "layers": {
+            "encoder.layer.1": {
+                "attention.self": {"num_attention_heads": 2},
+                "intermediate.dense": {"intermediate_size": 29},
+            }
+        },
+    }
+    assert (model.config.num_attention_heads, model.config.intermediate_size) == (4, 40)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_what_only_looks_dead_stays(family: str) -> None:
+    model = models.tiny(family)
+    attention, ffn = find_blocks(model)[:2]
+    models.zero_units(attention, [0, 1, 2, 3], "query")
+    with torch.no_grad():
+        attention.key.module.weight.zero_()
+        attention.key.module.bias.zero_()
+        attention.value.module.weight[:7] = 0  # all rows of the head but one
+        ffn.up.module.bias.zero_()
+        ffn.down.module.weight[1:, 3] = 0  # all rows of the column but one
+    state = state_of(model)
+    assert not condense_plan(model).changed
+    condense(model)
+    assert not hasattr(model.config, "hf_prune")
+    assert all(id(parameter) == state[name][0] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_gradients_of_survivors_are_equal(family: str) -> None:
+    model = models.tiny(family, "sequence-classification").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for block in find_blocks(model):  # dead on both sides, so that the masked model's survivors get no other gradient
+        models.zero_units(block, [1, 2], "in")
+        models.zero_units(block, [1, 2], "out")
+    plan = condense_plan(copy.deepcopy(model))
+    batch = {**models.ragged_batch(model), "labels": torch.tensor([0, 1, 1, 0])}
+    model(**batch).loss.backward()
+    masked = {name: parameter.grad for name, parameter in model.named_parameters()}
+    condense(model)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    condensed = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    kept = {}
+    for block in plan.blocks:
+        features = (~block.dead_features).nonzero().flatten()
+        for part in block.block.projections:
+            reads = part in (getattr(block.block, "output", None), getattr(block.block, "down", None))
+            kept[f"{part.name}.weight"] = (1 if reads else 0, features)
+            if not reads:
+                kept[f"{part.name}.bias"] = (0, features)
+    assert len(kept) == 3 * (4 + 3 + 2 + 1)
+    for name, gradient in condensed.items():
+        wanted = masked[name].index_select(*kept[name]) if name in kept else masked[name]
+        assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-6), name
+
+
+def test_empty_blocks_train() -> None:
+    model = models.tiny("distilbert")
+    models.prune_randomly(model)
+    condense(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = {**models.ragged_batch(model), "labels": torch.tensor([0, 1, 1, 0])}
+    losses = []
+    for _ in range(8):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_attentions_have_one_entry_a_layer() -> None:
+    for recorded_before in (True, False):
+        model = models.tiny("bert")
+        model.set_attn_implementation("eager")
+        batch = models.ragged_batch(model)
+        if recorded_before:
+            model(**batch, output_attentions=True)
+        models.prune_randomly(model)
+        left = condense_plan(model).to_dict()[::2]
+        attentions = condense(model)(**batch, output_attentions=True).attentions
+        assert [part.shape for part in attentions] == [(4, row["after"], 11, 11) for row in left]
+
+
+def tiny_decoder(cross_attention: bool) -> PreTrainedModel:
+    """A BERT decoder with nothing left of the first two blocks of its first layer (attention, then FFN or cross-attention)."""
+    config = models.FAMILIES["bert"]()
+    config.update({"is_decoder": True, "add_cross_attention": cross_attention, "eos_token_id": None})
+    torch.manual_seed(0)
+    model = models.randomize(transformers.BertLMHeadModel(config)).eval()
+    for block in find_blocks(model)[:2]:
+        units = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+        models.zero_units(block, list(range(units)), "in")
+    return model
+
+
+def test_decoder_with_an_empty_first_layer_generates_the_same() -> None:
+    model = tiny_decoder(cross_attention=False)
+    inputs = {"input_ids": torch.tensor([[7, 8, 9], [5, 6, 4]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(**inputs, **settings)
+    after = condense(model).generate(**inputs, **settings)
+    assert list(sizes(model).values())[:2] == [0, 0]
+    assert before.sequences.equal(after.sequences)
+    assert gap(list(before.logits), list(after.logits)) <= 1e-5
+
+
+def test_cross_attention() -> None:
+    model = tiny_decoder(cross_attention=True)
+    inputs = {**models.ragged_batch(model), "encoder_hidden_states": torch.randn(4, 5, 32)}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        after = condense(model)(**inputs).logits
+    assert list(sizes(model).values())[:3] == [0, 0, 40]
+    assert gap([before], [after]) <= 1e-5
+    assert model.config.hf_prune["layers"] == {
+        "encoder.layer.0": {"attention.self": {"num_attention_heads": 0}, "crossattention.self": {"num_attention_heads": 0}}
+    }
+
+
+def test_condensing_again() -> None:
+    model = models.tiny("roberta")
+    models.zero_units(find_blocks(model)[0], [1], "in")
+    models.zero_units(find_blocks(model)[3], [0, 5], "out")
+    condense(model)
+    first = copy.deepcopy(model.config.hf_prune)
+    state = state_of(model)
+    condense(model)
+    assert model.config.hf_prune == first
+    assert all(id(parameter) == state[name][0] for name, parameter in model.named_parameters())
+    models.zero_units(find_blocks(model)[0], [0, 1, 2], "in")
+    models.zero_units(find_blocks(model)[4], [2], "out")
+    before = outputs(model)
+    condense(model)
+    condense(model)
+    assert gap(before, outputs(model)) <= 1e-5
+    assert model.config.hf_prune["layers"] == {
+        "encoder.layer.0": {"attention.self": {"num_attention_heads": 0}},
+        "encoder.layer.1": {"intermediate.dense": {"intermediate_size": 38}},
+        "encoder.layer.2": {"attention.self": {"num_attention_heads": 3}},
+    }
+
+
+@pytest.mark.parametrize("fault", ["fold", "units"])
+def test_failed_verification_leaves_the_model_untouched(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("bert").train()
+    model.bert.encoder.layer[0].eval()
+    model.bert.encoder.layer[2].attention.self.query.weight.requires_grad_(False)
+    models.prune_randomly(model)
+    modes = [module.training for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
+    state, config = state_of(model), model.config.to_dict()
+    if fault == "fold":
+        fold = condensing._fold
+        monkeypatch.setattr(condensing, "_fold", lambda plan: None if plan.block.layer.endswith("2") else fold(plan))
+    else:
+        keep = condensing.keep_units
+        monkeypatch.setattr(
+            condensing, "keep_units", lambda block, units: keep(block, (units + 1) % 4 if len(units) == 3 else units)
+        )
+    with pytest.raises(RuntimeError, match=r"differs from the masked one by \d.*; allowed: 1.00e-05"):
+        condense(model)
+    assert model.config.to_dict() == config
+    assert [module.training for module in model.modules()] == modes
+    assert [type(module) for module in model.modules()] == classes
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == state[name][0]
+        assert parameter.equal(state[name][1])
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+    monkeypatch.undo()
+    before = outputs(model.eval())
+    assert gap(before, outputs(condense(model))) <= 1e-5
+
+
+def test_modes_flags_and_random_state_are_kept() -> None:
+    model = models.tiny("electra").train()
+    model.electra.encoder.layer[1].eval()
+    model.set_attn_implementation("sdpa")
+    for block in find_blocks(model)[:2]:
+        for part in block.projections:
+            part.module.weight.requires_grad_(False)
+    models.prune_randomly(model)
+    modes = [module.training for module in model.modules()]
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    random = torch.get_rng_state()
+    condense(model)
+    assert torch.get_rng_state().equal(random)
+    assert [module.training for module in model.modules()] == modes
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = models.tiny("bert").to(dtype)
+    models.prune_randomly(model)
+    before = outputs(model)
+    condense(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert gap(before, outputs(model)) <= (1e-12 if dtype == torch.float64 else 32 * torch.finfo(dtype).eps)
+
+
+def test_copy_of_a_model_without_heads() -> None:
+    model = models.tiny("distilbert")
+    models.prune_randomly(model)
+    twin = copy.deepcopy(condense(model))
+    assert gap(outputs(model), outputs(twin)) == 0
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Softplus()])
+def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
+    """Neurons: 0 alive; 1 no up, no up bias; 2 no up; 3 no gate, no gate bias; 4 no gate; 5 neither; 6 no down."""
+    torch.manual_seed(0)
+    up, gate, down = nn.Linear(4, 7), nn.Linear(4, 7), nn.Linear(7, 4)
+    with torch.no_grad():
+        up.weight[[1, 2, 5]] = 0
+        up.bias[1] = 0
+        gate.weight[[3, 4, 5]] = 0
+        gate.bias[3] = 0
+        down.weight[:, 6] = 0
+    parts = [Projection(name, module, 0, module.out_features) for name, module in (("up", up), ("down", down), ("gate", gate))]
+    spec = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
+    with torch.no_grad():
+        plan = importlib.import_module("hf_prune.condense.plan")._ffn(FeedForwardBlock("layer", "ffn", spec, *parts, activation))
+        inputs = torch.randn(5, 4)
+        before = down(activation(gate(inputs)) * up(inputs))
+        condensing._fold(plan)
+        condensing.keep_units(plan.block, plan.kept)
+        after = down(activation(gate(inputs)) * up(inputs))
+    silu = isinstance(activation, nn.SiLU)  # 0 at 0, so that neuron 3 is a product with zero
+    assert plan.dead.nonzero().flatten().tolist() == ([1, 3, 5, 6] if silu else [1, 5, 6])
+    assert float((before - after).abs().max()) <= 1e-6
+
+
+def test_plan_touches_nothing_and_prints() -> None:
+    model = models.tiny("bert")
+    left = models.prune_randomly(model)
+    state = state_of(model)
+    plan = condense_plan(model)
+    assert [row["after"] for row in plan.to_dict()] == list(left.values())
+    assert "encoder.layer.0.attention.self" in str(plan)
+    assert "0 of 4 heads" in str(plan)
+    assert all(parameter.equal(state[name][1]) for name, parameter in model.named_parameters())
+
+
+def test_what_cannot_be_condensed() -> None:
+    model = models.tiny("bert")
+    model._hf_prune_attached = True
+    with pytest.raises(RuntimeError, match=r"pruner\.finish\(\)"):
+        condense(model)
+
+    with pytest.raises(TypeError, match="Linear; allowed: a transformers PreTrainedModel"):
+        condense(nn.Linear(2, 2))
+
+    with torch.device("meta"):
+        empty = transformers.BertModel(models.FAMILIES["bert"]())
+    with pytest.raises(ValueError, match=r"encoder\.layer\.0\.attention\.self\.query is on the meta device"):
+        condense(empty)
+
+    model = models.tiny("bert")
+    torch.nn.utils.parametrize.register_parametrization(model.bert.encoder.layer[0].output.dense, "weight", nn.Identity())
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        condense(model)
+
+    model = models.tiny("bert")
+    model.bert.encoder.layer[2].intermediate.dense = nn.Bilinear(1, 1, 1)
+    with pytest.raises(ValueError, match=r"encoder\.layer\.2\.intermediate\.dense is a Bilinear"):
+        condense(model)
+
+    gpt = transformers.MptModel(transformers.MptConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=9))
+    with pytest.raises(ValueError, match="model_type='mpt' has no architecture spec"):
+        condense(gpt)

@@ -1,0 +1,429 @@
+"""Settings: JSON there and back, rules, command line arguments, and an error for everything that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_equal, snapshot, tiny_bert
+from transformers import HfArgumentParser, TrainingArguments
+
+import hf_prune.config
+from hf_prune import Pruner, PruningArguments, PruningConfig, PruningConfigError, PruningRule
+from hf_prune.config import CONFIG_NAME, parse_pattern
+
+#: Every field that the config and a rule share, none at its default.
+EVERY_FIELD: dict[str, Any] = {
+    "target_sparsity": 0.8,
+    "pattern": "4x1",
+    "criterion": "taylor",
+    "scope": "local",
+    "schedule": "linear",
+    "initial_sparsity": 0.1,
+    "warmup_steps": 0.25,
+    "cooldown_epochs": 1.5,
+    "frequency": 7,
+    "target_modules": ["query", "key"],
+    "exclude_modules": r".*layer\.0\..*",
+    "min_sparsity_per_module": 0.2,
+    "max_sparsity_per_module": 1.0,
+}
+
+CONFIGS = {
+    "least": PruningConfig(pattern="1x1"),
+    "every field": PruningConfig(**EVERY_FIELD),
+    "rules": PruningConfig(
+        pattern="2:4", rules=[PruningRule(pattern="head", target_sparsity=0.25), PruningRule(**EVERY_FIELD | {"pattern": "8x8"})]
+    ),
+    "rules alone": PruningConfig(rules=[PruningRule(pattern="neuron")]),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_json_there_and_back(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    config.to_json_file(tmp_path / "config.json")
+    assert PruningConfig.from_json_file(tmp_path / "config.json") == config
+    assert PruningConfig.from_dict(config.to_dict()) == config
+    assert PruningConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_save_pretrained(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    config = CONFIGS["rules"]
+    config.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == [CONFIG_NAME] == ["pruning_config.json"]
+    assert PruningConfig.from_pretrained(str(folder)) == config
+    text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+    PruningConfig.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / CONFIG_NAME).read_text(encoding="utf-8") == text
+
+
+def test_what_a_rule_inherits_is_not_written() -> None:
+    assert CONFIGS["rules"].to_dict()["rules"][0] == {"pattern": "head", "target_sparsity": 0.25}
+
+
+def test_two_configs_share_nothing() -> None:
+    first, second = PruningConfig(pattern="1x1"), PruningConfig(pattern="1x1")
+    first.rules.append(PruningRule(pattern="head"))
+    assert second.rules == []
+
+
+def test_the_config_needs_neither_torch_nor_transformers() -> None:
+    script = f"""
+import runpy, sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+runpy.run_path({hf_prune.config.__file__!r}, run_name="__main__")["PruningConfig"](pattern="1x1")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- patterns and rules
+
+
+@pytest.mark.parametrize(
+    ("text", "level", "max_sparsity"),
+    [
+        ("1x1", 0, 1),
+        ("4x1", 0, 1),
+        ("32x16", 0, 1),
+        ("2:4", 0, 0.5),
+        ("3:4", 0, 0.75),
+        ("1xchannel", 1, 1),
+        ("channelx1", 1, 1),
+        ("head", 2, 1),
+        ("neuron", 2, 1),
+    ],
+)
+def test_patterns_parse(text: str, level: int, max_sparsity: float) -> None:
+    pattern = parse_pattern(text)
+    assert (pattern.level, pattern.max_sparsity) == (level, max_sparsity)
+
+
+def test_a_rule_wins_over_the_config() -> None:
+    config = PruningConfig(pattern="1x1", target_sparsity=0.3, max_sparsity_per_module=0.9, frequency=3, rules=[EVERY_FIELD])
+    resolved = config.resolved_rules()
+    assert list(resolved) == ["rules[0]", "config"]
+    assert {name: getattr(resolved["rules[0]"], name) for name in EVERY_FIELD} == EVERY_FIELD
+    assert resolved["config"] == replace(config, rules=[])
+
+
+def test_a_rule_inherits_what_it_leaves_open_except_the_modules() -> None:
+    config = PruningConfig(**EVERY_FIELD, rules=[{"pattern": "head"}])
+    rule = config.resolved_rules()["rules[0]"]
+    assert rule == replace(config, pattern="head", target_modules=None, rules=[])
+
+
+@pytest.mark.parametrize("phase", ["warmup", "cooldown"])
+@pytest.mark.parametrize(("outer", "inner"), [("steps", "epochs"), ("epochs", "steps")])
+def test_steps_and_epochs_are_inherited_as_a_pair(phase: str, outer: str, inner: str) -> None:
+    config = PruningConfig(pattern="1x1", **{f"{phase}_{outer}": 5}, rules=[{"pattern": "head", f"{phase}_{inner}": 2}])
+    rule = config.resolved_rules()["rules[0]"]
+    assert (getattr(rule, f"{phase}_{outer}"), getattr(rule, f"{phase}_{inner}")) == (0, 2)
+
+
+def test_without_a_pattern_only_the_rules_count() -> None:
+    assert list(CONFIGS["rules alone"].resolved_rules()) == ["rules[0]"]
+
+
+# --------------------------------------------------------------------------------------------------------- command line arguments
+
+
+def parse(*arguments: str) -> PruningConfig | None:
+    """What a script makes of its command line, with TrainingArguments beside ours."""
+    parser = HfArgumentParser([TrainingArguments, PruningArguments])
+    training, pruning = parser.parse_args_into_dataclasses(["--output_dir", "out", "--warmup_steps", "3", *arguments])
+    assert training.warmup_steps == 3
+    return pruning.to_config()
+
+
+def test_arguments_do_not_collide_with_those_of_training() -> None:
+    assert not {item.name for item in fields(PruningArguments)} & {item.name for item in fields(TrainingArguments)}
+
+
+def test_arguments_reach_every_field_that_is_not_a_list() -> None:
+    names = {item.name.removeprefix("pruning_") for item in fields(PruningArguments)}
+    assert set(EVERY_FIELD) <= names
+
+
+def test_arguments_make_a_config() -> None:
+    assert parse() is None
+    assert parse("--do_prune", "--pruning_pattern", "2:4") == PruningConfig(pattern="2:4")
+    given = EVERY_FIELD | {"target_modules": ".*(query|key)"}
+    prefixed = {item.name.removeprefix("pruning_"): item.name for item in fields(PruningArguments)}
+    flags = [text for name, value in given.items() for text in (f"--{prefixed[name]}", str(value))]
+    assert parse("--do_prune", *flags) == PruningConfig(**given)
+
+
+def test_arguments_win_over_the_file(tmp_path: Path) -> None:
+    config = PruningConfig(pattern="1x1", frequency=9, warmup_steps=10, rules=[{"pattern": "head", "target_sparsity": 0.25}])
+    config.to_json_file(tmp_path / "config.json")
+    file = ("--do_prune", "--pruning_config", str(tmp_path / "config.json"))
+    assert parse(*file) == config
+    assert parse(*file, "--target_sparsity", "0.8", "--pruning_pattern", "4x1") == replace(
+        config, target_sparsity=0.8, pattern="4x1"
+    )
+    assert parse(*file, "--pruning_warmup_epochs", "2") == replace(config, warmup_steps=0, warmup_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pruning_pattern", "2:4"], "do_prune=False: must be set, since pattern was given."),
+        (["--pruning_config", "file.json"], "do_prune=False: must be set, since pruning_config was given."),
+        (["--do_prune", "--pruning_pattern", "heads"], "pattern='heads': * Did you mean 'head'?"),
+        (
+            ["--do_prune", "--pruning_pattern", "1x1", "--target_sparsity", "1.5"],
+            "target_sparsity=1.5: must be a number in [0, 1).",
+        ),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(PruningConfigError) as error:
+        parse(*arguments)
+    assert_says(error.value, message)
+
+
+# ----------------------------------------------------------------------------------------------------------- what cannot be used
+
+
+def assert_says(error: Exception, message: str) -> None:
+    """Assert that the error's message is `message`, in which `*` stands for anything."""
+    pattern = ".+".join(re.escape(part) for part in message.split("*"))
+    assert re.fullmatch(pattern, str(error)), f"\n  {error}\nis not\n  {message}"
+
+
+SHARE = "must be a number in [0, 1)."
+STEPS = "must be a whole number of steps, or a ratio of the run in [0, 1)."
+EPOCHS = "must be a number of epochs, 0 or more."
+MODULES = "must be a regular expression that matches whole module names, or a list of module names or name suffixes."
+
+#: Settings → message, in which `*` stands for anything. `pattern="1x1"` is there unless another one is given.
+BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    # keys
+    ({"target_sparsty": 0.5}, "target_sparsty=0.5: is not a field of PruningConfig; known are *. Did you mean 'target_sparsity'?"),
+    ({"learning_rate": 1}, "learning_rate=1: is not a field of PruningConfig; known are *."),
+    (
+        {"rules": [{"patern": "head"}]},
+        "rules[0].patern='head': is not a field of PruningRule; known are *. Did you mean 'pattern'?",
+    ),
+    ({"rules": [{}, {"rules": []}]}, "rules[1].rules=[]: is not a field of PruningRule; known are *"),
+    (
+        {"rules": {"pattern": "head"}},
+        "rules={'pattern': 'head'}: must be a list of PruningRule or of dictionaries with its fields.",
+    ),
+    ({"rules": ["head"]}, "rules[0].PruningRule='head': must be an object with the fields *."),
+    # shares
+    *(({"target_sparsity": value}, f"target_sparsity={value!r}: {SHARE}") for value in (1, 1.0, -0.1, 50, math.nan, math.inf)),
+    *(({"target_sparsity": value}, f"target_sparsity={value!r}: {SHARE}") for value in (True, "0.5", [0.5])),
+    *(({"initial_sparsity": value}, f"initial_sparsity={value!r}: {SHARE}") for value in (1, -0.1, math.nan, False)),
+    *(({"min_sparsity_per_module": value}, f"min_sparsity_per_module={value!r}: {SHARE}") for value in (1, -0.1, math.nan, True)),
+    *(
+        ({"max_sparsity_per_module": value}, f"max_sparsity_per_module={value!r}: must be a number in [0, 1].")
+        for value in (1.01, -0.1, math.nan, True, "all")
+    ),
+    ({"target_sparsity": None}, "target_sparsity=None: must be given; only a rule may leave it out."),
+    ({"rules": [{"target_sparsity": 2}]}, f"rules[0].target_sparsity=2: {SHARE}"),
+    # names
+    *(
+        ({"pattern": value}, f"pattern={value!r}: must be 'NxM' *")
+        for value in ("", "4", "0x1", "4:2", "4:4", "0:4", "4x1x1", "-1x1", "4 x 1", 4, ("4", "1"), True)
+    ),
+    ({"pattern": "heads"}, "pattern='heads': must be 'NxM' *. Did you mean 'head'?"),
+    ({"pattern": "chanelx1"}, "pattern='chanelx1': must be 'NxM' *. Did you mean 'channelx1'?"),
+    ({"pattern": None}, "pattern=None: must be given unless rules are. It must be 'NxM' *"),
+    ({"rules": [{"pattern": "neurons"}]}, "rules[0].pattern='neurons': must be 'NxM' *. Did you mean 'neuron'?"),
+    ({"criterion": "magnitud"}, "criterion='magnitud': must be one of * magnitude, *. Did you mean 'magnitude'?"),
+    ({"criterion": 3}, "criterion=3: must be one of *."),
+    ({"scope": "locl"}, "scope='locl': must be one of local, global*. Did you mean 'local'?"),
+    ({"schedule": "cubik"}, "schedule='cubik': must be one of constant, linear, *. Did you mean 'cubic'?"),
+    ({"rules": [{"scope": "Global"}]}, "rules[0].scope='Global': must be one of local, global*. Did you mean 'global'?"),
+    # durations
+    *(
+        ({f"{phase}_steps": value}, f"{phase}_steps={value!r}: {STEPS}")
+        for phase in ("warmup", "cooldown")
+        for value in (-1, 1.5, math.nan, math.inf, True, "10")
+    ),
+    *(
+        ({f"{phase}_epochs": value}, f"{phase}_epochs={value!r}: {EPOCHS}")
+        for phase in ("warmup", "cooldown")
+        for value in (-1, math.nan, math.inf, True, "1")
+    ),
+    *(
+        ({f"{phase}_steps": 10, f"{phase}_epochs": 1}, f"{phase}_epochs=1: give {phase}_steps or {phase}_epochs, not both.")
+        for phase in ("warmup", "cooldown")
+    ),
+    *(({"frequency": value}, f"frequency={value!r}: must be a whole number of steps, 1 or more.") for value in (0, -1, 2.0, True)),
+    # modules
+    *(
+        ({f"{which}_modules": value}, f"{which}_modules={value!r}: {MODULES}")
+        for which in ("target", "exclude")
+        for value in ([], [1], 3, {"query"}, True)
+    ),
+    ({"target_modules": "*query"}, f"target_modules='*query': is no valid regular expression (nothing to repeat *); it {MODULES}"),
+    ({"rules": [{"exclude_modules": "("}]}, f"rules[0].exclude_modules='(': is no valid regular expression (*); it {MODULES}"),
+    # fields that do not go together
+    ({"target_sparsity": 0.3, "initial_sparsity": 0.4}, "initial_sparsity=0.4: must not exceed target_sparsity=0.3."),
+    ({"target_sparsity": 0.3, "min_sparsity_per_module": 0.4}, "min_sparsity_per_module=0.4: must not exceed target_sparsity=0.3."),
+    (
+        {"target_sparsity": 0.99},
+        "max_sparsity_per_module=0.98: makes target_sparsity=0.99 unreachable; it must be at least 0.99.",
+    ),
+    ({"pattern": "2:4", "target_sparsity": 0.6}, "target_sparsity=0.6: pattern '2:4' allows at most 0.5."),
+    (
+        {"target_sparsity": 0.9, "rules": [{"pattern": "2:4"}]},
+        "rules[0].target_sparsity=0.9: pattern '2:4' allows at most 0.5.",
+    ),
+    (
+        {"rules": [{}, {"warmup_steps": 3, "warmup_epochs": 1}]},
+        "rules[1].warmup_epochs=1: give warmup_steps or warmup_epochs, not both.",
+    ),
+    ({"pattern": None, "rules": [{"target_sparsity": 0.3}]}, "rules[0].pattern=None: must be given * It must be 'NxM' *"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=lambda value: str(value)[:60])
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PruningConfigError) as error:
+        PruningConfig.from_dict({"pattern": "1x1"} | settings)
+    assert_says(error.value, message)
+    assert (error.value.name, isinstance(error.value, ValueError)) == (message.split("=", 1)[0], True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"pattern": "1x1", "targt_sparsity": 0.5}', "targt_sparsity=0.5: is not a field *. Did you mean 'target_sparsity'?"),
+        ('{"rules": [{"pattern": "head", "scop": "local"}]}', "rules[0].scop='local': is not a field *. Did you mean 'scope'?"),
+        ('{"pattern": "1x1", "target_sparsity": NaN}', f"target_sparsity=nan: {SHARE}"),
+        ('{"pattern": "1x1"', "config file='*config.json': is not valid JSON (*)."),
+        ('["1x1"]', "PruningConfig=['1x1']: must be an object with the fields *."),
+    ],
+)
+def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(PruningConfigError) as error:
+        PruningConfig.from_json_file(tmp_path / "config.json")
+    assert_says(error.value, message)
+
+
+def freeze(*ends: str) -> Callable[[Any], None]:
+    """Freezes the parameters whose names hold one of `ends`; all of them without."""
+
+    def apply(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if not ends or any(end in name for end in ends):
+                parameter.requires_grad = False
+
+    return apply
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+#: Settings → message, for the tiny BERT, 20 steps, 5 an epoch.
+BAD_FOR_THE_MODEL: list[tuple[dict[str, Any], str]] = [
+    # names that match nothing
+    (
+        {"target_modules": ".*queri"},
+        f"config.target_modules='.*queri': matches no module; a regular expression must match a whole name, such as '{QUERY}'. "
+        "Did you mean 'query'?",
+    ),
+    ({"target_modules": "query"}, "config.target_modules='query': matches no module; *. Did you mean 'query'?"),
+    ({"target_modules": ["query", "keys"]}, "config.target_modules='keys': matches no module; *. Did you mean 'key'?"),
+    ({"exclude_modules": ["pooler"]}, "config.exclude_modules='pooler': matches no module; *"),
+    ({"rules": [{"target_modules": ".*valu"}]}, "rules[0].target_modules='.*valu': matches no module; *. Did you mean 'value'?"),
+    ({"target_modules": [f"{QUERY}s"]}, f"config.target_modules='{QUERY}s': matches no module; *. Did you mean '{QUERY}'?"),
+    # everything left out
+    ({"exclude_modules": ".*"}, "config.pattern='1x1': finds nothing to prune (*)."),
+    ({"pattern": "head", "target_modules": ["intermediate.dense"]}, "config.pattern='head': finds nothing to prune (*)."),
+    # shapes
+    (
+        {"pattern": "5x1", "target_modules": ["query"]},
+        f"config.target_modules=['query']: names '{QUERY}', but its shape 32x32 is not divisible by 5x1.",
+    ),
+    (
+        {"pattern": "1:3", "target_sparsity": 0.3, "target_modules": ["query"]},
+        f"config.target_modules=['query']: names '{QUERY}', but its 32 inputs are not divisible by 3.",
+    ),
+    # caps
+    (
+        {"pattern": "head", "target_sparsity": 0.85, "max_sparsity_per_module": 0.9},
+        "config.target_sparsity=0.85: is out of reach: with max_sparsity_per_module=0.9 at most 0.75* of these modules can go *",
+    ),
+    # the run
+    (
+        {"warmup_steps": 12, "cooldown_steps": 8},
+        "config.warmup_steps=12: warm-up (12 steps) and cool-down (8 steps) must leave at least one of the run's 20 steps.",
+    ),
+    ({"warmup_steps": 20}, "config.warmup_steps=20: warm-up (20 steps) and cool-down (0 steps) must leave *"),
+    ({"cooldown_steps": 30}, "config.*: warm-up (0 steps) and cool-down (30 steps) must leave *"),
+    ({"warmup_epochs": 3, "cooldown_epochs": 1}, "config.warmup_epochs=3: warm-up (15 steps) and cool-down (5 steps) must leave *"),
+    (
+        {"warmup_steps": 0.5, "cooldown_steps": 0.5},
+        "config.warmup_steps=0.5: warm-up (10 steps) and cool-down (10 steps) must leave *",
+    ),
+    ({"rules": [{"pattern": "head", "warmup_steps": 99}]}, "rules[0].warmup_steps=99: warm-up (99 steps) *"),
+    # two rules of one level on one module
+    (
+        {"pattern": None, "rules": [{"pattern": "1x1", "target_modules": ["query"]}, {"pattern": "2:4"}]},
+        f"rules[1].target_modules=None: rules[0] names '{QUERY}' already, with a pattern of the same level; "
+        "exclude it from one of them.",
+    ),
+    (
+        {"pattern": None, "rules": [{"pattern": "1xchannel", "target_modules": [QUERY]}, {"pattern": "channelx1"}]},
+        f"rules[1].target_modules=None: rules[0] names '{QUERY}' already, *",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_FOR_THE_MODEL, ids=lambda value: str(value)[:60])
+def test_bad_for_the_model(settings: dict[str, Any], message: str) -> None:
+    model = tiny_bert()
+    before, names = snapshot(model), set(vars(model))
+    with pytest.raises(PruningConfigError) as error:
+        Pruner(model, PruningConfig.from_dict({"pattern": "1x1"} | settings), total_steps=20, steps_per_epoch=5)
+    assert_says(error.value, message)
+    assert_equal(snapshot(model), before)
+    assert set(vars(model)) == names
+    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in model.modules())
+    Pruner(model, PruningConfig(pattern="1x1"), total_steps=20)
+
+
+def test_epochs_need_their_length() -> None:
+    with pytest.raises(PruningConfigError) as error:
+        Pruner(tiny_bert(), PruningConfig(pattern="1x1", warmup_epochs=1), total_steps=20)
+    assert_says(error.value, "config.warmup_epochs=1: needs steps_per_epoch, or give it in steps.")
+
+
+@pytest.mark.parametrize("criterion", ["snip_momentum", "taylor"])
+@pytest.mark.parametrize("pattern", ["1x1", "head"])
+def test_frozen_modules_need_a_criterion_without_gradients(criterion: str, pattern: str) -> None:
+    model = tiny_bert()
+    freeze()(model)
+    with pytest.raises(PruningConfigError) as error:
+        Pruner(model, PruningConfig(pattern=pattern, criterion=criterion), total_steps=20)
+    assert_says(
+        error.value,
+        f"config.pattern={pattern!r}: finds nothing to prune (*: it is frozen and criterion {criterion!r} needs its gradient*).",
+    )
+    Pruner(model, PruningConfig(pattern=pattern, criterion="magnitude"), total_steps=20)
+
+
+def test_frozen_modules_are_left_out_with_the_reason() -> None:
+    model = tiny_bert()
+    freeze("layer.0.")(model)
+    pruner = Pruner(model, PruningConfig(pattern="1x1"), total_steps=20)
+    frozen = [name for name, reason in pruner.plan().left_out.items() if "is frozen" in reason]
+    assert len(frozen) == 6
+    assert all("layer.0." in name for name in frozen)

@@ -1,0 +1,304 @@
+"""Each criterion against a slow, obvious reference in float64, on real losses of a tiny BERT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import tiny_bert
+from models import ragged_batch
+from torch import Tensor, nn
+
+from hf_prune import Pruner, PruningConfig, PruningConfigError
+from hf_prune import config as config_module
+from hf_prune.config import CRITERIA as NAMES
+from hf_prune.config import GRADIENT_CRITERIA
+from hf_prune.criteria import CRITERIA, Criterion, Movement, SnipMomentum, register_criterion
+from hf_prune.units import UnitGroup
+
+STEPS = 3
+PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "head", "neuron", "block", "layer"]
+ROW_PATTERNS = ["1xchannel", "head", "neuron"]
+
+
+def elements(group: UnitGroup) -> Iterator[tuple[int, str, int, int]]:
+    """`(unit, parameter name, row, column)` of every weight of a group, spelled out."""
+    for view in group.weights:
+        columns = view.target.shape[1] // view.width
+        for row in range(view.start, view.stop):
+            for column in range(view.target.shape[1]):
+                yield (row - view.start) // view.height * columns + column // view.width, view.target.name, row, column
+
+
+def by_unit(group: UnitGroup, quantity: dict[str, Tensor], how: str = "mean", names: set[str] | None = None) -> Tensor:
+    """Reduce an element-wise quantity (parameter name → `[out, in]`, float64) to units by visiting each element."""
+    parts: list[list[float]] = [[] for _ in range(group.num_units)]
+    for unit, name, row, column in elements(group):
+        if names is None or name in names:
+            parts[unit].append(float(quantity[name][row, column]))
+    reduced = {
+        "mean": lambda values: sum(values) / len(values),
+        "sum": sum,
+        "l2": lambda values: sum(value * value for value in values) ** 0.5,
+        "max": max,
+    }
+    return torch.tensor([reduced[how](values) for values in parts], dtype=torch.float64)
+
+
+class Recorded:
+    """Three steps of SGD on a tiny BERT with a criterion attached, weights and gradients of each step kept in float64."""
+
+    def __init__(self, criterion: str, pattern: str, reduction: str = "mean") -> None:
+        torch.manual_seed(0)
+        self.model = tiny_bert(num_hidden_layers=1).train()
+        scope = "threshold" if pattern in ("block", "layer") else "local"
+        settings = PruningConfig(
+            pattern=pattern,
+            criterion=criterion,
+            reduction=reduction,
+            scope=scope,
+            threshold=0.0 if scope == "threshold" else None,
+            warmup_steps=STEPS + 1,
+            target_modules=None if pattern in ("head", "neuron", "block", "layer") else r".*(query|intermediate\.dense)",
+        )
+        pruner = Pruner(self.model, settings, total_steps=STEPS + 2)
+        self.rule = pruner._rules[0]
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.weights: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.batches = [ragged_batch(self.model, seed=seed) | {"labels": torch.tensor([0, 1, 1, 0])} for seed in range(STEPS)]
+        for batch in self.batches:
+            self.before = copy.deepcopy(self.model)
+            optimizer.zero_grad()
+            self.model(**batch).loss.backward()
+            named = dict(self.model.named_parameters())
+            self.weights.append({name: parameter.detach().double() for name, parameter in named.items()})
+            self.gradients.append({name: p.grad.double() for name, p in named.items() if p.grad is not None})
+            pruner.observe()
+            if len(self.weights) < STEPS:
+                optimizer.step()
+                pruner.step()
+
+    def compare(self, reference: Callable[[UnitGroup], Tensor]) -> None:
+        for group in self.rule.groups:
+            torch.testing.assert_close(self.rule.criterion.scores(group).double(), reference(group), rtol=1e-4, atol=1e-9)
+
+
+def products(run: Recorded, step: int) -> dict[str, Tensor]:
+    return {name: run.weights[step][name] * gradient for name, gradient in run.gradients[step].items()}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "l2", "max"])
+def test_magnitude(pattern: str, reduction: str) -> None:
+    run = Recorded("magnitude", pattern, reduction)
+    absolute = {name: value.abs() for name, value in run.weights[-1].items()}
+    run.compare(lambda group: by_unit(group, absolute, reduction))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradient(pattern: str) -> None:
+    run = Recorded("gradient", pattern)
+    run.compare(lambda group: by_unit(group, {name: value.abs() for name, value in run.gradients[-1].items()}))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_snip(pattern: str) -> None:
+    run = Recorded("snip", pattern)
+    run.compare(lambda group: by_unit(group, {name: value.abs() for name, value in products(run, -1).items()}))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_snip_momentum(pattern: str) -> None:
+    run = Recorded("snip_momentum", pattern)
+    accumulated = {name: torch.zeros_like(value) for name, value in products(run, 0).items()}
+    for step in range(STEPS):
+        accumulated = {name: 0.9 * accumulated[name] + value.abs() for name, value in products(run, step).items()}
+    run.compare(lambda group: by_unit(group, accumulated))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_taylor_sums_squares_over_steps(pattern: str) -> None:
+    run = Recorded("taylor", pattern)
+    total = {name: sum(products(run, step)[name].square() for step in range(STEPS)) for name in products(run, 0)}
+    run.compare(lambda group: by_unit(group, total))
+
+
+@pytest.mark.parametrize("pattern", ["head", "neuron"])
+def test_fisher_is_the_squared_gradient_of_a_factor_on_the_units_output(pattern: str) -> None:
+    run = Recorded("fisher", pattern)
+    last = run.rule.groups[0].weights[-1]
+
+    def factor_gradient(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        factors = torch.ones(run.rule.groups[0].num_units, dtype=torch.float64, requires_grad=True)
+        module = model.double().get_submodule(last.target.module_name)
+        handle = module.register_forward_pre_hook(lambda m, args: (args[0] * factors.repeat_interleave(last.width), *args[1:]))
+        model(**batch).loss.backward()
+        handle.remove()
+        assert factors.grad is not None
+        return factors.grad
+
+    # `before` is the model of the last step; earlier steps are compared through the accumulated sum.
+    final = factor_gradient(copy.deepcopy(run.before), run.batches[-1]).square()
+    earlier = sum(by_unit(run.rule.groups[0], products(run, step), "sum", {last.target.name}).square() for step in range(STEPS - 1))
+    run.compare(lambda group: final + earlier)
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "4x2", "head", "neuron"])
+def test_movement_scores_follow_adam_on_the_straight_through_gradient(pattern: str) -> None:
+    run = Recorded("movement", pattern)
+    for group in run.rule.groups:
+        score = torch.zeros(group.num_units, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([score], lr=Movement.learning_rate, betas=Movement.betas, eps=Movement.epsilon)
+        for step in range(STEPS):
+            score.grad = by_unit(group, products(run, step), "sum")
+            optimizer.step()
+        torch.testing.assert_close(run.rule.criterion.scores(group).double(), score.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ROW_PATTERNS)
+def test_fpgm_sums_distances_between_rows(pattern: str) -> None:
+    run = Recorded("fpgm", pattern)
+
+    def reference(group: UnitGroup) -> Tensor:
+        names = {view.target.name for view in group.weights if view.owns_rows}
+        distances = {}
+        for name in names:
+            rows = run.weights[-1][name]
+            sums = torch.stack([torch.stack([(row - other).square().sum().sqrt() for other in rows]).sum() for row in rows])
+            distances[name] = sums[:, None].expand_as(rows)
+        return by_unit(group, distances, "mean", names)
+
+    run.compare(reference)
+
+
+def traffic(run: Recorded, names: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of layers for unpadded tokens of all steps; the model of each step is made again from its weights."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    for step, batch in enumerate(run.batches):
+        model = copy.deepcopy(run.before).double()
+        model.load_state_dict({**model.state_dict(), **run.weights[step]})
+        mask = batch["attention_mask"].bool()
+        handles = [
+            model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
+                lambda module, args, output, name=name, mask=mask: seen[name].append(
+                    (args[0][mask].detach(), output[mask].detach())
+                )
+            )
+            for name in names
+        ]
+        model(**batch)
+        for handle in handles:
+            handle.remove()
+    return {name: (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("pattern", ROW_PATTERNS)
+@pytest.mark.parametrize("criterion", ["apoz", "mean_activation"])
+def test_output_activations_without_padding(pattern: str, criterion: str) -> None:
+    run = Recorded(criterion, pattern)
+
+    def reference(group: UnitGroup) -> Tensor:
+        names = {view.target.name for view in group.weights if view.owns_rows}
+        scores = {}
+        for name, (_, outputs) in traffic(run, names).items():
+            rows = (outputs > 0).double().mean(dim=0) if criterion == "apoz" else outputs.abs().mean(dim=0)
+            scores[name] = rows[:, None].expand_as(run.weights[-1][name])
+        return by_unit(group, scores, "mean", names)
+
+    run.compare(reference)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_wanda(pattern: str) -> None:
+    run = Recorded("wanda", pattern)
+
+    def reference(group: UnitGroup) -> Tensor:
+        names = {view.target.name for view in group.weights}
+        flows = traffic(run, names)
+        # ‖x‖₂ as a root mean square: the number of tokens is the same for every layer.
+        norms = {name: flows[name][0].square().mean(dim=0).sqrt() for name in names}
+        return by_unit(group, {name: run.weights[-1][name].abs() * norms[name] for name in names})
+
+    run.compare(reference)
+
+
+def test_random_is_the_same_everywhere_and_differs_between_modules() -> None:
+    first, second = Recorded("random", "head"), Recorded("random", "head")
+    assert torch.equal(first.rule.criterion.scores(first.rule.groups[0]), second.rule.criterion.scores(second.rule.groups[0]))
+    run = Recorded("random", "1xchannel")
+    scores = [run.rule.criterion.scores(group) for group in run.rule.groups]
+    assert not torch.equal(scores[0], scores[1][: scores[0].numel()])
+
+
+@pytest.mark.parametrize("criterion", ["apoz", "mean_activation", "wanda"])
+def test_activations_ignore_evaluation_and_recomputation(criterion: str) -> None:
+    def state(checkpointing: bool, evaluate: bool) -> dict[str, Tensor]:
+        model = tiny_bert(num_hidden_layers=1).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        pruner = Pruner(model, PruningConfig(pattern="1xchannel", criterion=criterion), total_steps=3)
+        batch = ragged_batch(model) | {"labels": torch.tensor([0, 1, 1, 0])}
+        if evaluate:
+            model.eval()(**batch)
+            model.train()
+        model(**batch).loss.backward()
+        pruner.observe()
+        return pruner._rules[0].criterion.state_dict()
+
+    plain = state(checkpointing=False, evaluate=False)
+    assert plain
+    for other in (state(checkpointing=True, evaluate=False), state(checkpointing=False, evaluate=True)):
+        assert other.keys() == plain.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(other[name], value)
+
+
+def test_hooks_go_with_the_last_update_and_with_the_pruner() -> None:
+    model = tiny_bert(num_hidden_layers=1).train()
+    hooks = lambda: sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())  # noqa: E731
+    before = hooks()
+    pruner = Pruner(model, PruningConfig(pattern="1xchannel", criterion="wanda", frequency=1, cooldown_steps=2), total_steps=4)
+    assert hooks() > before
+    for _ in range(2):
+        model(**ragged_batch(model), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+        pruner.observe()
+        pruner.step()
+    assert hooks() == before
+    pruner.finish()
+    Pruner(model, PruningConfig(pattern="1xchannel", criterion="apoz"), total_steps=4).release()
+    assert hooks() == before
+
+
+def test_names_and_classes_agree() -> None:
+    assert set(NAMES) == set(CRITERIA)
+    assert set(NAMES) > GRADIENT_CRITERIA
+
+
+def test_a_criterion_of_ones_own() -> None:
+    class Largest(Criterion):
+        """The documentation's example: one class and one line."""
+
+        def scores(self, group: UnitGroup) -> Tensor:
+            return group.reduce(lambda target: target.matrix(target.parameter.detach()).abs(), "max")
+
+    try:
+        register_criterion("largest", Largest)
+        model = tiny_bert(num_hidden_layers=1)
+        pruner = Pruner(model, PruningConfig(pattern="neuron", criterion="largest", schedule="constant"), total_steps=2)
+        pruner.step()
+        assert pruner.sparsity() == 0.5
+        with pytest.raises(ValueError, match="'snip' is taken by Snip"):
+            register_criterion("snip", Largest)
+    finally:
+        CRITERIA.pop("largest", None)
+        config_module.CRITERIA.discard("largest")
+    with pytest.raises(PruningConfigError, match="criterion='largest'"):
+        PruningConfig(pattern="neuron", criterion="largest")
+
+
+def test_scores_before_any_observation_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no score yet"):
+        SnipMomentum().scores(Recorded("magnitude", "head").rule.groups[0])

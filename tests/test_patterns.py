@@ -1,0 +1,130 @@
+"""Patterns: element scores → unit scores → masks, against slow references; what does not fit is reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BertConfig, BertModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.architectures import find_blocks
+from hf_prune.config import Pattern, PruningConfigError, parse_pattern
+from hf_prune.patterns import build_groups
+from hf_prune.targets import Target, weight_target
+from hf_prune.units import UnitGroup, View, combine
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2**20))
+def test_view_sums_blocks_and_spreads_units(height: int, width: int, rows: int, columns: int, skip: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    matrix = torch.randn(skip + rows * height, columns * width)
+    view = View(Target("w", "m", nn.Parameter(matrix)), height, width, skip, matrix.shape[0])
+    kept = torch.rand(rows * columns) < 0.5
+    sums, mask = UnitGroup("m", (view,)).reduce(lambda target: matrix, "sum"), view.expand(kept)
+    for unit in range(rows * columns):
+        top, left = skip + unit // columns * height, unit % columns * width
+        block = matrix[top : top + height, left : left + width]
+        assert sums[unit] == pytest.approx(float(block.sum()), abs=1e-5)
+        assert bool((mask[top - skip : top - skip + height, left : left + width] == kept[unit]).all())
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "units", "size"),
+    [
+        ("1x1", (8, 12), 96, 1),
+        ("4x1", (8, 12), 24, 4),
+        ("8x3", (8, 12), 4, 24),
+        ("1xchannel", (8, 12), 8, 12),
+        ("channelx1", (8, 12), 12, 8),
+        ("2:4", (8, 12), 96, 1),
+    ],
+)
+def test_units_of_a_linear(text: str, shape: tuple[int, int], units: int, size: int) -> None:
+    groups, left_out = build_groups(parse_pattern(text), [("m", nn.Linear(shape[1], shape[0]))], [])
+    assert not left_out
+    assert (groups[0].num_units, groups[0].unit_size) == (units, size)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(6, 4), Conv1D(4, 6), nn.Conv1d(3, 4, kernel_size=2), nn.Conv2d(3, 4, kernel_size=(1, 2))],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_layer_type_is_seen_as_out_in(module: nn.Module) -> None:
+    target = weight_target("m", module)
+    assert target.shape == (4, 6)
+    groups, _ = build_groups(parse_pattern("1xchannel"), [("m", module)], [])
+    kept = torch.tensor([True, False, True, True])
+    masks: dict[str, torch.Tensor] = {}
+    combine(groups, [kept], masks)
+    target.parameter.detach().mul_(masks["m.weight"])
+    inputs = {nn.Linear: (2, 6), Conv1D: (2, 6), nn.Conv1d: (2, 3, 5), nn.Conv2d: (2, 3, 5, 5)}[type(module)]
+    with torch.no_grad():
+        module.bias.mul_(masks["m.bias"])
+        output = module(torch.randn(inputs))
+    channels = output.movedim(1, -1) if output.ndim > 2 else output
+    assert bool((channels[..., 1] == 0).all())
+    assert not bool((channels[..., [0, 2, 3]] == 0).any())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("4x1", "not divisible by 4x1"), ("2:4", "6 inputs are not divisible by 4"), ("1x4", "1x4")]
+)
+def test_what_does_not_divide_is_left_out_with_its_reason(text: str, reason: str) -> None:
+    groups, left_out = build_groups(parse_pattern(text), [("m", nn.Linear(6, 6))], [])
+    assert not groups
+    assert reason in left_out["m"]
+
+
+@pytest.mark.parametrize(("kind", "units"), [("head", 4), ("neuron", 20)])
+def test_heads_and_neurons_tie_every_matrix_they_live_in(kind: str, units: int) -> None:
+    config = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=20)
+    model = BertModel(config)
+    groups, _ = build_groups(parse_pattern(kind), [], find_blocks(model))
+    assert [group.num_units for group in groups] == [units, units]
+    kept = torch.ones(units, dtype=torch.bool)
+    kept[1] = False
+    masks: dict[str, torch.Tensor] = {}
+    combine(groups[:1], [kept], masks)
+    layer = "encoder.layer.0"
+    if kind == "head":
+        rows, output = [f"{layer}.attention.self.{name}" for name in ("query", "key", "value")], f"{layer}.attention.output.dense"
+        gone = slice(4, 8)
+    else:
+        rows, output, gone = [f"{layer}.intermediate.dense"], f"{layer}.output.dense", slice(1, 2)
+    assert set(masks) == {f"{name}.{part}" for name in rows for part in ("weight", "bias")} | {f"{output}.weight"}
+    for name in rows:
+        for part in ("weight", "bias"):
+            mask = masks[f"{name}.{part}"]
+            assert not bool(mask[gone].any())
+            assert int((~mask).sum()) == (gone.stop - gone.start) * mask[0].numel()
+    mask = masks[f"{output}.weight"]
+    assert not bool(mask[:, gone].any())
+    assert int((~mask).sum()) == (gone.stop - gone.start) * mask.shape[0]
+
+
+def test_masks_of_nesting_patterns_multiply() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    rows, _ = build_groups(parse_pattern("1xchannel"), [("m", module)], [])
+    elements, _ = build_groups(parse_pattern("1x1"), [("m", module)], [])
+    masks: dict[str, torch.Tensor] = {}
+    combine(rows, [torch.tensor([True, False, True, True])], masks)
+    kept = torch.ones(16, dtype=torch.bool)
+    kept[0] = False
+    combine(elements, [kept], masks)
+    assert int((~masks["m.weight"]).sum()) == 5
+
+
+@pytest.mark.parametrize("text", ["", "4", "0x1", "x", "4:2", "2:2", "0:4", "4x1x1", "Head", "channel", None, 4, ["1x1"]])
+def test_patterns_that_do_not_parse(text: object) -> None:
+    with pytest.raises(PruningConfigError, match="must be 'NxM'"):
+        parse_pattern(text)  # type: ignore[arg-type]
+
+
+def test_levels_nest() -> None:
+    levels = [parse_pattern(text).level for text in ("4x1", "2:4", "1xchannel", "channelx1", "head", "neuron")]
+    assert levels == [0, 0, 1, 1, 2, 2]
+    assert Pattern("N:M", 2, 4).max_sparsity == 0.5

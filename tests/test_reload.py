@@ -1,0 +1,306 @@
+"""Condensed models load in fresh processes, with hf_prune and without, and can be saved again; malformed sizes are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_prune import condense
+from hf_prune.hub import MODELING, install_reload_hook, modeling_source
+
+# What a user's process does with every checkpoint in a folder: load it in one way, compare with what the model computed before it
+# was saved, save it again. It prints a JSON report.
+PROCESS = """
+import json, shutil, sys
+from pathlib import Path
+
+way, source, target = sys.argv[1:]
+
+if way == "import":
+    import hf_prune
+else:
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "hf_prune":
+                raise ModuleNotFoundError(name)
+    sys.meta_path.insert(0, Absent())
+    try:
+        import hf_prune
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise SystemExit("hf_prune is there after all")
+
+import torch, transformers
+from safetensors.torch import load_file
+
+def gap(model):
+    outputs = model(**inputs, output_hidden_states=True)
+    values = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    values |= {f"hidden_states.{index}": value for index, value in enumerate(outputs.hidden_states)}
+    assert values.keys() == expected.keys()
+    return max(float((value - expected[name]).abs().max()) for name, value in values.items())
+
+transformers.logging.set_verbosity_error()
+torch.set_grad_enabled(False)
+remote = {"trust_remote_code": True}
+report = {}
+for folder in sorted(Path(source).iterdir()):
+    tensors = load_file(folder / "expected.safetensors")
+    inputs = {name.removeprefix("input."): value for name, value in tensors.items() if name.startswith("input.")}
+    expected = {name: value for name, value in tensors.items() if not name.startswith("input.")}
+    auto = getattr(transformers, folder.name.partition("-")[2])
+    row = report[folder.name] = {}
+    if way == "remote":
+        try:
+            auto.from_pretrained(folder)
+        except Exception as error:
+            row["stock"] = str(error)
+    model = auto.from_pretrained(folder, **(remote if way == "remote" else {}))
+    row["gap"] = gap(model)
+    row["class"], row["module"] = type(model).__name__, type(model).__module__
+    if way == "import" and "bert-" in folder.name:
+        row["both"] = gap(auto.from_pretrained(folder, **remote))
+    if (folder / "tokenizer.json").exists():
+        pipe = transformers.pipeline("text-classification", str(folder), **(remote if way == "remote" else {}))
+        row["pipeline"] = pipe("two three five")[0]["score"]
+    model.save_pretrained(Path(target, folder.name))
+    for file in folder.iterdir():
+        if "token" in file.name or file.name == "expected.safetensors":
+            shutil.copy(file, Path(target, folder.name))
+print(json.dumps(report))
+"""
+
+HEADS = ("sequence-classification", "bare", "masked-lm")
+
+
+def reload(way: str, source: Path, target: Path) -> dict[str, dict[str, Any]]:
+    """Run PROCESS in a directory from which hf_prune cannot be imported by chance."""
+    root = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(source.parent / f"home-{target.name}"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment["PYTHONPATH"] = str(root) if way == "import" else ""
+    target.mkdir()
+    command = [sys.executable, "-c", PROCESS, way, str(source), str(target)]
+    result = subprocess.run(command, cwd=source.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report: dict[str, dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return report
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = ["[PAD]", "[UNK]", "one", "two", "three", "four", "five"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+
+
+def test_fresh_processes(tmp_path: Path) -> None:
+    first, by_import, by_remote, last = (tmp_path / name for name in ("first", "by-import", "by-remote", "last"))
+    classes = {}
+    for family in models.FAMILIES:
+        for head in HEADS:
+            model = models.tiny(family, head)
+            models.prune_randomly(model)
+            condense(model)
+            folder = first / f"{family}-{models.HEADS[head].__name__}"
+            model.save_pretrained(folder)
+            save_expected(model, folder)
+            classes[folder.name] = type(model).__name__
+    name = "bert-AutoModelForSequenceClassification"
+    save_tokenizer(first / name)
+
+    reports = {
+        "by import": reload("import", first, by_import),
+        "saved after import, by remote code": reload("remote", by_import, by_remote),
+        "saved after remote code, by import": reload("import", by_remote, last),
+    }
+    for way, report in reports.items():
+        assert report.keys() == classes.keys()
+        for checkpoint, row in report.items():
+            assert row["gap"] <= 1e-6, (way, checkpoint)
+            assert row.get("both", 0) <= 1e-6, (way, checkpoint)
+            assert row["class"] == classes[checkpoint]
+            assert row["module"].startswith("transformers_modules." if "by remote" in way else "transformers.models.")
+            if "by remote" in way:
+                assert "ignore_mismatched_sizes" in row["stock"]
+    scores = [report[name]["pipeline"] for report in reports.values()]
+    assert scores == [scores[0]] * 3
+
+    for folder in last.iterdir():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["hf_prune"] == json.loads((first / folder.name / "config.json").read_text())["hf_prune"]
+        assert (folder / f"{MODELING}.py").read_text() == modeling_source(config["model_type"])
+
+
+def save_expected(model: PreTrainedModel, folder: Path) -> None:
+    inputs = models.ragged_batch(model)
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+    tensors = {f"input.{name}": value for name, value in inputs.items()}
+    tensors |= {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+    tensors |= {f"hidden_states.{index}": value for index, value in enumerate(outputs.hidden_states)}
+    save_file({name: value.clone() for name, value in tensors.items()}, folder / "expected.safetensors")
+
+
+@pytest.fixture
+def condensed() -> PreTrainedModel:
+    model = models.tiny("bert")
+    models.prune_randomly(model)
+    return condense(model)
+
+
+def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.base_model.encoder.named_parameters()}
+
+
+def test_other_heads_dtypes_and_devices(condensed: PreTrainedModel, tmp_path: Path) -> None:
+    condensed.save_pretrained(tmp_path)
+    auto = transformers.AutoModelForTokenClassification
+    model = auto.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu", low_cpu_mem_usage=True)
+    assert shapes(model) == shapes(condensed)
+    assert model.dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert shapes(auto.from_config(condensed.config)) == shapes(condensed)
+    fresh = auto.from_config(condensed.config)
+    assert shapes(fresh) == shapes(condensed)
+    assert all(parameter.isfinite().all() and parameter.device.type == "cpu" for parameter in fresh.parameters())
+
+
+def test_what_is_not_condensed_is_saved_as_ever(tmp_path: Path) -> None:
+    models.tiny("bert").save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert not {"auto_map", "hf_prune"} & json.loads((tmp_path / "config.json").read_text()).keys()
+
+
+def test_hook_is_installed_once() -> None:
+    before = PreTrainedModel.post_init, PreTrainedConfig.save_pretrained
+    install_reload_hook()
+    assert (PreTrainedModel.post_init, PreTrainedConfig.save_pretrained) == before
+
+
+@pytest.mark.parametrize("method", ["push_to_hub", "save_pretrained"])
+def test_push_uploads_the_modeling_file(
+    method: str, condensed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: set[str] = set()
+
+    class Hub:
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def create_commit(self, operations: list[Any], **kwargs: Any) -> None:
+            uploaded.update(operation.path_in_repo for operation in operations)
+
+        def create_branch(self, **kwargs: Any) -> None: ...
+
+    for module in ("transformers.modeling_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard(""))
+    if method == "push_to_hub":
+        condensed.push_to_hub("someone/model")
+    else:
+        condensed.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert uploaded >= {"config.json", "model.safetensors", f"{MODELING}.py"}
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_modeling_file_stands_alone(family: str, tmp_path: Path) -> None:
+    source = modeling_source(family)
+    file = tmp_path / f"{MODELING}.py"
+    file.write_text(source)
+    lint = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", str(file)], capture_output=True, text=True
+    )
+    assert lint.returncode == 0, lint.stdout
+    assert "import hf_prune" not in source
+    assert "from ." not in source
+    assert len(source.splitlines()) < 500
+
+
+LAYER = "encoder.layer.0"
+ATTENTION = "attention.self"
+HEADS_OF = "num_attention_heads"
+
+
+def entry(layers: Any, version: Any = 1) -> dict[str, Any]:
+    return {"version": version, "layers": layers}
+
+
+def heads(value: Any) -> dict[str, Any]:
+    return entry({LAYER: {ATTENTION: {HEADS_OF: value}}})
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "a list": ([], "config.hf_prune is []; it must be an object with keys among: version, layers."),
+    "empty": ({}, "config.hf_prune['version'] is None; this code reads version 1."),
+    "unknown key": (
+        {**heads(1), "layer": {}},
+        "config.hf_prune has an unknown key 'layer'; allowed: version, layers. Did you mean",
+    ),
+    "newer version": (entry({}, 2), "['version'] is 2; this code reads version 1."),
+    "version as text": (entry({}, "1"), "['version'] is '1'; this code reads version 1."),
+    "version as bool": (entry({}, True), "['version'] is True; this code reads version 1."),
+    "no layers": ({"version": 1, "layers": None}, "config.hf_prune['layers'] is None; it must be an object"),
+    "layers as list": (entry([1]), "config.hf_prune['layers'] is [1]; it must be an object"),
+    "layer beyond the last": (entry({"encoder.layer.3": {}}), "unknown key 'encoder.layer.3'; allowed: encoder.layer.0, "),
+    "layer elsewhere": (entry({"pooler": {}}), "config.hf_prune['layers'] has an unknown key 'pooler'"),
+    "layer with prefix": (entry({f"bert.{LAYER}": {}}), "Did you mean 'encoder.layer.0'?"),
+    "path upwards": (entry({"..": {}}), "config.hf_prune['layers'] has an unknown key '..'"),
+    "layer is a number": (entry({LAYER: 3}), "config.hf_prune['layers']['encoder.layer.0'] is 3; it must be an object"),
+    "unknown block": (
+        entry({LAYER: {"attention": {}}}),
+        "unknown key 'attention'; allowed: attention.self, intermediate.dense.",
+    ),
+    "block elsewhere": (entry({LAYER: {"output.dense": {}}}), "has an unknown key 'output.dense'"),
+    "wrong size": (
+        entry({LAYER: {ATTENTION: {"intermediate_size": 1}}}),
+        "has an unknown key 'intermediate_size'",
+    ),
+    "no size": (entry({LAYER: {ATTENTION: {}}}), "['num_attention_heads'] is None; allowed: a whole number from 0 to 4, the stock"),
+    "negative": (heads(-1), f"['{HEADS_OF}'] is -1; allowed: a whole number from 0 to 4, the stock size."),
+    "larger than stock": (heads(5), f"['{HEADS_OF}'] is 5; allowed: a whole number from 0 to 4"),
+    "huge": (heads(10**18), f"['{HEADS_OF}'] is 1000000000000000000; allowed"),
+    "float": (heads(2.0), f"['{HEADS_OF}'] is 2.0; allowed: a whole number"),
+    "bool": (heads(True), f"['{HEADS_OF}'] is True; allowed: a whole number"),
+    "text": (heads("2"), f"['{HEADS_OF}'] is '2'; allowed: a whole number"),
+    "null": (heads(None), f"['{HEADS_OF}'] is None; allowed: a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_sizes(name: str, tmp_path: Path) -> None:
+    value, message = MALFORMED[name]
+    config = models.FAMILIES["bert"]()
+    config.hf_prune = value
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["BertModel"]}))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    loads: list[Callable[[], Any]] = [
+        lambda: transformers.AutoModel.from_config(config),
+        lambda: transformers.AutoModel.from_pretrained(tmp_path),
+    ]
+    for load in loads:
+        with pytest.raises(ValueError, match=r"config\.hf_prune") as error:
+            load()
+        assert message in str(error.value)

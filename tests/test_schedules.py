@@ -1,0 +1,49 @@
+"""Schedules equal their formulas, at first, last and every update step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hf_prune.config import SCHEDULES as NAMES
+from hf_prune.schedules import SCHEDULES, Timeline
+
+FORMULAS = {
+    "constant": lambda p, a, b: b,
+    "linear": lambda p, a, b: a + (b - a) * p,
+    "cubic": lambda p, a, b: b + (a - b) * (1 - p) ** 3,
+    "exp": lambda p, a, b: 1 - (1 - a) * ((1 - b) / (1 - a)) ** p,
+    "lottery": lambda p, a, b: 1 - (1 - a) * ((1 - b) / (1 - a)) ** p,
+    "cos": lambda p, a, b: a + (b - a) * (1 - math.cos(p * math.pi / 2)),
+    "cube": lambda p, a, b: a + (b - a) * p**3,
+    "polynomial(2)": lambda p, a, b: b + (a - b) * (1 - p) ** 2,
+    "polynomial(3)": lambda p, a, b: b + (a - b) * (1 - p) ** 3,
+}
+
+
+def test_the_config_knows_every_schedule() -> None:
+    assert set(NAMES) - {"polynomial(k)"} == set(SCHEDULES) == {name for name in FORMULAS if not name.startswith("polynomial")}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize(("begin", "end", "frequency"), [(0, 100, 10), (20, 95, 10), (0, 7, 50), (3, 4, 1), (50, 100, 7)])
+def test_every_update(name: str, begin: int, end: int, frequency: int) -> None:
+    timeline = Timeline(begin, end, frequency, name, initial=0.1, target=0.9)
+    updates = [step for step in range(1, 201) if timeline.is_due(step)]
+    first = max(begin, 1)
+    if name == "constant":
+        assert updates == [first]
+    else:
+        assert updates == sorted({*(s for s in range(begin, end, frequency) if s >= first), end})
+    for step in range(0, 201):
+        if step < first:
+            wanted = 0.0
+        elif step >= end or name == "constant":
+            wanted = 0.9
+        else:
+            wanted = FORMULAS[name]((step - begin) / (end - begin), 0.1, 0.9)
+        assert timeline.sparsity(step) == pytest.approx(wanted, abs=1e-12)
+    assert timeline.sparsity(updates[-1]) == 0.9
+    values = [timeline.sparsity(step) for step in range(201)]
+    assert values == sorted(values)

@@ -1,0 +1,162 @@
+"""The example scripts, run for real in processes of their own, on a tiny model and tiny data made on the spot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+import hf_prune
+from hf_prune import PruningConfig
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import quickstart  # noqa: E402  (the scripts are no package)
+
+ROWS = [{**row, "label": int(row["label"] == "sense")} for row in quickstart.make_rows(48, seed=3)]
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text(json.dumps(rows))
+
+
+WRITERS = {"csv": write_csv, "json": write_json, "jsonl": quickstart.write_rows}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny BERT with its tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    quickstart.make_start(folder, [str(row["sentence"]) for row in ROWS])
+    return folder
+
+
+def run(arguments: list[str]) -> str:
+    """Run run_glue.py; return what it printed."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPTS / "run_glue.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def job(start: Path, folder: Path, form: str) -> dict[str, object]:
+    """The arguments of a short run on data of a form."""
+    for name, rows in (("train", ROWS[:32]), ("validation", ROWS[32:]), ("test", ROWS[40:])):
+        WRITERS[form](folder / f"{name}.{form}", rows)  # type: ignore[operator]
+    return {
+        "model_name_or_path": str(start),
+        "train_file": str(folder / f"train.{form}"),
+        "validation_file": str(folder / f"validation.{form}"),
+        "test_file": str(folder / f"test.{form}"),
+        "output_dir": str(folder / "out"),
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 4,
+        "save_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def flags(arguments: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in arguments.items()]
+
+
+def results(folder: Path, name: str = "all") -> dict[str, float]:
+    return json.loads((folder / "out" / f"{name}_results.json").read_text())
+
+
+def encoder_weights(model: PreTrainedModel) -> int:
+    """How many weights the matrices of the encoder have: those that heads and neurons are made of."""
+    return sum(module.parameters for module in hf_prune.sparsity_report(model).modules if ".encoder." in module.name)
+
+
+def test_dense_csv(start: Path, tmp_path: Path) -> None:
+    run([*flags(job(start, tmp_path, "csv")), "--do_predict", "--task_name=mrpc"])
+    assert {"eval_accuracy", "eval_f1", "train_loss"} <= results(tmp_path).keys()
+    assert results(tmp_path, "eval")["eval_loss"] > 0
+    predictions = (tmp_path / "out" / "predict_results.txt").read_text().splitlines()
+    assert len(predictions) == 1 + len(ROWS[40:])
+    assert {line.split("\t")[1] for line in predictions[1:]} <= {"0", "1"}
+    assert not (tmp_path / "out" / "condensed").exists()
+
+
+def test_weights_json_resume(start: Path, tmp_path: Path) -> None:
+    """Unstructured pruning from one file of arguments, then on from its checkpoint: the same model."""
+    arguments = job(start, tmp_path, "json") | {
+        "do_prune": True,
+        "pruning_pattern": "4x1",
+        "target_sparsity": 0.75,
+        "pruning_frequency": 1,
+        "pruning_cooldown_steps": 1,
+    }
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps(arguments))
+    run([str(file)])
+    first = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert hf_prune.sparsity_report(first).sparsity == pytest.approx(0.75, abs=1e-3)
+    assert PruningConfig.from_pretrained(tmp_path / "out").pattern == "4x1"
+
+    run(flags(arguments | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}))
+    resumed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all(value.equal(resumed[name]) for name, value in first.state_dict().items())
+
+
+def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path) -> None:
+    """Rules from a file, a teacher, the condensed model and what it says after it was loaded again."""
+    config = PruningConfig(frequency=1, cooldown_steps=1, rules=quickstart.halve_heads_and_neurons().rules)
+    config.to_json_file(tmp_path / "pruning.json")
+    printed = run(
+        [
+            *flags(job(start, tmp_path, "jsonl")),
+            "--do_prune",
+            f"--pruning_config={tmp_path / 'pruning.json'}",
+            "--distill_alpha_hidden=1",
+            "--logging_steps=2",
+        ]
+    )
+    assert "hidden_loss" in printed
+    metrics = results(tmp_path)
+    assert metrics["eval_accuracy"] == metrics["condensed_accuracy"] == metrics["reloaded_accuracy"]
+    assert metrics["reloaded_loss"] == metrics["condensed_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    folders = (tmp_path / "out", tmp_path / "out" / "condensed")
+    masked, condensed = (encoder_weights(AutoModelForSequenceClassification.from_pretrained(folder)) for folder in folders)
+    assert condensed == masked / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_train": False, "do_eval": False}, "Nothing to do"),
+        ({"train_file": "data.txt"}, "train_file='data.txt'"),
+        ({"task_name": "mrcp"}, "task_name='mrcp'"),
+        ({"target_sparsity": 0.5}, "do_prune"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_errors_say_which_argument(start: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    import run_glue
+
+    with pytest.raises(ValueError, match=message):
+        run_glue.main(flags(job(start, tmp_path, "jsonl") | changes))
+
+
+def test_quickstart_task_needs_word_order() -> None:
+    train, validation = quickstart.make_rows(2000, seed=0), quickstart.make_rows(1000, seed=1)
+    assert 0.45 < quickstart.bag_of_words_accuracy(train, validation) < 0.56
+    assert sum(row["label"] == "sense" for row in validation) == 500
