@@ -271,7 +271,7 @@ def _check_together(config: PruningConfig) -> None:
         raise PruningConfigError("initial_sparsity", config.initial_sparsity, f"must not exceed target_sparsity={target}.")
     if low > target:
         raise PruningConfigError("min_sparsity_per_module", low, f"must not exceed target_sparsity={target}.")
-    if high < target:
+    if high < target and config.scope == "global":
         allowed = f"makes target_sparsity={target} unreachable; it must be at least {target}."
         raise PruningConfigError("max_sparsity_per_module", high, allowed)
     if config.pattern is not None and target > (limit := parse_pattern(config.pattern).max_sparsity) + 1e-12:

@@ -1,6 +1,7 @@
-"""Masks: apply them in place, count true zeros, save and load them.
+"""Masks: hold existing zeros, and count true zeros.
 
-A mask is a bool tensor of its parameter's shape, True where the weight is kept.
+Which units a rule keeps is held unit by unit and applied by [`UnitGroup.apply`]; a mask, a bool tensor of a parameter's shape, True
+where the weight is kept, is needed only for zeros that follow no pattern.
 """
 
 from __future__ import annotations

@@ -43,10 +43,24 @@ class View:
         """Whether a unit holds whole rows of the target, that is outputs of its own."""
         return self.width == self.target.shape[1]
 
-    def expand(self, kept: Tensor) -> Tensor:
-        """Spread `kept` (`[units]`, bool) over the elements of the view. Returns `[stop - start, in]`."""
+    @torch.no_grad()
+    def apply(self, kept: Tensor, tensor: Tensor) -> None:
+        """Zero the blocks of units that are not kept, in place.
+
+        Nothing of the size of the parameter is made: `kept` is broadcast over the blocks.
+
+        Args:
+            kept: bool `[units]`.
+            tensor: the parameter, its gradient, or anything else of its shape.
+        """
         rows, height, columns, width = self.grid
-        return kept.view(rows, 1, columns, 1).expand(self.grid).reshape(rows * height, columns * width)
+        factors = kept.view(rows, 1, columns, 1)
+        if tensor.ndim <= 2:
+            self.target.matrix(tensor)[self.start : self.stop].view(self.grid).mul_(factors)
+        else:
+            # The matrix of a convolution may be a copy, so the factors are brought into its shape instead.
+            matrix = factors.expand(self.grid).reshape(rows * height, columns * width)
+            tensor[self.start : self.stop].mul_(self.target.from_matrix(matrix))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +89,13 @@ class UnitGroup:
     def unit_size(self) -> int:
         """Weights a unit holds."""
         return sum(view.height * view.width for view in self.weights)
+
+    def apply(self, kept: Tensor, gradients: bool = False) -> None:
+        """Zero the units that are not kept (bool `[units]`) in the parameters, biases included, or in their gradients."""
+        for view in (*self.weights, *self.biases):
+            parameter = view.target.parameter
+            if (tensor := parameter.grad if gradients else parameter) is not None:
+                view.apply(kept, tensor)
 
     @property
     def size(self) -> int:
@@ -115,18 +136,3 @@ class UnitGroup:
         if how == "l2":
             return total.sqrt()
         return total / size if how == "mean" and size > 1 else total
-
-
-def combine(groups: Iterable[UnitGroup], kept: Iterable[Tensor], masks: dict[str, Tensor]) -> None:
-    """Multiply the masks of groups into `masks` (parameter name → bool of its shape), in place; names not there yet are added."""
-    for group, keep in zip(groups, kept):
-        if bool(keep.all()):
-            continue
-        for view in (*group.weights, *group.biases):
-            target, mask = view.target, view.expand(keep)
-            if target.name not in masks:
-                masks[target.name] = torch.ones(target.parameter.shape, dtype=torch.bool, device=keep.device)
-            if mask.shape == target.shape:
-                masks[target.name] &= target.from_matrix(mask)
-            else:
-                target.matrix(masks[target.name])[view.start : view.stop] &= mask

@@ -33,6 +33,27 @@ def test_lowest_takes_exactly_so_many_of_the_lowest(scores: list[float], count: 
     assert sorted(torch.tensor(scores)[chosen].tolist()) == sorted(torch.tensor(scores).tolist())[:wanted]
 
 
+@pytest.mark.parametrize("kind", ["random", "few values", "sorted", "all equal", "infinite"])
+@pytest.mark.parametrize("share", [1e-6, 0.01, 0.5, 0.99])
+def test_large_numbers_of_scores(kind: str, share: float) -> None:
+    """Enough scores that the threshold is bracketed by a sample, including distributions that a sample says little about."""
+    torch.manual_seed(0)
+    scores = torch.randn(700_001)
+    if kind == "few values":
+        scores = scores.mul(2).round()
+    elif kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "all equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "infinite":
+        scores[::2] = -torch.inf
+        scores[1::4] = torch.inf
+    count = max(int(share * scores.numel()), 1)
+    chosen = lowest(scores, count)
+    assert int(chosen.sum()) == count
+    assert float(scores[chosen].max()) <= float(scores[~chosen].min())
+
+
 def test_ties_are_spread_evenly() -> None:
     assert lowest(torch.zeros(12), 4).view(4, 3).sum(dim=1).tolist() == [1, 1, 1, 1]
 

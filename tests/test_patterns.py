@@ -14,7 +14,7 @@ from hf_prune.architectures import find_blocks
 from hf_prune.config import Pattern, PruningConfigError, parse_pattern
 from hf_prune.patterns import build_groups
 from hf_prune.targets import Target, weight_target
-from hf_prune.units import UnitGroup, View, combine
+from hf_prune.units import UnitGroup, View
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2**20))
@@ -23,12 +23,15 @@ def test_view_sums_blocks_and_spreads_units(height: int, width: int, rows: int, 
     matrix = torch.randn(skip + rows * height, columns * width)
     view = View(Target("w", "m", nn.Parameter(matrix)), height, width, skip, matrix.shape[0])
     kept = torch.rand(rows * columns) < 0.5
-    sums, mask = UnitGroup("m", (view,)).reduce(lambda target: matrix, "sum"), view.expand(kept)
+    sums = UnitGroup("m", (view,)).reduce(lambda target: matrix, "sum")
+    masked = matrix.clone()
+    view.apply(kept, masked)
+    assert torch.equal(masked[:skip], matrix[:skip])
     for unit in range(rows * columns):
         top, left = skip + unit // columns * height, unit % columns * width
         block = matrix[top : top + height, left : left + width]
         assert sums[unit] == pytest.approx(float(block.sum()), abs=1e-5)
-        assert bool((mask[top - skip : top - skip + height, left : left + width] == kept[unit]).all())
+        assert torch.equal(masked[top : top + height, left : left + width], block * kept[unit])
 
 
 @pytest.mark.parametrize(
@@ -58,12 +61,9 @@ def test_every_layer_type_is_seen_as_out_in(module: nn.Module) -> None:
     assert target.shape == (4, 6)
     groups, _ = build_groups(parse_pattern("1xchannel"), [("m", module)], [])
     kept = torch.tensor([True, False, True, True])
-    masks: dict[str, torch.Tensor] = {}
-    combine(groups, [kept], masks)
-    target.parameter.detach().mul_(masks["m.weight"])
+    groups[0].apply(kept)
     inputs = {nn.Linear: (2, 6), Conv1D: (2, 6), nn.Conv1d: (2, 3, 5), nn.Conv2d: (2, 3, 5, 5)}[type(module)]
     with torch.no_grad():
-        module.bias.mul_(masks["m.bias"])
         output = module(torch.randn(inputs))
     channels = output.movedim(1, -1) if output.ndim > 2 else output
     assert bool((channels[..., 1] == 0).all())
@@ -87,8 +87,13 @@ def test_heads_and_neurons_tie_every_matrix_they_live_in(kind: str, units: int) 
     assert [group.num_units for group in groups] == [units, units]
     kept = torch.ones(units, dtype=torch.bool)
     kept[1] = False
-    masks: dict[str, torch.Tensor] = {}
-    combine(groups[:1], [kept], masks)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+        parameter.grad = torch.ones_like(parameter)
+    groups[0].apply(kept)
+    groups[0].apply(kept, gradients=True)
+    masks = {name: parameter != 0 for name, parameter in model.named_parameters() if bool((parameter == 0).any())}
+    assert all(torch.equal(model.get_parameter(name).grad != 0, mask) for name, mask in masks.items())
     layer = "encoder.layer.0"
     if kind == "head":
         rows, output = [f"{layer}.attention.self.{name}" for name in ("query", "key", "value")], f"{layer}.attention.output.dense"
@@ -106,16 +111,15 @@ def test_heads_and_neurons_tie_every_matrix_they_live_in(kind: str, units: int) 
     assert int((~mask).sum()) == (gone.stop - gone.start) * mask.shape[0]
 
 
-def test_masks_of_nesting_patterns_multiply() -> None:
+def test_units_of_nesting_patterns_multiply() -> None:
     module = nn.Linear(4, 4, bias=False)
     rows, _ = build_groups(parse_pattern("1xchannel"), [("m", module)], [])
     elements, _ = build_groups(parse_pattern("1x1"), [("m", module)], [])
-    masks: dict[str, torch.Tensor] = {}
-    combine(rows, [torch.tensor([True, False, True, True])], masks)
+    rows[0].apply(torch.tensor([True, False, True, True]))
     kept = torch.ones(16, dtype=torch.bool)
     kept[0] = False
-    combine(elements, [kept], masks)
-    assert int((~masks["m.weight"]).sum()) == 5
+    elements[0].apply(kept)
+    assert int((module.weight == 0).sum()) == 5
 
 
 @pytest.mark.parametrize("text", ["", "4", "0x1", "x", "4:2", "2:2", "0:4", "4x1x1", "Head", "channel", None, 4, ["1x1"]])

@@ -26,7 +26,6 @@ from ..allocation import allocate, normalize
 from ..config import PruningConfig
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
-from ..units import combine
 from .plan import PruningPlan, make_plan
 from .rules import Rule, match_rules
 
@@ -65,7 +64,6 @@ class Pruner:
         self._values: dict[str, Tensor] = {}
         #: Parameter name → value to rewind to, while a lottery schedule runs.
         self._rewind: dict[str, Tensor] = {}
-        self._masks = self._combined_masks()
         for rule in self._rules:
             if rule.criterion.regrows:
                 self._values |= {name: torch.zeros_like(self._targets[name].parameter) for name in rule.weight_names}
@@ -83,26 +81,24 @@ class Pruner:
             if self.steps < rule.timeline.last_update:
                 for group in rule.groups:
                     rule.criterion.observe(group)
-        apply_masks(self._targets, self._masks, gradients=True)
+        self._apply(gradients=True)
 
     @torch.no_grad()
     def step(self) -> None:
         """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
         self.steps += 1
-        apply_masks(self._targets, self._masks)
+        self._apply()
         self._keep_for_rewind()
         due = [rule for rule in self._rules if rule.timeline.is_due(self.steps)]
         if not due:
             return
         for rule in due:
             self._update(rule)
-        self._masks = self._combined_masks()
         for rule in due:
             if rule.settings.schedule == "lottery":
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(self._rewind[name])
         self._exchange_values()
-        apply_masks(self._targets, self._masks)
         for rule in due:
             if self.steps >= rule.timeline.last_update:
                 rule.criterion.detach()
@@ -115,7 +111,7 @@ class Pruner:
         Raises:
             RuntimeError: the run asked for sparsity and there is none.
         """
-        apply_masks(self._targets, self._masks)
+        self._apply()
         self.release()
         if self.target_sparsity() > 0 and self.sparsity() == 0:
             raise RuntimeError(
@@ -188,7 +184,7 @@ class Pruner:
             raise ValueError(f"The pruner state belongs to another config or model; it differs in {', '.join(differing[:5])}.")
         self.steps = int(state["steps"])
         for rule in self._rules:
-            rule.kept = [state[f"{rule.name}/kept/{group.name}"].to(group.device) for group in rule.groups]
+            rule.keep([state[f"{rule.name}/kept/{group.name}"].to(group.device) for group in rule.groups])
             rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
             if self.steps >= rule.timeline.last_update:
                 rule.criterion.detach()
@@ -196,7 +192,6 @@ class Pruner:
         self._locked = _under(state, "locked/", device)
         self._values |= _under(state, "values/", device)
         self._rewind = _under(state, "rewind/", device)
-        self._masks = self._combined_masks()
 
     # ------------------------------------------------------------------------------------------------------------ inner works
 
@@ -215,25 +210,25 @@ class Pruner:
             cap=settings.max_sparsity_per_module,
             threshold=None if settings.threshold is None else settings.threshold * progress,
         )
-        rule.kept = [~gone for gone in removed]
+        rule.keep([~gone for gone in removed])
         rule.criterion.updated()
 
-    def _combined_masks(self) -> dict[str, Tensor]:
-        masks = {name: mask.clone() for name, mask in self._locked.items()}
+    def _apply(self, gradients: bool = False) -> None:
+        """Zero whatever is masked, in the parameters or in their gradients."""
+        apply_masks(self._targets, self._locked, gradients)
         for rule in self._rules:
-            combine(rule.groups, rule.kept, masks)
-        return masks
+            if rule.removed_any:
+                for group, kept in zip(rule.groups, rule.kept):
+                    group.apply(kept, gradients)
 
     def _exchange_values(self) -> None:
-        """Put aside the values of newly masked weights, and bring back those of weights whose mask was lifted."""
+        """Bring back the values of weights whose mask was lifted, mask, and put aside what that takes away."""
         for name, away in self._values.items():
-            parameter = self._targets[name].parameter
-            away += parameter
-            parameter.copy_(away)
-            if name in self._masks:
-                away.masked_fill_(self._masks[name], 0)
-            else:
-                away.zero_()
+            away += self._targets[name].parameter
+            self._targets[name].parameter.copy_(away)
+        self._apply()
+        for name, away in self._values.items():
+            away -= self._targets[name].parameter
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""

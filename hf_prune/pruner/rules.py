@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Rule:
         criterion: how it ranks them.
         timeline: when its masks change, and to what sparsity.
         kept: bool `[units]` for each group, the units left.
+        removed_any: whether a unit is gone, so that masking has something to do.
     """
 
     name: str
@@ -36,12 +37,18 @@ class Rule:
     groups: list[UnitGroup]
     criterion: Criterion
     timeline: Timeline
-    kept: list[Tensor]
+    kept: list[Tensor] = field(default_factory=list)
+    removed_any: bool = False
+
+    def keep(self, kept: list[Tensor]) -> None:
+        """Set the units left."""
+        self.kept = kept
+        self.removed_any = not all(bool(keep.all()) for keep in kept)
 
     @property
-    def weight_names(self) -> set[str]:
-        """Names of the weights it prunes."""
-        return {view.target.name for group in self.groups for view in group.weights}
+    def weight_names(self) -> list[str]:
+        """Names of the weights it prunes, each once."""
+        return list(dict.fromkeys(view.target.name for group in self.groups for view in group.weights))
 
 
 def match_rules(
@@ -99,7 +106,9 @@ def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline:
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
         kept = [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
-    return Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction), timeline, kept)
+    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction), timeline)
+    rule.keep(kept)
+    return rule
 
 
 def _groups(
@@ -107,13 +116,13 @@ def _groups(
 ) -> tuple[list[UnitGroup], dict[str, str]]:
     """The unit groups of a rule, and what it leaves out."""
     groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
-    if left_out and settings.target_modules is not None:
-        module, reason = next(iter(left_out.items()))
-        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
     if settings.criterion in GRADIENT_CRITERIA:
         frozen = [group for group in groups if not all(view.target.parameter.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
+    if left_out and settings.target_modules is not None:
+        module, reason = next(iter(left_out.items()))
+        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
     return groups, left_out
 
 
