@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from .architectures import AttentionBlock, Block, blocks
 from .architectures.families import SPECS
 from .masks import count_zeros
+from .tables import as_text
 from .targets import body_prefix, prunable_modules, weight_target
 
 
@@ -85,9 +85,7 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, record=True, quiet=True)
-        console.print(self)
-        return console.export_text()
+        return as_text(self.__rich__())
 
 
 def sparsity_report(model: nn.Module) -> SparsityReport:

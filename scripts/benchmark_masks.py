@@ -2,19 +2,18 @@
 
     python scripts/benchmark_masks.py --output runs/benchmark_masks.json
 
-Updates: a random model of BERT-base's size (72 encoder layers, 85 million weights) with `snip_momentum`; CPU seconds of one update on one
-thread, the bytes a pruned weight that the pruner keeps between updates, and the peak that an update adds to the process. Each pattern
-has a process of its own, so that peaks do not mix.
+Updates: a random model of BERT-base's size (72 encoder layers, 85 million weights); CPU seconds of one update on one thread, the
+bytes a pruned weight that the pruner keeps between updates, and the peak that an update adds to the process. Each pattern has a
+process of its own, so that peaks do not mix; they are read from Linux's /proc.
 
-Steps: forward, backward and AdamW at batch 16 × 128, in turn without and with `observe()` and `step()` when no update is due; CPU time
-on one thread, medians.
+Steps: forward, backward and AdamW at batch 16 × 128, in turn without and with `observe()` and `step()` when no update is due; CPU
+time on one thread, medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,6 +54,12 @@ def kept_bytes(pruner: Pruner) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in pruner.state_dict().values())
 
 
+def resident(field: str) -> int:
+    """Resident memory of this process in KiB, now (`VmRSS`) or at most (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
 def measure_update(name: str, layers: int, criterion: str) -> dict[str, float | str]:
     """One update in the middle of a run, in this process."""
     model = build(layers)
@@ -65,11 +70,12 @@ def measure_update(name: str, layers: int, criterion: str) -> dict[str, float | 
         pruner.observe()
         pruner.step()
     pruner.observe()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     start = time.process_time()
     pruner.step()
     seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = resident("VmHWM") - before
     weights = sum(group.weights for group in pruner.plan().groups)
     return {
         "setting": name,

@@ -224,6 +224,7 @@ def like(trainer: Trainer, model: PreTrainedModel) -> Trainer:
     other = Trainer(
         model=model,
         args=trainer.args,
+        eval_dataset=trainer.eval_dataset,
         data_collator=trainer.data_collator,
         processing_class=trainer.processing_class,
         compute_metrics=trainer.compute_metrics,

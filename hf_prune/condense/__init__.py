@@ -59,7 +59,7 @@ def condense(model: Model, verify: bool = True) -> Model:
             keep_units(block.block, block.kept)
         model.config.hf_prune = plan.entry(getattr(model.config, "hf_prune", None))
         if before is not None:
-            compare(before, observe(model))
+            compare(before, observe(model), model.dtype)
     return model
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from ..tables import as_text
 from .rules import Rule
 
 
@@ -57,9 +57,7 @@ class PruningPlan:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=160, record=True, quiet=True)
-        console.print(self)
-        return console.export_text()
+        return as_text(self.__rich__())
 
 
 def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str]) -> PruningPlan:
