@@ -5,6 +5,7 @@ from __future__ import annotations
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 
 _BERT_SIZES = {"num_attention_heads": "heads", "all_head_size": "width"}
+_BERT_FFN = FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn")
 
 
 def _bert_attention(name: str) -> AttentionSpec:
@@ -14,6 +15,7 @@ def _bert_attention(name: str) -> AttentionSpec:
         key=Part(f"{name}.self.key"),
         value=Part(f"{name}.self.value"),
         output=Part(f"{name}.output.dense"),
+        head_size="attention_head_size",
         sizes=_BERT_SIZES,
     )
 
@@ -22,9 +24,7 @@ BERT = ArchitectureSpec(
     model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
     layers=("encoder.layer",),
     attentions=(_bert_attention("attention"), _bert_attention("crossattention")),
-    feed_forwards=(
-        FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn"),
-    ),
+    feed_forwards=(_BERT_FFN,),
 )
 
 DISTILBERT = ArchitectureSpec(
@@ -37,11 +37,82 @@ DISTILBERT = ArchitectureSpec(
             key=Part("attention.k_lin"),
             value=Part("attention.v_lin"),
             output=Part("attention.out_lin"),
-            heads="n_heads",
+            head_size="attention_head_size",
             sizes={"n_heads": "heads", "dim": "width"},
         ),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("ffn.lin1"), down=Part("ffn.lin2"), activation="ffn.activation"),),
+)
+
+#: The layers of a group are one layer that is run several times.
+ALBERT = ArchitectureSpec(
+    model_types=("albert",),
+    layers=("encoder.albert_layer_groups.*.albert_layers",),
+    attentions=(
+        AttentionSpec(
+            module="attention",
+            query=Part("attention.query"),
+            key=Part("attention.key"),
+            value=Part("attention.value"),
+            output=Part("attention.dense"),
+            head_size="attention_head_size",
+            sizes=_BERT_SIZES,
+            after=("output_dropout",),
+            residual_norm="LayerNorm",
+        ),
+    ),
+    feed_forwards=(FeedForwardSpec(up=Part("ffn"), down=Part("ffn_output"), activation="activation"),),
+)
+
+#: The encoder computes one position bias, for all of its heads, that every layer adds to its attention scores.
+MPNET = ArchitectureSpec(
+    model_types=("mpnet",),
+    layers=("encoder.layer",),
+    attentions=(
+        AttentionSpec(
+            module="attention.attn",
+            query=Part("attention.attn.q"),
+            key=Part("attention.attn.k"),
+            value=Part("attention.attn.v"),
+            output=Part("attention.attn.o"),
+            head_size="attention_head_size",
+            sizes=_BERT_SIZES,
+            position_bias="taken",
+        ),
+    ),
+    feed_forwards=(_BERT_FFN,),
+)
+
+VIT = ArchitectureSpec(
+    model_types=("vit", "deit"),
+    layers=("layers",),
+    attentions=(
+        AttentionSpec(
+            module="attention",
+            query=Part("attention.q_proj"),
+            key=Part("attention.k_proj"),
+            value=Part("attention.v_proj"),
+            output=Part("attention.o_proj"),
+            sizes={"num_attention_heads": "heads"},
+        ),
+    ),
+    feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
+)
+
+MODERNBERT = ArchitectureSpec(
+    model_types=("modernbert",),
+    layers=("layers",),
+    attentions=(
+        AttentionSpec(
+            module="attn",
+            query=Part("attn.Wqkv", 0, 3),
+            key=Part("attn.Wqkv", 1, 3),
+            value=Part("attn.Wqkv", 2, 3),
+            output=Part("attn.Wo"),
+            after=("out_drop",),
+        ),
+    ),
+    feed_forwards=(FeedForwardSpec(gate=Part("mlp.Wi", 0, 2), up=Part("mlp.Wi", 1, 2), down=Part("mlp.Wo"), activation="mlp.act"),),
 )
 
 #: `config.model_type` → spec.
@@ -69,5 +140,5 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     return SPECS[model_type]
 
 
-for _spec in (BERT, DISTILBERT):
+for _spec in (BERT, DISTILBERT, ALBERT, MPNET, VIT, MODERNBERT):
     register_architecture(_spec)
