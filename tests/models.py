@@ -37,6 +37,21 @@ def _special() -> dict[str, int]:
     return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
 
+def _bart_like(**changes: int) -> dict[str, int]:
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _SIDE.items()}
+    special = {**_special(), "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    return {"vocab_size": 99, "d_model": 32, "max_position_embeddings": 40, **special, **sizes, **changes}
+
+
+_SIDE = {"layers": 3, "attention_heads": 4, "ffn_dim": 40}
+
+
+def _llama_like(**changes: int) -> dict[str, int]:
+    """Eight query heads in four groups, of width 8 in a model of width 32."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    return _bert_like(**_special()) | heads | changes
+
+
 #: Three layers of four heads of width 8 and 40 neurons; hidden sizes, and the names of the fields, differ by family.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert": lambda: transformers.BertConfig(**_bert_like()),
@@ -54,6 +69,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "modernbert": lambda: transformers.ModernBertConfig(
         **_bert_like(**_special(), local_attention=8, global_attn_every_n_layers=2)
     ),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, n_inner=40, n_positions=40, vocab_size=99, **_special()
+    ),
+    "opt": lambda: transformers.OPTConfig(**_bert_like(**_special(), ffn_dim=40, word_embed_proj_dim=32)),
+    "bart": lambda: transformers.BartConfig(**_bart_like()),
+    "llama": lambda: transformers.LlamaConfig(**_llama_like()),
+    "llama-with-biases": lambda: transformers.LlamaConfig(**_llama_like(attention_bias=True, mlp_bias=True)),
+    "mistral": lambda: transformers.MistralConfig(**_llama_like(sliding_window=6)),
+    "qwen2": lambda: transformers.Qwen2Config(**_llama_like()),
+    "qwen3": lambda: transformers.Qwen3Config(**_llama_like()),
+    "gemma": lambda: transformers.GemmaConfig(**_llama_like(num_key_value_heads=1)),
 }
 
 #: Task head → Auto class.
@@ -64,6 +90,8 @@ HEADS: dict[str, type] = {
     "question-answering": transformers.AutoModelForQuestionAnswering,
     "masked-lm": transformers.AutoModelForMaskedLM,
     "multiple-choice": transformers.AutoModelForMultipleChoice,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
     "image-classification": transformers.AutoModelForImageClassification,
     "masked-image-modeling": transformers.AutoModelForMaskedImageModeling,
 }
@@ -80,6 +108,18 @@ def classifier_of(family: str) -> str:
     kinds = ("sequence-classification", "image-classification")
     return next(head for head in heads_of(family) if head in kinds)
 
+
+#: The families that generate, each with the head that does.
+GENERATORS: dict[str, str] = {
+    "gpt2": "causal-lm",
+    "opt": "causal-lm",
+    "bart": "seq2seq-lm",
+    "llama": "causal-lm",
+    "mistral": "causal-lm",
+    "qwen2": "causal-lm",
+    "qwen3": "causal-lm",
+    "gemma": "causal-lm",
+}
 
 #: Every family with every task head that it has.
 MATRIX: list[tuple[str, str]] = [(family, head) for family in FAMILIES for head in heads_of(family)]
@@ -127,6 +167,8 @@ def ragged_batch(model: PreTrainedModel, rows: int = 4, tokens: int = 11, seed: 
     batch = {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id or 0), "attention_mask": mask}
     if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
         batch["token_type_ids"] = torch.randint(config.type_vocab_size, (rows, tokens), generator=generator)
+    if config.is_encoder_decoder:
+        batch["input_ids"][torch.arange(rows), mask.sum(1) - 1] = config.eos_token_id  # BART classifies by it
     if "MultipleChoice" in type(model).__name__:
         batch = {name: value[None] for name, value in batch.items()}
     return batch
@@ -157,15 +199,30 @@ def zero_units(block: Block, units: list[int], how: str) -> None:
 def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
     """Zero random units of each block, each by its rows or its columns; the first attention and the second FFN block lose all.
 
-    Returns how many units each block has left, by the block's name.
+    Returns how many units each block has left, by the block's name, where all of those can go.
     """
     generator = torch.Generator().manual_seed(seed)
     left = {}
     for number, block in enumerate(find_blocks(model)):
         count = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+        shared = block.heads_per_group if isinstance(block, AttentionBlock) else 1
         dead = torch.rand(count, generator=generator) < (1.0 if number in (0, 3) else 0.5)
         by_rows = torch.rand(count, generator=generator) < 0.5
+        if shared > 1:  # rows that heads share go only with all of them
+            silent = dead.view(-1, shared).all(1) & by_rows[::shared]
+            zero_units(block, silent.nonzero().flatten().tolist(), "in")
+            zero_units(block, (dead & ~silent.repeat_interleave(shared)).nonzero().flatten().tolist(), "out")
+            left[block.name] = heads_left(dead.view(-1, shared).tolist())
+            continue
         zero_units(block, (dead & by_rows).nonzero().flatten().tolist(), "in")
         zero_units(block, (dead & ~by_rows).nonzero().flatten().tolist(), "out")
         left[block.name] = count - int(dead.sum())
     return left
+
+
+def heads_left(groups: list[list[bool]]) -> int:
+    """How many query heads have to stay when these are dead, group by group: as many in each living group, or all on their own."""
+    alive = [group.count(False) for group in groups]
+    living = [size for size in alive if size]
+    together, alone = len(living) * max(living, default=0), sum(alive)
+    return alone if alone <= len(groups) and 2 * alone < together + len(living) else together

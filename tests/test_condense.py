@@ -9,13 +9,16 @@ import models
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import condense, condense_plan
 from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks
-from hf_prune.condense.resize import inputs_of, output_of
+from hf_prune.condense.plan import regroup
+from hf_prune.condense.resize import inputs_of, output_of, unit_features
 from hf_prune.targets import weight_target
 
 #: The room itself: `hf_prune.condense` is the function of that name.
@@ -90,7 +93,7 @@ def test_modules_stay_true_to_their_size(family: str) -> None:
     for block in find_blocks(model):
         if isinstance(block, AttentionBlock):
             width = block.query.stop - block.query.start
-            wanted = {"heads": width // 8, "width": width}
+            wanted = {"heads": width // 8, "width": width, "groups": block.heads_per_group}
             assert all(getattr(block.module, name) == wanted[meaning] for name, meaning in block.spec.sizes.items())
             assert wanted["width"] == weight_target("", block.output.module).shape[1]
 
@@ -143,13 +146,11 @@ def test_what_only_looks_dead_stays(family: str) -> None:
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_gradients_of_survivors_are_equal(family: str) -> None:
-    model = models.tiny(family).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = models.tiny(family)
     for block in find_blocks(model):  # dead on both sides, so that the masked model's survivors get no other gradient
-        models.zero_units(block, [1, 2], "in")
-        models.zero_units(block, [1, 2], "out")
+        models.zero_units(block, [2, 3], "out")
+        if not isinstance(block, AttentionBlock) or block.heads_per_group == 1:
+            models.zero_units(block, [2, 3], "in")
     plan = condense_plan(copy.deepcopy(model))
     batch = {**models.ragged_batch(model), "labels": torch.tensor([0, 1, 1, 0])}
     model(**batch).loss.backward()
@@ -162,9 +163,11 @@ def test_gradients_of_survivors_are_equal(family: str) -> None:
     kept: dict[str, list[Tensor]] = {}
     for block in plan.blocks:
         features = (~block.dead_features).nonzero().flatten()
+        shared = features if block.key_values is None else unit_features(block.block, block.key_values)
         for part in sorted(inputs_of(block.block), key=lambda part: part.start):
+            reads = part in (getattr(block.block, "key", None), getattr(block.block, "value", None))
             for name in ("weight", "bias"):
-                kept.setdefault(f"{part.name}.{name}", []).append(part.start + features)
+                kept.setdefault(f"{part.name}.{name}", []).append(part.start + (shared if reads else features))
         masked[f"{output_of(block.block).name}.weight"] = masked[f"{output_of(block.block).name}.weight"][:, features]
     for name, gradient in condensed.items():
         wanted = masked[name][torch.cat(kept[name])] if name in kept else masked[name]
@@ -228,6 +231,95 @@ def test_decoder_with_an_empty_first_layer_generates_the_same() -> None:
     assert list(sizes(model).values())[:2] == [0, 0]
     assert before.sequences.equal(after.sequences)
     assert gap(list(before.logits), list(after.logits)) <= 1e-5
+
+
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", models.GENERATORS)
+def test_generates_the_same_left_padded(family: str, beams: int) -> None:
+    model = models.tiny(family, models.GENERATORS[family])
+    models.prune_randomly(model)
+    for block in find_blocks(model):
+        if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
+            models.zero_units(block, list(range(block.num_heads)), "out")
+    inputs = {"input_ids": torch.tensor([[7, 8, 9], [0, 6, 4]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+    settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "num_beams": beams}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(**inputs, **settings)
+    after = condense(model).generate(**inputs, **settings)
+    assert {block.num_heads for block in find_blocks(model) if hasattr(block, "num_heads") and block.layer.endswith(".0")} == {0}
+    assert len(before.logits) == 9
+    assert before.sequences.equal(after.sequences)
+    assert gap(list(before.logits), list(after.logits)) <= 1e-5
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_heads_keep_their_key_and_value_heads(groups: list[list[bool]]) -> None:
+    dead = torch.tensor(groups)
+    heads, key_values = regroup(dead.flatten(), 3)
+    alive = (~dead.flatten()).nonzero().flatten().tolist()
+    assert set(alive) <= set(heads.tolist())
+    assert heads.tolist() == sorted(set(heads.tolist()))
+    assert len(key_values) <= len(groups)
+    assert len(heads) == models.heads_left(groups)
+    if alive:
+        share = len(heads) // len(key_values)
+        assert key_values.repeat_interleave(share).tolist() == [head // 3 for head in heads.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("alive", "sizes", "masked"),
+    [
+        ([0, 1, 2, 3, 4, 5], {"num_attention_heads": 6, "num_key_value_heads": 3}, 0),  # a whole group goes
+        ([0, 3, 5, 6], {"num_attention_heads": 4, "num_key_value_heads": 4}, 0),  # one head of each group stays
+        ([0, 1, 2, 4], {"num_attention_heads": 4, "num_key_value_heads": 4}, 0),  # one key and value head is doubled
+        ([0, 1, 2, 4, 6], {}, 3),  # doubling would need five key and value heads where four were
+        ([0, 1, 2, 3, 4], {"num_attention_heads": 6, "num_key_value_heads": 3}, 1),
+        ([], {"num_attention_heads": 0, "num_key_value_heads": 0}, 0),
+    ],
+)
+def test_grouped_queries(alive: list[int], sizes: dict[str, int], masked: int) -> None:
+    model = models.tiny("llama", "causal-lm")
+    block = find_blocks(model)[2]
+    models.zero_units(block, [head for head in range(8) if head not in alive], "out")
+    plan, before = condense_plan(model), outputs(model)
+    assert plan.to_dict()[2]["masked"] == masked
+    assert (f"({masked} of them dead, but their key and value heads are shared)" in str(plan)) == (masked > 0)
+    condense(model)
+    condense(model)
+    assert gap(before, outputs(model)) <= 1e-5
+    assert getattr(model.config, "hf_prune", {"layers": {}})["layers"] == ({"layers.1": {"self_attn": sizes}} if sizes else {})
+    with torch.no_grad():
+        cache = model(torch.tensor([[5, 6, 7]])).past_key_values
+    assert cache.layers[1].keys.shape[1] == max(sizes.get("num_key_value_heads", 4), 1)  # one stands in for none
+
+
+def test_a_bias_where_the_family_has_none() -> None:
+    model = models.tiny("qwen2", "causal-lm")
+    block = find_blocks(model)[0]
+    models.zero_units(block, [1], "in")  # a key and value head, of two heads
+    plan, parameters, before = condense_plan(model), model.num_parameters(), outputs(model)
+    condense(model)
+    assert gap(before, outputs(model)) <= 1e-5
+    assert model.num_parameters() == parameters - plan.parameters
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "output_bias": True}
+    assert model.config.hf_prune["layers"] == {"layers.0": {"self_attn": sizes}}
+    models.zero_units(find_blocks(model)[0], [0, 1], "out")
+    before = outputs(model)
+    condense(model)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "output_bias": True}
+    assert model.config.hf_prune["layers"] == {"layers.0": {"self_attn": sizes}}
+    assert gap(before, outputs(model)) <= 1e-5
+
+
+def test_shared_position_bias_when_condensed_again() -> None:
+    model = models.tiny("mpnet")
+    models.zero_units(find_blocks(model)[0], [1], "in")
+    condense(model)
+    models.zero_units(find_blocks(model)[0], [1], "out")
+    before = outputs(model)
+    condense(model)
+    assert gap(before, outputs(model)) <= 1e-5
+    assert model.config.hf_prune["layers"] == {"encoder.layer.0": {"attention.attn": {"num_attention_heads": 2, "heads": [0, 3]}}}
 
 
 def test_cross_attention() -> None:

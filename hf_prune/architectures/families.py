@@ -115,6 +115,67 @@ MODERNBERT = ArchitectureSpec(
     feed_forwards=(FeedForwardSpec(gate=Part("mlp.Wi", 0, 2), up=Part("mlp.Wi", 1, 2), down=Part("mlp.Wo"), activation="mlp.act"),),
 )
 
+
+def _gpt2_attention(name: str, query: Part, packed: int) -> AttentionSpec:
+    """`packed`: how many parts `c_attn` has; key and value are the last two."""
+    return AttentionSpec(
+        module=name,
+        query=query,
+        key=Part(f"{name}.c_attn", packed - 2, packed),
+        value=Part(f"{name}.c_attn", packed - 1, packed),
+        output=Part(f"{name}.c_proj"),
+        sizes={"num_heads": "heads", "split_size": "width"},
+        after=("resid_dropout",),
+    )
+
+
+GPT2 = ArchitectureSpec(
+    model_types=("gpt2",),
+    layers=("h",),
+    attentions=(
+        _gpt2_attention("attn", Part("attn.c_attn", 0, 3), packed=3),
+        _gpt2_attention("crossattention", Part("crossattention.q_attn"), packed=2),
+    ),
+    feed_forwards=(FeedForwardSpec(up=Part("mlp.c_fc"), down=Part("mlp.c_proj"), activation="mlp.act"),),
+)
+
+
+def _bart_attention(name: str) -> AttentionSpec:
+    return AttentionSpec(
+        module=name,
+        query=Part(f"{name}.q_proj"),
+        key=Part(f"{name}.k_proj"),
+        value=Part(f"{name}.v_proj"),
+        output=Part(f"{name}.out_proj"),
+        sizes={"num_heads": "heads"},
+    )
+
+
+BART = ArchitectureSpec(
+    model_types=("bart", "opt"),
+    layers=("encoder.layers", "decoder.layers"),
+    attentions=(_bart_attention("self_attn"), _bart_attention("encoder_attn")),
+    feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
+)
+
+LLAMA = ArchitectureSpec(
+    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma"),
+    layers=("layers",),
+    attentions=(
+        AttentionSpec(
+            module="self_attn",
+            query=Part("self_attn.q_proj"),
+            key=Part("self_attn.k_proj"),
+            value=Part("self_attn.v_proj"),
+            output=Part("self_attn.o_proj"),
+            sizes={"num_key_value_groups": "groups"},
+        ),
+    ),
+    feed_forwards=(
+        FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
+    ),
+)
+
 #: `config.model_type` → spec.
 SPECS: dict[str, ArchitectureSpec] = {}
 
@@ -140,5 +201,5 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     return SPECS[model_type]
 
 
-for _spec in (BERT, DISTILBERT, ALBERT, MPNET, VIT, MODERNBERT):
+for _spec in (BERT, DISTILBERT, ALBERT, MPNET, VIT, MODERNBERT, GPT2, BART, LLAMA):
     register_architecture(_spec)
