@@ -22,7 +22,7 @@ CONFIG_NAME = "pruning_config.json"
 _T = TypeVar("_T")
 
 #: Structural patterns and the level at which they nest: a unit of a higher level contains units of lower ones.
-STRUCTURAL_PATTERNS: dict[str, int] = {"head": 2, "neuron": 2, "block": 3, "layer": 4}
+STRUCTURAL_PATTERNS: dict[str, int] = {"head": 2, "kv_group": 2, "neuron": 2, "block": 3, "layer": 4}
 #: Criteria, by name; the classes are in `criteria.py`.
 CRITERIA: set[str] = {
     "magnitude",
@@ -53,7 +53,7 @@ CONFLICTS: tuple[tuple[str, frozenset[str], str, frozenset[str], str], ...] = (
         frozenset({"fpgm", "apoz", "mean_activation"}),
         "pattern",
         frozenset({"NxM", "N:M", "channelx1", "block", "layer"}),
-        "scores output rows, so it needs a pattern whose units own some: 1xchannel, head or neuron",
+        "scores output rows, so it needs a pattern whose units own some: 1xchannel, head, kv_group or neuron",
     ),
     (
         "scope",
@@ -110,7 +110,7 @@ class Pattern:
 
     @property
     def level(self) -> int:
-        """Nesting level: 0 weights and blocks of weights, 1 rows and columns, 2 heads and neurons."""
+        """Nesting level: 0 weights and blocks of weights, 1 rows and columns, 2 heads, groups of heads and neurons."""
         if self.kind in STRUCTURAL_PATTERNS:
             return STRUCTURAL_PATTERNS[self.kind]
         return 1 if self.n is None or self.m is None else 0
@@ -130,8 +130,8 @@ class Pattern:
 
 _PATTERN_HELP = (
     "must be 'NxM' (a block of N outputs by M inputs, such as '1x1' or '4x1'), 'N:M' (N zeros in every M neighbouring inputs, "
-    "such as '2:4'), '1xchannel' (an output row), 'channelx1' (an input column), 'head', 'neuron', 'block' (a whole attention or "
-    "feed-forward sublayer) or 'layer'."
+    "such as '2:4'), '1xchannel' (an output row), 'channelx1' (an input column), 'head', 'kv_group' (a key and value head with all "
+    "the heads that share it), 'neuron', 'block' (a whole attention or feed-forward sublayer) or 'layer'."
 )
 
 
@@ -475,7 +475,7 @@ class PruningArguments:
         metadata={"help": "A JSON file with a PruningConfig, rules included; arguments given beside it win over it."},
     )
     pruning_pattern: str | None = field(
-        default=None, metadata={"help": "NxM (4x1), N:M (2:4), 1xchannel, channelx1, head, neuron, block or layer."}
+        default=None, metadata={"help": "NxM (4x1), N:M (2:4), 1xchannel, channelx1, head, kv_group, neuron, block or layer."}
     )
     target_sparsity: float | None = field(default=None, metadata={"help": "Share of zeros at the end, in [0, 1)."})
     initial_sparsity: float | None = field(default=None, metadata={"help": "Share of zeros at the first update."})

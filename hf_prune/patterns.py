@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .architectures import AttentionBlock, Block, Projection
+from .architectures import AttentionBlock, Block, FeedForwardBlock, Projection
 from .config import Pattern
-from .targets import bias_target, weight_target
+from .targets import Target, bias_target, weight_target
 from .units import UnitGroup, View
 
 
@@ -21,10 +21,10 @@ def build_groups(
     """The unit groups of a pattern over the selected modules or blocks, and what is left out with its reason."""
     groups: list[UnitGroup] = []
     left_out: dict[str, str] = {}
-    if pattern.kind in ("head", "neuron"):
-        for block in blocks:
-            if isinstance(block, AttentionBlock) == (pattern.kind == "head"):
-                groups.append(_block_group(block))
+    if pattern.kind == "neuron":
+        groups = [_neuron_group(block) for block in blocks if isinstance(block, FeedForwardBlock)]
+    elif pattern.kind in ("head", "kv_group"):
+        groups = [_head_group(block, pattern.kind == "kv_group") for block in blocks if isinstance(block, AttentionBlock)]
     elif pattern.kind in ("block", "layer"):
         together: dict[str, list[Block]] = {}
         for block in blocks:
@@ -60,32 +60,45 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
     return UnitGroup(name, (View(target, height, width, 0, rows),), biases), ""
 
 
-def _block_group(block: Block) -> UnitGroup:
-    """The heads of an attention block, or the neurons of a feed-forward block."""
-    if isinstance(block, AttentionBlock):
-        size, rows, columns = block.head_size, [block.query, block.key, block.value], block.output
-    else:
-        size, rows, columns = 1, [p for p in (block.up, block.gate) if p is not None], block.down
-    inputs = [View(weight_target(p.name, p.module), size, weight_target(p.name, p.module).shape[1], p.start, p.stop) for p in rows]
-    output = weight_target(columns.name, columns.module)
-    outputs = View(output, output.shape[0], size, 0, output.shape[0])
-    return UnitGroup(block.name, (*inputs, outputs), tuple(_bias_views(rows, size)))
+def _neuron_group(block: FeedForwardBlock) -> UnitGroup:
+    """The neurons of a feed-forward block: their rows of up and gate, their column of down."""
+    rows = [part for part in (block.up, block.gate) if part is not None]
+    weights = (*(_row_view(part, 1) for part in rows), _column_view(block.down, 1))
+    return UnitGroup(block.name, weights, tuple(_bias_view(part, 1) for part in rows if part.module.bias is not None))
+
+
+def _head_group(block: AttentionBlock, whole_groups: bool) -> UnitGroup:
+    """The heads of an attention block, or its key and value heads with all the query heads that share them.
+
+    A key and value head that several query heads share belongs to none of them alone, so that a unit of the pattern `head` is then
+    the rows of the query and the columns of the output projection.
+    """
+    per_group = block.heads_per_group if whole_groups else 1
+    sizes = {block.query: block.head_size * per_group}
+    if whole_groups or block.heads_per_group == 1:
+        sizes |= {block.key: block.head_size, block.value: block.head_size}
+    weights = (*(_row_view(part, size) for part, size in sizes.items()), _column_view(block.output, sizes[block.query]))
+    return UnitGroup(
+        block.name, weights, tuple(_bias_view(part, size) for part, size in sizes.items() if part.module.bias is not None)
+    )
 
 
 def _whole_group(name: str, blocks: Iterable[Block]) -> UnitGroup:
     """Blocks that go as one unit, with everything they add to the residual stream: output biases too."""
-    projections = [projection for block in blocks for projection in block.projections]
-    weights: list[View] = []
-    biases: list[View] = []
-    for projection in projections:
-        rows = projection.stop - projection.start
-        target = weight_target(projection.name, projection.module)
-        weights.append(View(target, rows, target.shape[1], projection.start, projection.stop))
-        biases += _bias_views([projection], rows)
-    return UnitGroup(name, tuple(weights), tuple(biases))
+    sizes = [(part, part.stop - part.start) for block in blocks for part in block.projections]
+    biases = tuple(_bias_view(part, rows) for part, rows in sizes if part.module.bias is not None)
+    return UnitGroup(name, tuple(_row_view(part, rows) for part, rows in sizes), biases)
 
 
-def _bias_views(projections: Iterable[Projection], size: int) -> Iterable[View]:
-    for projection in projections:
-        if (bias := bias_target(projection.name, projection.module)) is not None:
-            yield View(bias, size, 1, projection.start, projection.stop)
+def _row_view(part: Projection, height: int) -> View:
+    target = weight_target(part.name, part.module)
+    return View(target, height, target.shape[1], part.start, part.stop)
+
+
+def _column_view(part: Projection, width: int) -> View:
+    target = weight_target(part.name, part.module)
+    return View(target, target.shape[0], width, 0, target.shape[0])
+
+
+def _bias_view(part: Projection, height: int) -> View:
+    return View(Target(f"{part.name}.bias", part.name, part.module.get_parameter("bias")), height, 1, part.start, part.stop)

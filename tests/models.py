@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from hf_prune.architectures import AttentionBlock, Block, find_blocks
-
-#: Three layers of four heads of width 8 and 40 neurons; hidden sizes, and the names of the fields, differ by family.
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "bert": lambda: transformers.BertConfig(**_bert_like()),
-    "roberta": lambda: transformers.RobertaConfig(**_bert_like(type_vocab_size=1)),
-    "electra": lambda: transformers.ElectraConfig(**_bert_like(embedding_size=16)),
-    "distilbert": lambda: transformers.DistilBertConfig(
-        vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=40
-    ),
-}
-
-#: Task head → Auto class.
-HEADS: dict[str, type] = {
-    "bare": transformers.AutoModel,
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "token-classification": transformers.AutoModelForTokenClassification,
-    "question-answering": transformers.AutoModelForQuestionAnswering,
-    "masked-lm": transformers.AutoModelForMaskedLM,
-    "multiple-choice": transformers.AutoModelForMultipleChoice,
-}
+from hf_prune.architectures import AttentionBlock, Block, FeedForwardBlock, find_blocks
+from hf_prune.targets import weight_target
 
 
 def _bert_like(**changes: int) -> dict[str, int]:
@@ -44,66 +28,201 @@ def _bert_like(**changes: int) -> dict[str, int]:
     return {**sizes, **changes}
 
 
-def tiny(family: str = "bert", head: str = "sequence-classification", seed: int = 0, **config: object) -> PreTrainedModel:
-    """A tiny model with random weights, in evaluation mode. `config`: changes to the family's config."""
+def _pixels() -> dict[str, Any]:
+    return {"image_size": 12, "patch_size": 4, "encoder_stride": 4, "num_labels": 3, **_bert_like()}
+
+
+def _special() -> dict[str, int]:
+    """Special tokens within the vocabulary, for families whose own are beyond it."""
+    return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+
+
+def _bart_like(**changes: int) -> dict[str, int]:
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _SIDE.items()}
+    special = {**_special(), "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    return {"vocab_size": 99, "d_model": 32, "max_position_embeddings": 40, **special, **sizes, **changes}
+
+
+_SIDE = {"layers": 3, "attention_heads": 4, "ffn_dim": 40}
+
+
+def _llama_like(**changes: int) -> dict[str, int]:
+    """Eight query heads in four groups, of width 8 in a model of width 32."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    return _bert_like(**_special()) | heads | changes
+
+
+#: Three layers of four heads of width 8 and 40 neurons; hidden sizes, and the names of the fields, differ by family.
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": lambda: transformers.BertConfig(**_bert_like()),
+    "roberta": lambda: transformers.RobertaConfig(**_bert_like(type_vocab_size=1)),
+    "electra": lambda: transformers.ElectraConfig(**_bert_like(embedding_size=16)),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=40
+    ),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**_bert_like(type_vocab_size=1)),
+    "camembert": lambda: transformers.CamembertConfig(**_bert_like(type_vocab_size=1)),
+    "albert": lambda: transformers.AlbertConfig(**_bert_like(embedding_size=16, num_hidden_groups=2)),
+    "mpnet": lambda: transformers.MPNetConfig(**_bert_like()),
+    "vit": lambda: transformers.ViTConfig(**_pixels()),
+    "deit": lambda: transformers.DeiTConfig(**_pixels(), architectures=["DeiTForImageClassification"]),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **_bert_like(**_special(), local_attention=8, global_attn_every_n_layers=2)
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, n_inner=40, n_positions=40, vocab_size=99, **_special()
+    ),
+    "opt": lambda: transformers.OPTConfig(**_bert_like(**_special(), ffn_dim=40, word_embed_proj_dim=32)),
+    "bart": lambda: transformers.BartConfig(**_bart_like()),
+    "llama": lambda: transformers.LlamaConfig(**_llama_like()),
+    "llama-with-biases": lambda: transformers.LlamaConfig(**_llama_like(attention_bias=True, mlp_bias=True)),
+    "mistral": lambda: transformers.MistralConfig(**_llama_like(sliding_window=6)),
+    "qwen2": lambda: transformers.Qwen2Config(**_llama_like()),
+    "qwen3": lambda: transformers.Qwen3Config(**_llama_like()),
+    "gemma": lambda: transformers.GemmaConfig(**_llama_like(num_key_value_heads=1)),
+}
+
+#: Task head → Auto class.
+HEADS: dict[str, type] = {
+    "bare": transformers.AutoModel,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "multiple-choice": transformers.AutoModelForMultipleChoice,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "image-classification": transformers.AutoModelForImageClassification,
+    "masked-image-modeling": transformers.AutoModelForMaskedImageModeling,
+}
+
+
+def heads_of(family: str) -> list[str]:
+    """The task heads, of those in `HEADS`, that a family has."""
+    config = type(FAMILIES[family]())
+    return [head for head, auto in HEADS.items() if config in auto._model_mapping]
+
+
+def classifier_of(family: str) -> str:
+    """The task head that classifies what the family reads."""
+    kinds = ("sequence-classification", "image-classification")
+    return next(head for head in heads_of(family) if head in kinds)
+
+
+#: The families that generate, each with the head that does.
+GENERATORS: dict[str, str] = {
+    "gpt2": "causal-lm",
+    "opt": "causal-lm",
+    "bart": "seq2seq-lm",
+    "llama": "causal-lm",
+    "mistral": "causal-lm",
+    "qwen2": "causal-lm",
+    "qwen3": "causal-lm",
+    "gemma": "causal-lm",
+}
+
+#: Every family with every task head that it has.
+MATRIX: list[tuple[str, str]] = [(family, head) for family in FAMILIES for head in heads_of(family)]
+
+
+def tiny(family: str = "bert", head: str | None = None, seed: int = 0, **config: object) -> PreTrainedModel:
+    """A tiny model with random weights, in evaluation mode.
+
+    Args:
+        family: a name in `FAMILIES`.
+        head: a name in `HEADS`; default the one that classifies what the family reads.
+        seed: of the weights.
+        config: changes to the family's config.
+    """
     torch.manual_seed(seed)
     settings = FAMILIES[family]()
     settings.update(config)
-    return randomize(HEADS[head].from_config(settings)).eval()
+    return randomize(HEADS[head or classifier_of(family)].from_config(settings)).eval()
 
 
 @torch.no_grad()
 def randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every bias and every LayerNorm random non-zero values, and weights a size at which every unit matters."""
+    """Give every bias and every norm random non-zero values, and weights a size at which every unit matters."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            nn.init.normal_(module.weight, 1.0, 0.2)
-            nn.init.normal_(module.bias, std=0.2)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.2)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if "Norm" in type(module).__name__ and weight is not None:
+            nn.init.normal_(weight, 1.0, 0.2)
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            nn.init.normal_(weight, std=(module.in_features if isinstance(module, nn.Linear) else module.nx) ** -0.5)
+        else:
+            continue
+        if bias is not None:
+            nn.init.normal_(bias, std=0.2)
     return model
 
 
 def ragged_batch(model: PreTrainedModel, rows: int = 4, tokens: int = 11, seed: int = 1) -> dict[str, Tensor]:
-    """A right-padded batch of random tokens; each row is shorter than the one before."""
+    """A right-padded batch of random tokens, each row shorter than the one before; for models that see, random images."""
     generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(rows, 3, config.image_size, config.image_size, generator=generator)}
     mask = (torch.arange(tokens) < torch.linspace(tokens, 2, rows).long()[:, None]).long()
-    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
-    batch = {"input_ids": torch.where(mask.bool(), ids, model.config.pad_token_id or 0), "attention_mask": mask}
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        batch["token_type_ids"] = torch.randint(model.config.type_vocab_size, (rows, tokens), generator=generator)
+    ids = torch.randint(5, config.vocab_size, (rows, tokens), generator=generator)
+    batch = {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id or 0), "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        batch["token_type_ids"] = torch.randint(config.type_vocab_size, (rows, tokens), generator=generator)
+    if config.is_encoder_decoder:
+        batch["input_ids"][torch.arange(rows), mask.sum(1) - 1] = config.eos_token_id  # BART classifies by it
     if "MultipleChoice" in type(model).__name__:
         batch = {name: value[None] for name, value in batch.items()}
     return batch
+
+
+def attentions_of(model: PreTrainedModel) -> list[str]:
+    """The attention implementations that a model is compared in."""
+    return ["eager", "sdpa"] if model._supports_sdpa else ["eager"]
 
 
 @torch.no_grad()
 def zero_units(block: Block, units: list[int], how: str) -> None:
     """Zero some heads or neurons of a block. `how`: `"in"` (value or up rows), `"out"` (output or down columns), `"query"`."""
     width = block.head_size if isinstance(block, AttentionBlock) else 1
-    features = [unit * width + offset for unit in units for offset in range(width)]
+    features = torch.tensor([unit * width + offset for unit in units for offset in range(width)], dtype=torch.long)
     if how == "out":
-        (block.output if isinstance(block, AttentionBlock) else block.down).module.weight[:, features] = 0
-    elif how == "query":
-        block.query.module.weight[features] = 0
+        target = weight_target("", (block.output if isinstance(block, AttentionBlock) else block.down).module)
+        target.matrix(target.parameter)[:, features] = 0
     else:
-        (block.value if isinstance(block, AttentionBlock) else block.up).module.weight[features] = 0
+        part = (block.query if how == "query" else block.value) if isinstance(block, AttentionBlock) else block.up
+        target = weight_target("", part.module)
+        target.matrix(target.parameter)[part.start + features] = 0
+        if isinstance(block, FeedForwardBlock) and block.gate is not None:  # constant only if both factors are
+            target = weight_target("", block.gate.module)
+            target.matrix(target.parameter)[block.gate.start + features] = 0
 
 
 def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
     """Zero random units of each block, each by its rows or its columns; the first attention and the second FFN block lose all.
 
-    Returns how many units each block has left, by the block's name.
+    Returns how many units each block has left, by the block's name, where all of those can go.
     """
     generator = torch.Generator().manual_seed(seed)
     left = {}
     for number, block in enumerate(find_blocks(model)):
         count = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+        shared = block.heads_per_group if isinstance(block, AttentionBlock) else 1
         dead = torch.rand(count, generator=generator) < (1.0 if number in (0, 3) else 0.5)
         by_rows = torch.rand(count, generator=generator) < 0.5
+        if shared > 1:  # rows that heads share go only with all of them
+            silent = dead.view(-1, shared).all(1) & by_rows[::shared]
+            zero_units(block, silent.nonzero().flatten().tolist(), "in")
+            zero_units(block, (dead & ~silent.repeat_interleave(shared)).nonzero().flatten().tolist(), "out")
+            left[block.name] = heads_left(dead.view(-1, shared).tolist())
+            continue
         zero_units(block, (dead & by_rows).nonzero().flatten().tolist(), "in")
         zero_units(block, (dead & ~by_rows).nonzero().flatten().tolist(), "out")
         left[block.name] = count - int(dead.sum())
     return left
+
+
+def heads_left(groups: list[list[bool]]) -> int:
+    """How many query heads have to stay when these are dead, group by group: as many in each living group, or all on their own."""
+    alive = [group.count(False) for group in groups]
+    living = [size for size in alive if size]
+    together, alone = len(living) * max(living, default=0), sum(alive)
+    return alone if alone <= len(groups) and 2 * alone < together + len(living) else together

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import tiny
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
@@ -111,6 +112,39 @@ def test_heads_and_neurons_tie_every_matrix_they_live_in(kind: str, units: int) 
     assert int((~mask).sum()) == (gone.stop - gone.start) * mask.shape[0]
 
 
+def masks_of(model: nn.Module, group: UnitGroup, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a group zeroes, by parameter name, in a model without zeros: True where it is kept."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    group.apply(kept)
+    return {name: parameter != 0 for name, parameter in model.named_parameters() if bool((parameter == 0).any())}
+
+
+def test_groups_of_heads_and_the_heads_that_share_one() -> None:
+    model = tiny("qwen2")
+    attention = find_blocks(model)[0]
+    together, alone = (build_groups(parse_pattern(kind), [], [attention])[0][0] for kind in ("kv_group", "head"))
+    assert (together.num_units, together.unit_size) == (4, 2 * 8 * 32 + 8 * 32 + 8 * 32 + 32 * 2 * 8)
+    assert (alone.num_units, alone.unit_size) == (8, 8 * 32 + 32 * 8)
+    masks = masks_of(model, together, torch.tensor([True, False, True, True]))
+    name = attention.name
+    for part, rows in (("q_proj", slice(16, 32)), ("k_proj", slice(8, 16)), ("v_proj", slice(8, 16))):
+        for parameter in ("weight", "bias"):
+            mask = masks.pop(f"{name}.{part}.{parameter}")
+            assert not bool(mask[rows].any())
+            assert int((~mask).sum()) == mask[rows].numel()
+    mask = masks.pop(f"{name}.o_proj.weight")
+    assert not bool(mask[:, 16:32].any())
+    assert int((~mask).sum()) == 32 * 16
+    assert not masks
+    masks = masks_of(model, alone, torch.arange(8) != 3)
+    assert set(masks) == {f"{name}.q_proj.weight", f"{name}.q_proj.bias", f"{name}.o_proj.weight"}
+
+    bert = find_blocks(tiny("bert"))[:1]
+    heads, groups = (build_groups(parse_pattern(kind), [], bert)[0][0] for kind in ("head", "kv_group"))
+    assert (heads.num_units, heads.unit_size, len(heads.biases)) == (groups.num_units, groups.unit_size, len(groups.biases))
+
+
 def test_units_of_nesting_patterns_multiply() -> None:
     module = nn.Linear(4, 4, bias=False)
     rows, _ = build_groups(parse_pattern("1xchannel"), [("m", module)], [])
@@ -129,6 +163,6 @@ def test_patterns_that_do_not_parse(text: object) -> None:
 
 
 def test_levels_nest() -> None:
-    levels = [parse_pattern(text).level for text in ("4x1", "2:4", "1xchannel", "channelx1", "head", "neuron")]
-    assert levels == [0, 0, 1, 1, 2, 2]
+    levels = [parse_pattern(text).level for text in ("4x1", "2:4", "1xchannel", "channelx1", "head", "kv_group", "neuron")]
+    assert levels == [0, 0, 1, 1, 2, 2, 2]
     assert Pattern("N:M", 2, 4).max_sparsity == 0.5

@@ -41,7 +41,7 @@ class AttentionBlock:
     key: Projection
     value: Projection
     output: Projection
-    num_heads: int
+    head_size: int
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -49,9 +49,19 @@ class AttentionBlock:
         return self.query, self.key, self.value, self.output
 
     @property
-    def head_size(self) -> int:
-        """Width of one head (0 when no head is left)."""
-        return (self.value.stop - self.value.start) // max(self.num_heads, 1)
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return (self.query.stop - self.query.start) // self.head_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key and value heads; fewer than query heads under grouped-query attention."""
+        return (self.value.stop - self.value.start) // self.head_size
+
+    @property
+    def heads_per_group(self) -> int:
+        """How many query heads share a key and value head (1 when no head is left)."""
+        return self.num_heads // self.num_key_value_heads if self.num_heads else 1
 
 
 @dataclass(frozen=True)
@@ -93,13 +103,29 @@ def _projection(layer: nn.Module, layer_name: str, part: Part) -> Projection:
     return Projection(f"{layer_name}.{part.path}", module, part.index * size, (part.index + 1) * size)
 
 
+def layer_lists(base: nn.Module, path: str) -> dict[str, Any]:
+    """The module lists of a base model that a path of `ArchitectureSpec.layers` names, by their names; empty if it has none."""
+    found = {"": base}
+    for step in path.split("."):
+        found = {
+            f"{name}.{key}" if name else key: child
+            for name, module in found.items()
+            for key, child in module.named_children()
+            if step in ("*", key)
+        }
+    return found
+
+
 def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
     """Yield every block of `model` that `spec` describes, layer by layer."""
-    base = getattr(model, "base_model", model)
+    base: Any = getattr(model, "base_model", model)
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
-    for list_path in spec.layers:
-        for index, layer in enumerate(_get(base, list_path) or ()):
-            short = f"{list_path}.{index}"
+    for path in spec.layers:
+        for short, layer in (
+            (f"{list_name}.{index}", layer)
+            for list_name, layers in layer_lists(base, path).items()
+            for index, layer in enumerate(layers)
+        ):
             full = prefix + short
             for attention in spec.attentions:
                 if (module := _get(layer, attention.module)) is not None:
@@ -107,9 +133,9 @@ def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
                         _projection(layer, full, part)
                         for part in (attention.query, attention.key, attention.value, attention.output)
                     )
-                    heads = getattr(module, attention.heads)
+                    head_size = getattr(module, attention.head_size)
                     name = f"{full}.{attention.module}"
-                    yield AttentionBlock(short, name, attention, module, query, key, value, output, heads)
+                    yield AttentionBlock(short, name, attention, module, query, key, value, output, head_size)
             for ffn in spec.feed_forwards:
                 if _get(layer, ffn.up.path) is not None:
                     yield FeedForwardBlock(

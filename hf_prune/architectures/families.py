@@ -5,6 +5,7 @@ from __future__ import annotations
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 
 _BERT_SIZES = {"num_attention_heads": "heads", "all_head_size": "width"}
+_BERT_FFN = FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn")
 
 
 def _bert_attention(name: str) -> AttentionSpec:
@@ -14,6 +15,7 @@ def _bert_attention(name: str) -> AttentionSpec:
         key=Part(f"{name}.self.key"),
         value=Part(f"{name}.self.value"),
         output=Part(f"{name}.output.dense"),
+        head_size="attention_head_size",
         sizes=_BERT_SIZES,
     )
 
@@ -22,9 +24,7 @@ BERT = ArchitectureSpec(
     model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
     layers=("encoder.layer",),
     attentions=(_bert_attention("attention"), _bert_attention("crossattention")),
-    feed_forwards=(
-        FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn"),
-    ),
+    feed_forwards=(_BERT_FFN,),
 )
 
 DISTILBERT = ArchitectureSpec(
@@ -37,11 +37,143 @@ DISTILBERT = ArchitectureSpec(
             key=Part("attention.k_lin"),
             value=Part("attention.v_lin"),
             output=Part("attention.out_lin"),
-            heads="n_heads",
+            head_size="attention_head_size",
             sizes={"n_heads": "heads", "dim": "width"},
         ),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("ffn.lin1"), down=Part("ffn.lin2"), activation="ffn.activation"),),
+)
+
+#: The layers of a group are one layer that is run several times.
+ALBERT = ArchitectureSpec(
+    model_types=("albert",),
+    layers=("encoder.albert_layer_groups.*.albert_layers",),
+    attentions=(
+        AttentionSpec(
+            module="attention",
+            query=Part("attention.query"),
+            key=Part("attention.key"),
+            value=Part("attention.value"),
+            output=Part("attention.dense"),
+            head_size="attention_head_size",
+            sizes=_BERT_SIZES,
+            after=("output_dropout",),
+            residual_norm="LayerNorm",
+        ),
+    ),
+    feed_forwards=(FeedForwardSpec(up=Part("ffn"), down=Part("ffn_output"), activation="activation"),),
+)
+
+#: The encoder computes one position bias, for all of its heads, that every layer adds to its attention scores.
+MPNET = ArchitectureSpec(
+    model_types=("mpnet",),
+    layers=("encoder.layer",),
+    attentions=(
+        AttentionSpec(
+            module="attention.attn",
+            query=Part("attention.attn.q"),
+            key=Part("attention.attn.k"),
+            value=Part("attention.attn.v"),
+            output=Part("attention.attn.o"),
+            head_size="attention_head_size",
+            sizes=_BERT_SIZES,
+            position_bias="taken",
+        ),
+    ),
+    feed_forwards=(_BERT_FFN,),
+)
+
+VIT = ArchitectureSpec(
+    model_types=("vit", "deit"),
+    layers=("layers",),
+    attentions=(
+        AttentionSpec(
+            module="attention",
+            query=Part("attention.q_proj"),
+            key=Part("attention.k_proj"),
+            value=Part("attention.v_proj"),
+            output=Part("attention.o_proj"),
+            sizes={"num_attention_heads": "heads"},
+        ),
+    ),
+    feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
+)
+
+MODERNBERT = ArchitectureSpec(
+    model_types=("modernbert",),
+    layers=("layers",),
+    attentions=(
+        AttentionSpec(
+            module="attn",
+            query=Part("attn.Wqkv", 0, 3),
+            key=Part("attn.Wqkv", 1, 3),
+            value=Part("attn.Wqkv", 2, 3),
+            output=Part("attn.Wo"),
+            after=("out_drop",),
+        ),
+    ),
+    feed_forwards=(FeedForwardSpec(gate=Part("mlp.Wi", 0, 2), up=Part("mlp.Wi", 1, 2), down=Part("mlp.Wo"), activation="mlp.act"),),
+)
+
+
+def _gpt2_attention(name: str, query: Part, packed: int) -> AttentionSpec:
+    """`packed`: how many parts `c_attn` has; key and value are the last two."""
+    return AttentionSpec(
+        module=name,
+        query=query,
+        key=Part(f"{name}.c_attn", packed - 2, packed),
+        value=Part(f"{name}.c_attn", packed - 1, packed),
+        output=Part(f"{name}.c_proj"),
+        sizes={"num_heads": "heads", "split_size": "width"},
+        after=("resid_dropout",),
+    )
+
+
+GPT2 = ArchitectureSpec(
+    model_types=("gpt2",),
+    layers=("h",),
+    attentions=(
+        _gpt2_attention("attn", Part("attn.c_attn", 0, 3), packed=3),
+        _gpt2_attention("crossattention", Part("crossattention.q_attn"), packed=2),
+    ),
+    feed_forwards=(FeedForwardSpec(up=Part("mlp.c_fc"), down=Part("mlp.c_proj"), activation="mlp.act"),),
+)
+
+
+def _bart_attention(name: str) -> AttentionSpec:
+    return AttentionSpec(
+        module=name,
+        query=Part(f"{name}.q_proj"),
+        key=Part(f"{name}.k_proj"),
+        value=Part(f"{name}.v_proj"),
+        output=Part(f"{name}.out_proj"),
+        sizes={"num_heads": "heads"},
+    )
+
+
+BART = ArchitectureSpec(
+    model_types=("bart", "opt"),
+    layers=("encoder.layers", "decoder.layers"),
+    attentions=(_bart_attention("self_attn"), _bart_attention("encoder_attn")),
+    feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
+)
+
+LLAMA = ArchitectureSpec(
+    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma"),
+    layers=("layers",),
+    attentions=(
+        AttentionSpec(
+            module="self_attn",
+            query=Part("self_attn.q_proj"),
+            key=Part("self_attn.k_proj"),
+            value=Part("self_attn.v_proj"),
+            output=Part("self_attn.o_proj"),
+            sizes={"num_key_value_groups": "groups"},
+        ),
+    ),
+    feed_forwards=(
+        FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
+    ),
 )
 
 #: `config.model_type` → spec.
@@ -69,5 +201,5 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     return SPECS[model_type]
 
 
-for _spec in (BERT, DISTILBERT):
+for _spec in (BERT, DISTILBERT, ALBERT, MPNET, VIT, MODERNBERT, GPT2, BART, LLAMA):
     register_architecture(_spec)

@@ -25,9 +25,13 @@ class AttentionSpec:
     Attributes:
         module: path, relative to the layer, of the module whose `forward` computes attention.
         query, key, value, output: its projections, paths relative to the layer.
-        heads: name of the attribute of `module` that holds the number of heads.
+        head_size: name of the attribute of `module` that holds the width of one head.
         sizes: attributes of `module` that must follow the number of heads: `"heads"` for the number itself, `"width"` for
-            heads times head size.
+            heads times head size, `"groups"` for how many query heads share a key and value head.
+        after: modules of `module` that it applies to what its output projection returns, in this order.
+        residual_norm: LayerNorm of `module` that it applies in the end to that plus its own input, `""` for none.
+        position_bias: whether a bias for every head of the stock model is handed to `forward`: `"taken"`, `"passed on"` to the
+            next layer by returning it as the second output, or `""`.
     """
 
     module: str
@@ -35,8 +39,11 @@ class AttentionSpec:
     key: Part
     value: Part
     output: Part
-    heads: str = "num_attention_heads"
+    head_size: str = "head_dim"
     sizes: Mapping[str, str] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    residual_norm: str = ""
+    position_bias: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class ArchitectureSpec:
 
     Attributes:
         model_types: the `config.model_type` values it serves.
-        layers: the module lists that hold the layers, relative to the base model (`"encoder.layer"`).
+        layers: the module lists that hold the layers, relative to the base model (`"encoder.layer"`); a `*` stands for every
+            member of a list of lists.
         attentions, feed_forwards: the blocks of a layer. One that a given layer does not have (cross-attention in an encoder) is
             passed over.
     """

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .plan import BlockPlan, CondensePlan, condense_plan, matrix
-from .resize import inputs_of, keep_units, output_of, shrink
+from .plan import BlockPlan, CondensePlan, condense_plan
+from .resize import add_bias, inputs_of, keep_units, output_of, set_own_heads, shrink
 from .verify import compare, observe
 
 __all__ = ["BlockPlan", "CondensePlan", "condense", "condense_plan", "shrink"]
@@ -25,10 +25,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def condense(model: Model, verify: bool = True) -> Model:
     """Remove dead heads and neurons from a model, whoever zeroed them; see [`condense_plan`] for what counts as dead.
 
-    Whatever a dead unit still added for every input alike is folded into the bias of the output projection, so the smaller model
-    computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the sum to one that makes a head
-    without values constant). Modes, attention implementation, dtype, device and `requires_grad` are kept; parameters of shrunk
-    modules are new objects, so an optimizer has to be made anew. `config.hf_prune` then holds the sizes (format: `resize.py`).
+    Whatever a dead unit still added for every input alike is folded into the bias of the output projection, which gets one if it
+    has none, so the smaller model computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the
+    sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
+    kept; parameters of shrunk modules are new objects, so an optimizer has to be made anew. `config.hf_prune` then holds the sizes
+    (format: `resize.py`).
 
     Args:
         model: a transformers model; it is changed in place, all or nothing.
@@ -56,7 +57,8 @@ def condense(model: Model, verify: bool = True) -> Model:
     with _all_or_nothing(model, plan):
         for block in plan.changed:
             _fold(block)
-            keep_units(block.block, block.kept)
+            keep_units(block.block, block.kept, block.key_values)
+            set_own_heads(block.block, block.heads)
         model.config.hf_prune = plan.entry(getattr(model.config, "hf_prune", None))
         if before is not None:
             compare(before, observe(model), model.dtype)
@@ -65,14 +67,13 @@ def condense(model: Model, verify: bool = True) -> Model:
 
 @torch.no_grad()
 def _fold(plan: BlockPlan) -> None:
-    """Add what the dead units contribute whatever the input, `W_out · constant`, to the output bias, in float32 at least."""
-    output = output_of(plan.block)
-    dead = plan.dead_features.to(plan.constant.device)
-    wide = torch.promote_types(plan.constant.dtype, torch.float32)
-    shift = matrix(output)[:, dead].to(wide) @ plan.constant[dead].to(wide)
-    if shift.any():
-        bias = output.module.get_parameter("bias")
-        output.module.bias = nn.Parameter((bias.to(wide) + shift).to(bias.dtype), requires_grad=bias.requires_grad)
+    """Add what the dead units contribute whatever the input to the output bias, in float32 at least."""
+    if plan.shift.any():
+        output = output_of(plan.block).module
+        add_bias(output)
+        bias = output.get_parameter("bias")
+        shifted = (bias.to(plan.shift.dtype) + plan.shift).to(bias.dtype)
+        output.bias = nn.Parameter(shifted, requires_grad=bias.requires_grad)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks
-from .resize import block_key, block_size, inputs_of, output_of, size_name
+from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,13 +20,29 @@ class BlockPlan:
     Attributes:
         block: the block.
         dead: which heads or neurons would go, `[units]`.
-        constant: the value of each of the block's features, which the output projection reads, where it is the same whatever
-            the input: true of every dead unit whose output columns are not zero, meaningless for living ones. `[features]`.
+        key_values: indices of the key and value heads that the heads that stay would read, see `keep_units`; None for neurons.
+        shift: what the dead units add to the block's output whatever the input, `[hidden]`, in float32 at least.
+        adds_bias: the output projection gets a bias for `shift`, which it has not yet.
+        heads: the numbers that the heads that stay have in the stock model, where the config has to name them.
+        masked: how many heads are dead but have to stay, because others share their key and value head.
     """
 
     block: Block
     dead: Tensor
-    constant: Tensor
+    key_values: Tensor | None
+    shift: Tensor
+    adds_bias: bool
+    heads: list[int] | None = None
+    masked: int = 0
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the config says about the block afterwards, see `resize.py`."""
+        counts = (len(self.kept), len(self.kept if self.key_values is None else self.key_values))
+        sizes: dict[str, Any] = dict(zip(stock_sizes(self.block), counts))
+        if self.heads is not None:
+            sizes["heads"] = self.heads
+        return sizes | ({"output_bias": True} if self.adds_bias else {})
 
     @property
     def kept(self) -> Tensor:
@@ -36,13 +52,19 @@ class BlockPlan:
     @property
     def dead_features(self) -> Tensor:
         """Which of the block's features belong to dead units, `[features]`."""
-        return self.dead.repeat_interleave(len(self.constant) // max(len(self.dead), 1))
+        return self.dead.repeat_interleave(self.block.head_size if isinstance(self.block, AttentionBlock) else 1)
 
     @property
     def parameters(self) -> int:
         """How many parameters would go."""
-        rows = sum(matrix(part).shape[1] + (part.module.bias is not None) for part in inputs_of(self.block))
-        return int(self.dead_features.sum()) * (rows + matrix(output_of(self.block)).shape[0])
+        width = self.block.head_size if isinstance(self.block, AttentionBlock) else 1
+        gone = int(self.dead.sum())
+        total = gone * width * matrix(output_of(self.block)).shape[0] - len(self.shift) * self.adds_bias
+        for part in inputs_of(self.block):
+            if self.key_values is not None and isinstance(self.block, AttentionBlock) and part is not self.block.query:
+                gone = self.block.num_key_value_heads - len(self.key_values)
+            total += gone * width * (matrix(part).shape[1] + has_bias(part.module))
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +87,22 @@ class CondensePlan:
         """The `config.hf_prune` of the model after this plan. `before`: its entry now; see `resize.py` for the format."""
         layers = {name: dict(parts) for name, parts in (before or {}).get("layers", {}).items()}
         for plan in self.changed:
-            layers.setdefault(plan.block.layer, {})[block_key(plan.block)] = {size_name(plan.block): len(plan.kept)}
+            parts = layers.setdefault(plan.block.layer, {})
+            key = block_key(plan.block)
+            parts[key] = parts.get(key, {}) | plan.sizes
         return {"version": 1, "layers": layers}
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), `parameters` saved."""
+        """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of
+        these are dead but share their key and value head with others (`masked`), `parameters` saved."""
         return [
             {
                 "layer": plan.block.layer,
                 "block": block_key(plan.block),
                 "unit": "heads" if isinstance(plan.block, AttentionBlock) else "neurons",
-                "before": block_size(plan.block),
+                "before": len(plan.dead),
                 "after": len(plan.kept),
+                "masked": plan.masked,
                 "parameters": plan.parameters,
             }
             for plan in self.blocks
@@ -84,7 +110,11 @@ class CondensePlan:
 
     def __str__(self) -> str:
         rows = [
-            (f"{row['layer']}.{row['block']}", f"{row['after']} of {row['before']} {row['unit']}", f"-{row['parameters']:,}")
+            (
+                f"{row['layer']}.{row['block']}",
+                f"{row['after']} of {row['before']} {row['unit']}{_reason(row)}",
+                f"-{row['parameters']:,}",
+            )
             for row in self.to_dict()
         ]
         rows.append(("total", "", f"-{self.parameters:,}"))
@@ -98,7 +128,8 @@ def condense_plan(model: nn.Module) -> CondensePlan:
 
     A head is dead when its columns of the output projection are all zero, or its value rows are (it then adds a constant, since
     attention weights sum to one); never because its queries or keys are: such a head still attends, evenly. A neuron is dead when
-    its column of the down projection is zero, or its value is the same for every input.
+    its column of the down projection is zero, or its value is the same for every input. Under grouped-query attention a key and
+    value head goes with the last of its heads; see [`regroup`] for what becomes of the others.
 
     Raises:
         ValueError: the family has no architecture spec, or a projection is not a plain floating-point Linear or Conv1D in memory.
@@ -110,13 +141,48 @@ def condense_plan(model: nn.Module) -> CondensePlan:
     return CondensePlan(tuple(_attention(block) if isinstance(block, AttentionBlock) else _ffn(block) for block in found))
 
 
+def _reason(row: dict[str, Any]) -> str:
+    return f" ({row['masked']} of them dead, but their key and value heads are shared)" if row["masked"] else ""
+
+
 def _attention(block: AttentionBlock) -> BlockPlan:
-    constant = bias(block.value)
-    silent = _zero_rows(block.value)
-    unread = _zero_columns(block.output)
-    heads = (block.num_heads, block.head_size)
-    dead = unread.view(heads).all(1) | (_foldable(block, silent, constant).view(heads).all(1))
-    return BlockPlan(block, dead.cpu(), constant)
+    heads, per_group = (block.num_heads, block.head_size), block.heads_per_group
+    grouped = (block.num_key_value_heads, block.head_size)
+    constant = bias(block.value).view(grouped).repeat_interleave(per_group, 0)
+    silent = _zero_rows(block.value).view(grouped).repeat_interleave(per_group, 0)
+    dead = (_zero_columns(block.output).view(heads).all(1) | silent.all(1)).cpu()
+    kept, key_values = regroup(dead, per_group)
+    gone = torch.ones_like(dead)
+    gone[kept] = False
+    shift, adds_bias = _shift(block, gone.repeat_interleave(block.head_size), constant.flatten())
+    numbers = [own_heads(block)[head] for head in kept.tolist()]
+    named = numbers if block.spec.position_bias else None
+    return BlockPlan(block, gone, key_values, shift, adds_bias, named, masked=int(dead.sum() - gone.sum()))
+
+
+def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
+    """Which heads stay, and which key and value heads they read, when every `per_group` heads share one.
+
+    All groups of a block must be equally large. Either each living group keeps as many heads as the largest has living ones, so
+    that some dead heads stay, masked; or each living head gets a copy of its key and value head, which also unties these in
+    further training. Copies are made only when that is the smaller of the two and needs no more key and value heads, that is no
+    larger cache, than the block has.
+
+    Args:
+        dead: bool `[heads]`.
+
+    Returns:
+        Indices of heads, ascending, `[n]`, and of key and value heads, `[m]`, where m divides n.
+    """
+    alive = ~dead.view(-1, per_group)
+    groups = alive.any(1).nonzero().flatten()
+    largest = int(alive.sum(1).max()) if len(alive) else 0
+    first_alive = alive[groups].int().argsort(dim=1, descending=True, stable=True)[:, :largest].sort(dim=1).values
+    heads = (groups[:, None] * per_group + first_alive).flatten()
+    living = (~dead).nonzero().flatten()
+    if len(living) <= len(alive) and 2 * len(living) < len(heads) + len(groups):
+        return living, living // per_group
+    return heads, groups
 
 
 def _ffn(block: FeedForwardBlock) -> BlockPlan:
@@ -128,12 +194,22 @@ def _ffn(block: FeedForwardBlock) -> BlockPlan:
         constant = gated * up_bias
         # a product is constant when both factors are, or when one of them is zero
         same = (up_zero & gate_zero) | (up_zero & (up_bias == 0)) | (gate_zero & (gated == 0))
-    return BlockPlan(block, (_zero_columns(block.down) | _foldable(block, same, constant)).cpu(), constant)
+    dead = (_zero_columns(block.down) | same).cpu()
+    return BlockPlan(block, dead, None, *_shift(block, dead, constant))
 
 
-def _foldable(block: Block, same: Tensor, constant: Tensor) -> Tensor:
-    """Of the features that are the same for every input, those whose constant can move into the output bias, `[features]`."""
-    return same if output_of(block).module.bias is not None else same & (constant == 0)
+def _shift(block: Block, dead: Tensor, constant: Tensor) -> tuple[Tensor, bool]:
+    """What dead features add to the block's output, `[hidden]`, and whether the output projection lacks a bias to hold it.
+
+    Args:
+        block: the block.
+        dead: which features go, `[features]`.
+        constant: their values, meaningless for others and for those that are not read, `[features]`.
+    """
+    output = output_of(block)
+    dead, wide = dead.to(constant.device), torch.promote_types(constant.dtype, torch.float32)
+    shift = matrix(output)[:, dead].to(wide) @ constant[dead].to(wide)
+    return shift, bool(shift.any()) and not has_bias(output.module)
 
 
 def matrix(part: Projection) -> Tensor:
@@ -144,7 +220,7 @@ def matrix(part: Projection) -> Tensor:
 
 def bias(part: Projection) -> Tensor:
     """The part's bias, zeros if it has none, `[out]`."""
-    if getattr(part.module, "bias", None) is None:
+    if not has_bias(part.module):
         return matrix(part).new_zeros(part.stop - part.start)
     return part.module.get_parameter("bias").detach()[part.start : part.stop]
 

@@ -16,9 +16,13 @@ became smaller is listed beside them, under the config key `hf_prune`:
 - A layer's name is relative to the base model, so that it is the same under every task head.
 - Inside a layer, a block is named after the module that splits its heads, or after the projection that makes its neurons.
 - Sizes are called as in transformers' `per_layer_config`, the same in every family, and lie between 0 and the stock size.
+- `num_key_value_heads` stands beside `num_attention_heads` in families that may have fewer of them; it divides that number.
+- `heads` lists which heads of the stock model are left, where the layers share a position bias with an entry for each of them.
+- `output_bias: true` says that the block's output projection has a bias, which it has not in the stock model.
 - A block that is not listed has its stock size.
 
-Head size never changes. Which heads and neurons survived is not recorded: the weights beside the config are theirs.
+Head size never changes. Apart from `heads`, which heads and neurons survived is not recorded: the weights beside the config are
+theirs.
 
 Everything here is also copied into the modelling file that a checkpoint carries, so it uses torch, transformers and the
 architecture specs alone.
@@ -36,24 +40,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import ArchitectureSpec, AttentionBlock, Block, Projection, blocks
+from ..architectures import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
+from ..architectures.blocks import layer_lists, out_features
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """Shrink a model to the sizes in its `config.hf_prune`, on whatever device it is (meta too), before its weights are loaded.
 
-    A block that has its size already is left alone, so calling this twice is calling it once.
+    A block that has its size already is left alone, so calling this twice is calling it once. A model that is only part of what
+    was condensed (the decoder of an encoder-decoder) takes the layers that it has.
 
     Raises:
         ValueError: the entry is malformed or asks for what the stock model does not have; nothing was changed.
     """
-    for block, size in read_sizes(model.config.hf_prune, list(blocks(model, spec))):
-        if size != block_size(block):
-            keep_units(block, torch.arange(size))
+    absent = [path for path in spec.layers if not layer_lists(model.base_model, path)]
+    for block, sizes in read_sizes(model.config.hf_prune, list(blocks(model, spec)), absent):
+        if sizes.get("output_bias"):
+            add_bias(output_of(block).module)
+        stock = stock_sizes(block)
+        if any(sizes[name] != size for name, size in stock.items()):
+            keep_units(block, *(torch.arange(sizes[name]) for name in stock))
+            set_own_heads(block, sizes.get("heads"))
 
 
-def read_sizes(entry: Any, stock: list[Block]) -> list[tuple[Block, int]]:
-    """The blocks that an entry names, each with its size, checked against the blocks of the stock model.
+def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> list[tuple[Block, dict[str, Any]]]:
+    """The blocks that an entry names, each with its sizes, checked against the blocks of the stock model.
+
+    Args:
+        entry: the value of `config.hf_prune`.
+        stock: the blocks of the model.
+        absent: lists of layers that this model has not; what the entry says of them is passed over.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -68,20 +84,42 @@ def read_sizes(entry: Any, stock: list[Block]) -> list[tuple[Block, int]]:
     if type(version) is not int or version != 1:
         raise ValueError(f"{where}['version'] is {version!r}; this code reads version 1. A newer hf_prune may read it.")
     layers = entry.get("layers", {})
+    if isinstance(layers, dict):
+        layers = {name: parts for name, parts in layers.items() if str(name).rpartition(".")[0] not in absent}
     check_keys(f"{where}['layers']", layers, known)
 
-    sizes: list[tuple[Block, int]] = []
+    found: list[tuple[Block, dict[str, Any]]] = []
     for layer, parts in layers.items():
         check_keys(f"{where}['layers'][{layer!r}]", parts, known[layer])
-        for key, values in parts.items():
-            block, field = known[layer][key], f"{where}['layers'][{layer!r}][{key!r}]"
-            name = size_name(block)
-            check_keys(field, values, (name,))
-            size, limit = values.get(name), block_size(block)
-            if type(size) is not int or not 0 <= size <= limit:
-                raise ValueError(f"{field}[{name!r}] is {size!r}; allowed: a whole number from 0 to {limit}, the stock size.")
-            sizes.append((block, size))
-    return sizes
+        for key, sizes in parts.items():
+            check_sizes(f"{where}['layers'][{layer!r}][{key!r}]", sizes, known[layer][key])
+            found.append((known[layer][key], sizes))
+    return found
+
+
+def check_sizes(field: str, sizes: Any, block: Block) -> None:
+    """Check the sizes of one block.
+
+    Raises:
+        ValueError: they are not those of a block of this kind, or larger than it is.
+    """
+    stock = stock_sizes(block)
+    shares_bias = isinstance(block, AttentionBlock) and block.spec.position_bias
+    check_keys(field, sizes, (*stock, *(["heads"] if shares_bias else []), "output_bias"))
+    for name, limit in stock.items():
+        size = sizes.get(name)
+        if type(size) is not int or not 0 <= size <= limit:
+            raise ValueError(f"{field}[{name!r}] is {size!r}; allowed: a whole number from 0 to {limit}, the stock size.")
+    queries, shared = sizes[next(iter(stock))], sizes.get("num_key_value_heads")
+    if shared is not None and (queries % max(shared, 1) or (queries > 0) != (shared > 0)):
+        raise ValueError(f"{field}['num_key_value_heads'] is {shared!r}; it must divide num_attention_heads, which is {queries}.")
+    if type(sizes.get("output_bias", True)) is not bool:
+        raise ValueError(f"{field}['output_bias'] is {sizes['output_bias']!r}; allowed: true or false.")
+    if shares_bias:
+        heads, allowed = sizes.get("heads"), own_heads(block)
+        numbers = isinstance(heads, list) and all(type(head) is int for head in heads)
+        if not numbers or len(heads) != queries or heads != sorted(set(heads) & set(allowed)):
+            raise ValueError(f"{field}['heads'] is {heads!r}; allowed: {queries} of {allowed}, ascending.")
 
 
 def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
@@ -104,14 +142,19 @@ def block_key(block: Block) -> str:
     return block.spec.module if isinstance(block, AttentionBlock) else block.spec.up.path
 
 
-def size_name(block: Block) -> str:
-    """What a block's size is called in the config entry."""
-    return "num_attention_heads" if isinstance(block, AttentionBlock) else "intermediate_size"
+def stock_sizes(block: Block) -> dict[str, int]:
+    """The sizes that a block has, as they are called in the config entry; first its number of heads or neurons."""
+    if isinstance(block, FeedForwardBlock):
+        return {"intermediate_size": block.num_neurons}
+    sizes = {"num_attention_heads": block.num_heads}
+    if "groups" in block.spec.sizes.values():
+        sizes["num_key_value_heads"] = block.num_key_value_heads
+    return sizes
 
 
-def block_size(block: Block) -> int:
-    """How many heads or neurons a block has."""
-    return block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+def own_heads(block: Any) -> list[int]:
+    """The numbers that an attention block's heads have in the stock model."""
+    return list(getattr(block.module, "own_heads", range(block.num_heads)))
 
 
 def inputs_of(block: Block) -> list[Projection]:
@@ -132,22 +175,64 @@ def unit_features(block: Block, units: Tensor) -> Tensor:
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
-def keep_units(block: Block, units: Tensor) -> None:
-    """Keep only these heads or neurons of a block. `units`: their indices, ascending, `[n]` on the CPU."""
+def keep_units(block: Block, units: Tensor, key_values: Tensor | None = None) -> None:
+    """Keep only these heads or neurons of a block.
+
+    Args:
+        block: the block.
+        units: indices of query heads or neurons, ascending, `[n]` on the CPU.
+        key_values: indices of the key and value heads that they read, in equal shares, `[m]`; one that is named twice is
+            doubled. Default: head `i` reads key and value head `i`.
+    """
     features = unit_features(block, units)
+    shared = features if key_values is None else unit_features(block, key_values)
     rows: dict[Any, list[Tensor]] = {}
     for projection in sorted(inputs_of(block), key=lambda projection: projection.start):
-        rows.setdefault(projection.module, []).append(projection.start + features)
+        reads = isinstance(block, AttentionBlock) and projection is not block.query
+        rows.setdefault(projection.module, []).append(projection.start + (shared if reads else features))
     for module, parts in rows.items():  # one part for each of the projections that are packed into the module
         keep_features(module, torch.cat(parts), outputs=True)
     keep_features(output_of(block).module, features, outputs=False)
     if isinstance(block, AttentionBlock):
+        per_group = len(units) // max(len(units if key_values is None else key_values), 1)
         for attribute, meaning in block.spec.sizes.items():
-            setattr(block.module, attribute, {"heads": len(units), "width": len(features)}[meaning])
-        if len(units) == 0:
-            stock: Any = type(block.module)
-            output, inside = block.spec.output.path, f"{block.spec.module}."
-            block.module.__class__ = without_heads(stock, output.removeprefix(inside) if output.startswith(inside) else "")
+            size = {"heads": len(units), "width": len(features), "groups": max(per_group, 1)}[meaning]
+            set_attribute(block.module, attribute, size)
+        adapt_forward(block, len(units))
+
+
+def adapt_forward(block: AttentionBlock, heads: int) -> None:
+    """Give an attention module the `forward` it needs with that many heads left, where the stock one would fail."""
+    module: Any = block.module
+    mixins: tuple[type, ...] = (OwnHeads,) if block.spec.position_bias else ()
+    if heads == 0:
+        mixins += (NoHeads,)
+    if mixins:
+        set_attribute(module, "spec", block.spec)
+        module.__class__ = adapted(getattr(module, "stock_class", module.__class__), mixins)
+
+
+def set_own_heads(block: Block, heads: list[int] | None) -> None:
+    """Note which heads of the stock model an attention module has left; None: it need not know."""
+    if isinstance(block, AttentionBlock) and heads is not None:
+        set_attribute(block.module, "own_heads", heads)
+
+
+def add_bias(module: nn.Module) -> None:
+    """Give a projection without a bias one of zeros."""
+    if not has_bias(module):
+        weight = module.get_parameter("weight")
+        module.bias = nn.Parameter(weight.detach().new_zeros(out_features(module)), requires_grad=weight.requires_grad)
+
+
+def has_bias(module: Any) -> bool:
+    """Whether a projection has a bias."""
+    return module.bias is not None
+
+
+def set_attribute(module: Any, name: str, value: Any) -> None:
+    """`setattr`, for attributes that the type of `module` does not declare."""
+    setattr(module, name, value)
 
 
 def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
@@ -164,6 +249,16 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
     else:
         attribute = "out_features" if outputs else "in_features"
     setattr(module, attribute, len(features))
+    if stored_in_out and not outputs and len(features) == 0:
+        module.__class__ = NoInputs
+
+
+class NoInputs(Conv1D):
+    """A Conv1D without inputs: the stock `forward` cannot tell the shape of a tensor without elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias: Tensor = self.bias
+        return bias.expand(*x.shape[:-1], self.nf)
 
 
 class NoHeads:
@@ -173,27 +268,44 @@ class NoHeads:
     module applies that itself; and attention weights `[batch, 0, tokens, keys]` where eager attention would return them.
     """
 
-    config: Any
+    config: Any = None
     layer_idx: int
-    output_projection: str
+    spec: AttentionSpec
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         batch, tokens = hidden_states.shape[:2]
-        others = kwargs.get("encoder_hidden_states")
+        given = [kwargs.get(name) for name in ("encoder_hidden_states", "key_value_states")]
+        others = next((states for states in given if states is not None), None)
         keys = tokens if others is None else others.shape[1]
         cache = kwargs.get("past_key_values")
         if cache is not None and others is None:
             # The model reads the length of the past from the cache, which takes a layer without elements for an empty one.
             token = hidden_states.new_zeros(batch, 1, tokens, 1)
             keys = getattr(cache, "self_attention_cache", cache).update(token, token, self.layer_idx)[0].shape[2]
-        context = hidden_states.new_zeros(batch, tokens, 0)
-        if self.output_projection:
-            context = getattr(self, self.output_projection)(context)
-        eager = self.config._attn_implementation == "eager"
-        return context, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
+        output = hidden_states.new_zeros(batch, tokens, 0)
+        inside = f"{self.spec.module}."
+        if self.spec.output.path.startswith(inside):
+            for name in (self.spec.output.path.removeprefix(inside), *self.spec.after):
+                output = getattr(self, name)(output)
+        if self.spec.residual_norm:
+            output = getattr(self, self.spec.residual_norm)(hidden_states + output)
+        eager = self.config is None or self.config._attn_implementation == "eager"
+        return output, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
+
+
+class OwnHeads:
+    """The `forward` of an attention module that is given a position bias for every stock head: it takes that of its own heads."""
+
+    own_heads: list[int]
+    spec: AttentionSpec
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Any = None, **kwargs: Any) -> Any:
+        stock: Any = super()
+        own = None if position_bias is None else position_bias[:, self.own_heads]
+        return stock.forward(hidden_states, mask, position_bias=own, **kwargs)
 
 
 @functools.cache
-def without_heads(stock: Any, output_projection: str) -> type[Any]:
-    """A subclass of an attention class for a module with no heads. `output_projection`: the module's own, or `""`."""
-    return type(stock.__name__, (NoHeads, stock), {"__module__": stock.__module__, "output_projection": output_projection})
+def adapted(stock: Any, mixins: tuple[type, ...]) -> type[Any]:
+    """A subclass of a stock attention class with another `forward`."""
+    return type(stock.__name__, (*mixins, stock), {"__module__": stock.__module__, "stock_class": stock})
