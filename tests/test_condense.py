@@ -489,3 +489,26 @@ def test_what_cannot_be_condensed() -> None:
     gpt = transformers.MptModel(transformers.MptConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=9))
     with pytest.raises(ValueError, match="model_type='mpt' has no architecture spec"):
         condense(gpt)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16, 64])
+def test_neurons_are_padded_to_a_multiple(multiple: int) -> None:
+    model = models.tiny("bert")
+    alive = [17, 0, 33]
+    neurons = [block for block in find_blocks(model) if not isinstance(block, AttentionBlock)]
+    for block, count in zip(neurons, alive):
+        models.zero_units(block, list(range(count, block.num_neurons)), "in")
+    batch = models.ragged_batch(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        condense(model, pad_to_multiple_of=multiple)
+        after = model(**batch).logits
+    left = [block.num_neurons for block in find_blocks(model) if not isinstance(block, AttentionBlock)]
+    assert left == [min(-(-count // multiple) * multiple, 40) for count in alive]
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 1.5, True, "8"])
+def test_a_multiple_that_is_none(multiple: object) -> None:
+    with pytest.raises(ValueError, match="pad_to_multiple_of="):
+        condense_plan(models.tiny("bert"), multiple)  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ class CondensePlan:
 
 
 @torch.no_grad()
-def condense_plan(model: nn.Module) -> CondensePlan:
+def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> CondensePlan:
     """What [`condense`] would remove from a model, without touching it.
 
     A head is dead when its columns of the output projection are all zero, or its value rows are (it then adds a constant, since
@@ -131,14 +131,22 @@ def condense_plan(model: nn.Module) -> CondensePlan:
     its column of the down projection is zero, or its value is the same for every input. Under grouped-query attention a key and
     value head goes with the last of its heads; see [`regroup`] for what becomes of the others.
 
+    Args:
+        model: the model.
+        pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this (or zero).
+
     Raises:
-        ValueError: the family has no architecture spec, or a projection is not a plain floating-point Linear or Conv1D in memory.
+        ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, or
+            `pad_to_multiple_of` is not a positive whole number.
     """
+    multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r}: must be a whole number, 1 or more, or None.")
     found = find_blocks(model)
     for block in found:
         for part in (*inputs_of(block), output_of(block)):
             _check_plain(part)
-    return CondensePlan(tuple(_attention(block) if isinstance(block, AttentionBlock) else _ffn(block) for block in found))
+    return CondensePlan(tuple(_attention(block) if isinstance(block, AttentionBlock) else _ffn(block, multiple) for block in found))
 
 
 def _reason(row: dict[str, Any]) -> str:
@@ -185,7 +193,7 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     return heads, groups
 
 
-def _ffn(block: FeedForwardBlock) -> BlockPlan:
+def _ffn(block: FeedForwardBlock, multiple: int) -> BlockPlan:
     up_bias, up_zero = bias(block.up), _zero_rows(block.up)
     if block.gate is None:
         constant, same = block.activation(up_bias), up_zero
@@ -195,6 +203,8 @@ def _ffn(block: FeedForwardBlock) -> BlockPlan:
         # a product is constant when both factors are, or when one of them is zero
         same = (up_zero & gate_zero) | (up_zero & (up_bias == 0)) | (gate_zero & (gated == 0))
     dead = (_zero_columns(block.down) | same).cpu()
+    alive = int((~dead).sum())
+    dead[dead.nonzero().flatten()[: -alive % multiple]] = False
     return BlockPlan(block, dead, None, *_shift(block, dead, constant))
 
 
