@@ -56,12 +56,13 @@ class Condensed:
         if getattr(self.config, "hf_prune", None) is not None:
             shrink(self, SPEC)
         super().post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # else transformers would not translate the parameter names that some families are saved under
 '''
 
-_CLASS = """\
-class {name}(Condensed, transformers.{name}):
-    pass
-"""
+_CLASS = "class {name}(Condensed, transformers.{name}): ..."
 
 
 def install_reload_hook() -> None:
@@ -96,7 +97,8 @@ def _shrink(model: PreTrainedModel) -> None:
 
 
 def _write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    if getattr(config, "hf_prune", None) is not None:
+    # the file holds stock classes; a family that transformers does not have is loaded by its own
+    if getattr(config, "hf_prune", None) is not None and any(_auto_classes(config.model_type)):
         os.makedirs(save_directory, exist_ok=True)
         Path(save_directory, f"{MODELING}.py").write_text(modeling_source(config.model_type), encoding="utf-8")
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config)}
@@ -132,7 +134,7 @@ def modeling_source(model_type: str) -> str:
         *definitions,
         "SPEC = " + pprint.pformat(spec_for(model_type), width=120, sort_dicts=False),
         _MIXIN,
-        *(_CLASS.format(name=name) for name in classes if hasattr(transformers, name)),
+        "\n".join(_CLASS.format(name=name) for name in classes if hasattr(transformers, name)),
     ]
     return "\n\n\n".join(part.strip() for part in parts) + "\n"
 

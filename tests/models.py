@@ -46,6 +46,26 @@ def _bart_like(**changes: int) -> dict[str, int]:
 _SIDE = {"layers": 3, "attention_heads": 4, "ffn_dim": 40}
 
 
+#: Attention to relative positions, as in the published DeBERTa.
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16}
+
+_SOUND = {
+    "conv_dim": (16, 16),
+    "conv_stride": (4, 4),
+    "conv_kernel": (8, 4),
+    "feat_extract_norm": "layer",
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 16,
+    "pad_token_id": 0,
+}
+
+
+def _t5_like() -> dict[str, int]:
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4}
+    return sizes | {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "relative_attention_num_buckets": 8}
+
+
 def _llama_like(**changes: int) -> dict[str, int]:
     """Eight query heads in four groups, of width 8 in a model of width 32."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
@@ -69,6 +89,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "modernbert": lambda: transformers.ModernBertConfig(
         **_bert_like(**_special(), local_attention=8, global_attn_every_n_layers=2)
     ),
+    "deberta-v2": lambda: transformers.DebertaV2Config(**_bert_like(), **_RELATIVE),
+    "deberta-v3": lambda: transformers.DebertaV2Config(**_bert_like(), **_RELATIVE, share_att_key=True, position_buckets=4),
+    "whisper": lambda: transformers.WhisperConfig(
+        **_bart_like(num_mel_bins=8, max_source_positions=10, max_target_positions=40),
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    ),
+    "wav2vec2": lambda: transformers.Wav2Vec2Config(**_bert_like(), **_SOUND),
+    "wav2vec2-stable": lambda: transformers.Wav2Vec2Config(**_bert_like(), **_SOUND, do_stable_layer_norm=True),
+    "t5": lambda: transformers.T5Config(**_t5_like()),
+    "t5-gated": lambda: transformers.T5Config(**_t5_like(), feed_forward_proj="gated-gelu"),
     "gpt2": lambda: transformers.GPT2Config(
         n_embd=32, n_layer=3, n_head=4, n_inner=40, n_positions=40, vocab_size=99, **_special()
     ),
@@ -92,6 +123,9 @@ HEADS: dict[str, type] = {
     "multiple-choice": transformers.AutoModelForMultipleChoice,
     "causal-lm": transformers.AutoModelForCausalLM,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "audio-classification": transformers.AutoModelForAudioClassification,
+    "speech-seq2seq": transformers.AutoModelForSpeechSeq2Seq,
+    "ctc": transformers.AutoModelForCTC,
     "image-classification": transformers.AutoModelForImageClassification,
     "masked-image-modeling": transformers.AutoModelForMaskedImageModeling,
 }
@@ -105,7 +139,7 @@ def heads_of(family: str) -> list[str]:
 
 def classifier_of(family: str) -> str:
     """The task head that classifies what the family reads."""
-    kinds = ("sequence-classification", "image-classification")
+    kinds = ("sequence-classification", "image-classification", "audio-classification")
     return next(head for head in heads_of(family) if head in kinds)
 
 
@@ -114,6 +148,9 @@ GENERATORS: dict[str, str] = {
     "gpt2": "causal-lm",
     "opt": "causal-lm",
     "bart": "seq2seq-lm",
+    "t5": "seq2seq-lm",
+    "t5-gated": "seq2seq-lm",
+    "whisper": "speech-seq2seq",
     "llama": "causal-lm",
     "mistral": "causal-lm",
     "qwen2": "causal-lm",
@@ -143,12 +180,14 @@ def tiny(family: str = "bert", head: str | None = None, seed: int = 0, **config:
 @torch.no_grad()
 def randomize(model: PreTrainedModel) -> PreTrainedModel:
     """Give every bias and every norm random non-zero values, and weights a size at which every unit matters."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if "Norm" in type(module).__name__ and weight is not None:
             nn.init.normal_(weight, 1.0, 0.2)
         elif isinstance(module, (nn.Linear, Conv1D)):
             nn.init.normal_(weight, std=(module.in_features if isinstance(module, nn.Linear) else module.nx) ** -0.5)
+            if name.endswith("Attention.q"):
+                weight.mul_(model.config.d_kv**-0.5)  # T5 does not scale its attention scores, its queries are smaller instead
         else:
             continue
         if bias is not None:
@@ -162,13 +201,22 @@ def ragged_batch(model: PreTrainedModel, rows: int = 4, tokens: int = 11, seed: 
     config = model.config
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(rows, 3, config.image_size, config.image_size, generator=generator)}
+    if model.main_input_name == "input_values":
+        mask = (torch.arange(320) < torch.linspace(320, 100, rows)[:, None]).long()
+        return {"input_values": torch.randn(rows, 320, generator=generator), "attention_mask": mask}
     mask = (torch.arange(tokens) < torch.linspace(tokens, 2, rows).long()[:, None]).long()
     ids = torch.randint(5, config.vocab_size, (rows, tokens), generator=generator)
     batch = {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id or 0), "attention_mask": mask}
-    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    if model.main_input_name == "input_features":
+        features = torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        return {"input_features": features} | ({"decoder_input_ids": ids} if "decoder_input_ids" in accepted else {})
+    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in accepted:
         batch["token_type_ids"] = torch.randint(config.type_vocab_size, (rows, tokens), generator=generator)
     if config.is_encoder_decoder:
         batch["input_ids"][torch.arange(rows), mask.sum(1) - 1] = config.eos_token_id  # BART classifies by it
+    if "decoder_input_ids" in accepted:
+        batch["decoder_input_ids"] = batch["input_ids"]
     if "MultipleChoice" in type(model).__name__:
         batch = {name: value[None] for name, value in batch.items()}
     return batch

@@ -242,11 +242,16 @@ def test_generates_the_same_left_padded(family: str, beams: int) -> None:
         if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
             models.zero_units(block, list(range(block.num_heads)), "out")
     inputs = {"input_ids": torch.tensor([[7, 8, 9], [0, 6, 4]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+    if family == "whisper":
+        inputs = {"input_features": models.ragged_batch(model)["input_features"]}
     settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "num_beams": beams}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     before = model.generate(**inputs, **settings)
     after = condense(model).generate(**inputs, **settings)
     assert {block.num_heads for block in find_blocks(model) if hasattr(block, "num_heads") and block.layer.endswith(".0")} == {0}
+    if family == "whisper":  # puts its sequences together itself
+        assert before.equal(after) if isinstance(before, Tensor) else before["sequences"].equal(after["sequences"])
+        return
     assert len(before.logits) == 9
     assert before.sequences.equal(after.sequences)
     assert gap(list(before.logits), list(after.logits)) <= 1e-5

@@ -313,6 +313,51 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "message"),
+    [
+        (
+            "llama",
+            {"num_attention_heads": 4},
+            "['num_key_value_heads'] is None; allowed: a whole number from 0 to 4, the stock size.",
+        ),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 5}, "['num_key_value_heads'] is 5; allowed: a whole number"),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 3}, "is 3; it must divide num_attention_heads, which is 4."),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 0}, "is 0; it must divide num_attention_heads, which is 4."),
+        ("llama", {"num_attention_heads": 0, "num_key_value_heads": 1}, "is 1; it must divide num_attention_heads, which is 0."),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "output_bias": 1}, "['output_bias'] is 1; allowed: true or"),
+        ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1, "heads": [0]}, "has an unknown key 'heads'"),
+        ("mpnet", {"num_attention_heads": 2}, "['heads'] is None; allowed: 2 of [0, 1, 2, 3], ascending."),
+        ("mpnet", {"num_attention_heads": 2, "heads": [1]}, "['heads'] is [1]; allowed: 2 of [0, 1, 2, 3], ascending."),
+        ("mpnet", {"num_attention_heads": 2, "heads": [1, 4]}, "['heads'] is [1, 4]; allowed: 2 of"),
+        ("mpnet", {"num_attention_heads": 2, "heads": [2, 1]}, "['heads'] is [2, 1]; allowed: 2 of"),
+        ("mpnet", {"num_attention_heads": 2, "heads": [1, 1]}, "['heads'] is [1, 1]; allowed: 2 of"),
+        ("mpnet", {"num_attention_heads": 2, "heads": [0, "1"]}, "['heads'] is [0, '1']; allowed: 2 of"),
+    ],
+)
+def test_malformed_sizes_of_other_families(family: str, block: dict[str, Any], message: str) -> None:
+    layer, attention = {"llama": ("layers.0", "self_attn"), "mpnet": ("encoder.layer.0", "attention.attn")}[family]
+    config = models.FAMILIES[family]()
+    config.hf_prune = entry({layer: {attention: block}})
+    with pytest.raises(ValueError, match=r"config\.hf_prune") as error:
+        transformers.AutoModel.from_config(config)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "part"), [("bart", "BartForCausalLM"), ("t5", "T5EncoderModel")])
+def test_a_part_of_a_condensed_model(family: str, part: str, tmp_path: Path) -> None:
+    whole = models.tiny(family, "bare")
+    models.prune_randomly(whole)
+    condense(whole).save_pretrained(tmp_path)
+    sizes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    loaded = getattr(transformers, part).from_pretrained(tmp_path)
+    inner = {name.removeprefix("model."): parameter for name, parameter in loaded.named_parameters()}
+    assert len(inner.keys() & sizes.keys()) > 20
+    assert all(inner[name].shape == sizes[name] for name in inner.keys() & sizes.keys())
+    with torch.no_grad():
+        assert loaded(**models.ragged_batch(loaded))[0].isfinite().all()
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_sizes(name: str, tmp_path: Path) -> None:
     value, message = MALFORMED[name]

@@ -4,7 +4,27 @@ An [`ArchitectureSpec`] names, relative to a transformer layer, the projections 
 attributes a module keeps about its own size. Everything that knows about heads and neurons (patterns, condensing, reloading)
 reads these specs and has no other knowledge of a family. `blocks(model)` finds the real modules in a model.
 
-To add a family, write one `ArchitectureSpec` and pass it to `register_architecture`.
+To add a family, write one `ArchitectureSpec` and pass it to `register_architecture`, in every process that condenses or loads:
+
+    register_architecture(
+        ArchitectureSpec(
+            model_types=("mine",),  # config.model_type
+            layers=("encoder.layers",),  # below model.base_model
+            attentions=(
+                AttentionSpec(
+                    module="attention",  # below a layer; has head_dim, the width of a head
+                    query=Part("attention.q"),
+                    key=Part("attention.k"),
+                    value=Part("attention.v"),
+                    output=Part("attention.o"),
+                    sizes={"num_heads": "heads"},  # what attention.forward reads besides the shapes of its weights
+                ),
+            ),
+            feed_forwards=(FeedForwardSpec(up=Part("up"), down=Part("down"), activation="act"),),
+        )
+    )
+
+`condense` then shows whether the spec tells everything: it compares outputs, and puts the model back if they differ.
 """
 
 from .blocks import AttentionBlock, Block, FeedForwardBlock, Projection, blocks, find_blocks

@@ -42,10 +42,11 @@ class AttentionBlock:
     value: Projection
     output: Projection
     head_size: int
+    extra: tuple[Projection, ...] = ()
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """Every projection of the block."""
+        """The projections of the block that every family has."""
         return self.query, self.key, self.value, self.output
 
     @property
@@ -135,7 +136,9 @@ def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
                     )
                     head_size = getattr(module, attention.head_size)
                     name = f"{full}.{attention.module}"
-                    yield AttentionBlock(short, name, attention, module, query, key, value, output, head_size)
+                    there = [part for part in attention.extra if _get(layer, part.path) is not None]
+                    extra = tuple(_projection(layer, full, part) for part in there)
+                    yield AttentionBlock(short, name, attention, module, query, key, value, output, head_size, extra)
             for ffn in spec.feed_forwards:
                 if _get(layer, ffn.up.path) is not None:
                     yield FeedForwardBlock(

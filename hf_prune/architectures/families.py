@@ -152,7 +152,7 @@ def _bart_attention(name: str) -> AttentionSpec:
 
 
 BART = ArchitectureSpec(
-    model_types=("bart", "opt"),
+    model_types=("bart", "opt", "whisper"),
     layers=("encoder.layers", "decoder.layers"),
     attentions=(_bart_attention("self_attn"), _bart_attention("encoder_attn")),
     feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
@@ -174,6 +174,68 @@ LLAMA = ArchitectureSpec(
     feed_forwards=(
         FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
     ),
+)
+
+WAV2VEC2 = ArchitectureSpec(
+    model_types=("wav2vec2",),
+    layers=("encoder.layers",),
+    attentions=(_bart_attention("attention"),),
+    feed_forwards=(
+        FeedForwardSpec(
+            up=Part("feed_forward.intermediate_dense"),
+            down=Part("feed_forward.output_dense"),
+            activation="feed_forward.intermediate_act_fn",
+        ),
+    ),
+)
+
+DEBERTA = ArchitectureSpec(
+    model_types=("deberta-v2",),
+    layers=("encoder.layer",),
+    attentions=(
+        AttentionSpec(
+            module="attention.self",
+            query=Part("attention.self.query_proj"),
+            key=Part("attention.self.key_proj"),
+            value=Part("attention.self.value_proj"),
+            output=Part("attention.output.dense"),
+            head_size="attention_head_size",
+            sizes=_BERT_SIZES,
+            extra=(Part("attention.self.pos_key_proj"), Part("attention.self.pos_query_proj")),
+        ),
+    ),
+    feed_forwards=(_BERT_FFN,),
+)
+
+
+def _t5_attention(name: str) -> AttentionSpec:
+    return AttentionSpec(
+        module=name,
+        query=Part(f"{name}.q"),
+        key=Part(f"{name}.k"),
+        value=Part(f"{name}.v"),
+        output=Part(f"{name}.o"),
+        head_size="key_value_proj_dim",
+        sizes={"n_heads": "heads", "inner_dim": "width"},
+        position_bias="passed on",
+    )
+
+
+def _t5_feed_forwards(name: str) -> tuple[FeedForwardSpec, FeedForwardSpec]:
+    """The plain one, and the gated one of later versions."""
+    down, activation = Part(f"{name}.wo"), f"{name}.act"
+    return (
+        FeedForwardSpec(up=Part(f"{name}.wi"), down=down, activation=activation),
+        FeedForwardSpec(gate=Part(f"{name}.wi_0"), up=Part(f"{name}.wi_1"), down=down, activation=activation),
+    )
+
+
+#: The first layer of each stack computes a position bias, for all of its heads, and every layer passes it on.
+T5 = ArchitectureSpec(
+    model_types=("t5",),
+    layers=("encoder.block", "decoder.block"),
+    attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention")),
+    feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
 )
 
 #: `config.model_type` → spec.
@@ -201,5 +263,5 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     return SPECS[model_type]
 
 
-for _spec in (BERT, DISTILBERT, ALBERT, MPNET, VIT, MODERNBERT, GPT2, BART, LLAMA):
+for _spec in (BERT, DISTILBERT, ALBERT, MPNET, DEBERTA, VIT, MODERNBERT, GPT2, BART, WAV2VEC2, LLAMA, T5):
     register_architecture(_spec)

@@ -30,6 +30,7 @@ class AttentionSpec:
             heads times head size, `"groups"` for how many query heads share a key and value head.
         after: modules of `module` that it applies to what its output projection returns, in this order.
         residual_norm: LayerNorm of `module` that it applies in the end to that plus its own input, `""` for none.
+        extra: other projections of `module` with rows for every head, where it has them (DeBERTa's of positions).
         position_bias: whether a bias for every head of the stock model is handed to `forward`: `"taken"`, `"passed on"` to the
             next layer by returning it as the second output, or `""`.
     """
@@ -43,6 +44,7 @@ class AttentionSpec:
     sizes: Mapping[str, str] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     residual_norm: str = ""
+    extra: tuple[Part, ...] = ()
     position_bias: str = ""
 
 

@@ -160,7 +160,7 @@ def own_heads(block: Any) -> list[int]:
 def inputs_of(block: Block) -> list[Projection]:
     """The projections whose output rows belong to the block's heads or neurons."""
     if isinstance(block, AttentionBlock):
-        return [block.query, block.key, block.value]
+        return [block.query, block.key, block.value, *block.extra]
     return [block.up] if block.gate is None else [block.up, block.gate]
 
 
@@ -278,10 +278,8 @@ class NoHeads:
         others = next((states for states in given if states is not None), None)
         keys = tokens if others is None else others.shape[1]
         cache = kwargs.get("past_key_values")
-        if cache is not None and others is None:
-            # The model reads the length of the past from the cache, which takes a layer without elements for an empty one.
-            token = hidden_states.new_zeros(batch, 1, tokens, 1)
-            keys = getattr(cache, "self_attention_cache", cache).update(token, token, self.layer_idx)[0].shape[2]
+        if cache is not None:
+            keys = self.note_length(cache, hidden_states.new_zeros(batch, 1, keys, 1), crosses=others is not None)
         output = hidden_states.new_zeros(batch, tokens, 0)
         inside = f"{self.spec.module}."
         if self.spec.output.path.startswith(inside):
@@ -292,6 +290,23 @@ class NoHeads:
         eager = self.config is None or self.config._attn_implementation == "eager"
         return output, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
 
+    def note_length(self, cache: Any, states: Tensor, crosses: bool) -> int:
+        """Enter as many positions into the cache as if there were a head, and return how many it has now.
+
+        The model reads the length of the past from the cache, which takes a layer without elements for an empty one.
+
+        Args:
+            cache: the model's, for self-attention or for both kinds.
+            states: what stands in for keys and values, `[batch, 1, keys, 1]`.
+            crosses: whether this is cross-attention, whose keys come once.
+        """
+        if not crosses:
+            return int(getattr(cache, "self_attention_cache", cache).update(states, states, self.layer_idx)[0].shape[2])
+        if hasattr(cache, "cross_attention_cache") and not cache.is_updated.get(self.layer_idx):
+            cache.cross_attention_cache.update(states, states, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return states.shape[2]
+
 
 class OwnHeads:
     """The `forward` of an attention module that is given a position bias for every stock head: it takes that of its own heads."""
@@ -301,8 +316,19 @@ class OwnHeads:
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Any = None, **kwargs: Any) -> Any:
         stock: Any = super()
+        if position_bias is None and getattr(self, "has_relative_attention_bias", False):
+            position_bias = self.every_bias(hidden_states, mask, kwargs.get("past_key_values"))
         own = None if position_bias is None else position_bias[:, self.own_heads]
-        return stock.forward(hidden_states, mask, position_bias=own, **kwargs)
+        output, *others = stock.forward(hidden_states, mask, position_bias=own, **kwargs)
+        return (output, position_bias, others[-1]) if self.spec.position_bias == "passed on" else (output, *others)
+
+    def every_bias(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> Any:
+        """The bias that T5's first layer computes for all heads of the stock model, `[1, heads, tokens, keys]`."""
+        module: Any = self
+        tokens = hidden_states.shape[1]
+        past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
+        keys = past + tokens if mask is None else mask.shape[-1]
+        return module.compute_bias(tokens, keys, device=hidden_states.device, past_seen_tokens=past)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,21 +81,21 @@ def sample_batch(model: PreTrainedModel, rows: int = 3) -> dict[str, Tensor]:
     if classifies and config.get_text_config().pad_token_id is None:
         rows = 1  # a decoder finds the last token of several rows by their padding
     generator = torch.Generator().manual_seed(0)
+    padding, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))
     tokens = min(16, (getattr(config, "max_position_embeddings", None) or 32) // 2)
     lengths = torch.linspace(tokens, 2, rows).long()
     mask = (torch.arange(tokens) < lengths[:, None]).long()
 
     def ids() -> Tensor:
         # any tokens but padding, from whose place RoBERTa counts positions, and one that ends the row, as BART's classifier wants
-        end = config.eos_token_id
         ends = [end] if isinstance(end, int) else end or []
         usable = torch.ones(config.vocab_size, dtype=torch.bool)
-        usable[[token for token in (*ends, config.pad_token_id or 0) if 0 <= token < config.vocab_size]] = False
+        usable[[token for token in (*ends, padding or 0) if 0 <= token < config.vocab_size]] = False
         choices = usable.nonzero().flatten()
         drawn = choices[torch.randint(len(choices), (rows, tokens), generator=generator)]
         if config.is_encoder_decoder and ends:
             drawn[torch.arange(rows), lengths - 1] = ends[0]
-        return torch.where(mask.bool(), drawn, config.pad_token_id or 0)
+        return torch.where(mask.bool(), drawn, padding or 0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(rows, *shape, generator=generator).to(model.dtype)
@@ -107,6 +108,13 @@ def sample_batch(model: PreTrainedModel, rows: int = 3) -> dict[str, Tensor]:
     }
     if model.main_input_name == "pixel_values":
         makers = {"pixel_values": lambda: noise(config.num_channels, *_height_and_width(config.image_size))}
+    elif model.main_input_name == "input_features":
+        frames = 2 * config.max_source_positions
+        makers = {"input_features": lambda: noise(config.num_mel_bins, frames), "decoder_input_ids": ids}
+    elif model.main_input_name == "input_values":
+        samples = 20 * math.prod(config.conv_stride)
+        mask = (torch.arange(samples) < torch.linspace(samples, samples // 2, rows)[:, None]).long()
+        makers = {"input_values": lambda: noise(samples), "attention_mask": lambda: mask}
     if getattr(config, "add_cross_attention", False):
         makers["encoder_hidden_states"] = lambda: noise(tokens, config.hidden_size)
         makers["encoder_attention_mask"] = lambda: mask.flip(0)
