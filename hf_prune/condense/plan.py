@@ -193,7 +193,7 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     return heads, groups
 
 
-def _ffn(block: FeedForwardBlock, multiple: int) -> BlockPlan:
+def _ffn(block: FeedForwardBlock, multiple: int = 1) -> BlockPlan:
     up_bias, up_zero = bias(block.up), _zero_rows(block.up)
     if block.gate is None:
         constant, same = block.activation(up_bias), up_zero
