@@ -339,8 +339,8 @@ class PruningConfig:
 
     Args:
         target_sparsity: share of zeros in the pruned weights at the end, in [0, 1).
-        pattern: what is removed together: `"NxM"`, `"N:M"`, `"1xchannel"`, `"channelx1"`, `"head"`, `"neuron"`, `"block"`,
-            `"layer"`.
+        pattern: what is removed together: `"NxM"`, `"N:M"`, `"1xchannel"`, `"channelx1"`, `"head"`, `"kv_group"` (a key and
+            value head with all the heads that share it), `"neuron"`, `"block"`, `"layer"`.
         criterion: how units are scored, a name in `hf_prune.criteria.CRITERIA`.
         reduction: from elements to unit: `"mean"`, `"sum"`, `"l2"`, `"max"`. The mean makes units of different size comparable.
         normalization: of scores across modules before they are ranked together: `"none"`, or divided by their `"mean"` or `"l2"`

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune import condense, condense_plan
+from hf_prune import Pruner, PruningConfig, PruningRule, condense, condense_plan
 from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks
 from hf_prune.condense.plan import regroup
 from hf_prune.condense.resize import inputs_of, output_of, unit_features
@@ -325,6 +325,27 @@ def test_shared_position_bias_when_condensed_again() -> None:
     condense(model)
     assert gap(before, outputs(model)) <= 1e-5
     assert model.config.hf_prune["layers"] == {"encoder.layer.0": {"attention.attn": {"num_attention_heads": 2, "heads": [0, 3]}}}
+
+
+@pytest.mark.parametrize("pattern", ["head", "kv_group", "block"])
+@pytest.mark.parametrize("family", ["gpt2", "modernbert", "albert", "bart", "t5-gated", "qwen2"])
+def test_what_a_pruner_removes_goes(family: str, pattern: str) -> None:
+    model = models.tiny(family)
+    rules = [PruningRule(pattern=pattern)] + ([PruningRule(pattern="neuron")] if pattern != "block" else [])
+    config = PruningConfig(criterion="magnitude", schedule="constant", scope="global", target_sparsity=0.5, rules=rules)
+    pruner = Pruner(model, config, total_steps=1)
+    pruner.observe()
+    pruner.step()
+    pruner.finish()
+    rows = condense_plan(model).to_dict()
+    condense(model)
+    if pattern == "block":
+        assert any(row["after"] == 0 for row in rows)
+        return
+    for unit in ("heads", "neurons"):
+        before, after, masked = (sum(row[key] for row in rows if row["unit"] == unit) for key in ("before", "after", "masked"))
+        assert after - masked < 0.9 * before
+        assert masked == 0 or (family, pattern) == ("qwen2", "head")
 
 
 def test_cross_attention() -> None:
