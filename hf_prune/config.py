@@ -31,6 +31,7 @@ CRITERIA: set[str] = {
     "snip_momentum",
     "taylor",
     "movement",
+    "soft_movement",
     "fpgm",
     "apoz",
     "mean_activation",
@@ -39,7 +40,7 @@ CRITERIA: set[str] = {
     "random",
 }
 #: Criteria that read gradients, so their weights must be trained.
-GRADIENT_CRITERIA: set[str] = {"gradient", "snip", "snip_momentum", "taylor", "movement", "fisher"}
+GRADIENT_CRITERIA: set[str] = {"gradient", "snip", "snip_momentum", "taylor", "movement", "soft_movement", "fisher"}
 #: Schedules, by name; the functions are in `schedules.py`. `polynomial(k)` takes its exponent.
 SCHEDULES: tuple[str, ...] = ("constant", "linear", "cubic", "exp", "cos", "cube", "polynomial(k)", "lottery")
 SCOPES: tuple[str, ...] = ("local", "global", "threshold")
@@ -66,7 +67,7 @@ CONFLICTS: tuple[tuple[str, frozenset[str], str, frozenset[str], str], ...] = (
         "schedule",
         frozenset({"lottery"}),
         "criterion",
-        frozenset({"movement"}),
+        frozenset({"movement", "soft_movement"}),
         "lets weights come back, which a rewind to earlier values contradicts",
     ),
 )
@@ -224,6 +225,12 @@ def _check_number(name: str, value: object) -> None:
         raise PruningConfigError(name, value, "must be a number.")
 
 
+def _check_weight(name: str, value: object) -> None:
+    _check_number(name, value)
+    if float(value) < 0:  # type: ignore[arg-type]
+        raise PruningConfigError(name, value, "must be 0 or more.")
+
+
 def _check_schedule(name: str, value: object) -> None:
     if not (isinstance(value, str) and re.fullmatch(r"polynomial\([1-9]\d*\)", value)):
         _check_name(name, value, SCHEDULES[:-2] + SCHEDULES[-1:] + ("polynomial(k) with a whole k",))
@@ -243,6 +250,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "scope": partial(_check_name, known=SCOPES),
     "reduction": partial(_check_name, known=REDUCTIONS),
     "normalization": partial(_check_name, known=NORMALIZATIONS),
+    "regularization": _check_weight,
     "threshold": _check_number,
     "schedule": _check_schedule,
     "warmup_steps": partial(_check_duration, whole=True),
@@ -276,6 +284,9 @@ def _check_together(config: PruningConfig) -> None:
         raise PruningConfigError("max_sparsity_per_module", high, allowed)
     if config.pattern is not None and target > (limit := parse_pattern(config.pattern).max_sparsity) + 1e-12:
         raise PruningConfigError("target_sparsity", target, f"pattern {config.pattern!r} allows at most {limit:g}.")
+    if config.regularization and config.criterion != "soft_movement":
+        allowed = f"belongs to criterion 'soft_movement', not to {config.criterion!r}."
+        raise PruningConfigError("regularization", config.regularization, allowed)
     if (config.scope == "threshold") != (config.threshold is not None):
         raise PruningConfigError("threshold", config.threshold, "must be given with scope 'threshold', and only with it.")
     for name, values, other, others, reason in CONFLICTS:
@@ -315,6 +326,7 @@ class PruningRule:
     criterion: str | None = None
     reduction: str | None = None
     normalization: str | None = None
+    regularization: float | None = None
     scope: str | None = None
     threshold: float | None = None
     schedule: str | None = None
@@ -345,6 +357,7 @@ class PruningConfig:
         reduction: from elements to unit: `"mean"`, `"sum"`, `"l2"`, `"max"`. The mean makes units of different size comparable.
         normalization: of scores across modules before they are ranked together: `"none"`, or divided by their `"mean"` or `"l2"`
             norm.
+        regularization: weight λ of the mean of σ(S) that `criterion="soft_movement"` adds to the loss; it rises with the schedule.
         scope: `"local"`: every module reaches the target; `"global"`: all modules of the rule are ranked together, counted in
             weights; `"threshold"`: units whose score is at most `threshold` go, and `target_sparsity` only shapes the schedule.
         threshold: the score at or below which units go at the end, under `scope="threshold"`; it rises with the schedule.
@@ -371,6 +384,7 @@ class PruningConfig:
     criterion: str = "snip_momentum"
     reduction: str = "mean"
     normalization: str = "none"
+    regularization: float = 0.0
     scope: str = "global"
     threshold: float | None = None
     schedule: str = "cubic"

@@ -51,14 +51,18 @@ class Criterion:
 
     Args:
         reduction: how elements become units: `"mean"`, `"sum"`, `"l2"`, `"max"`.
+        regularization: weight of the criterion's own penalty, for those that have one.
     """
 
     #: Whether masked weights may come back, so that their values must be kept.
     regrows = False
 
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, reduction: str = "mean", regularization: float = 0.0) -> None:
         self.reduction = reduction
+        self.regularization = regularization
         self.state: dict[str, Tensor] = {}
+        #: How far the schedule is at this step, from 0 to 1 at the target; the pruner keeps it true.
+        self.progress = 0.0
 
     def reduce(self, group: UnitGroup, elements: Callable[[Target], Tensor]) -> Tensor:
         """Reduce elements of a group's weights to units, `[units]`."""
@@ -197,13 +201,15 @@ class Movement(_Gradient):
     regrows = True
     learning_rate, betas, epsilon = 1e-2, (0.9, 0.999), 1e-8
 
-    def __init__(self, reduction: str = "sum") -> None:
-        super().__init__("sum")
+    def __init__(self, reduction: str = "sum", regularization: float = 0.0) -> None:
+        super().__init__("sum", regularization)
         #: Parameter name → values of masked weights; the pruner keeps it true.
         self.values: dict[str, Tensor] = {}
 
     def observe(self, group: UnitGroup) -> None:
         step = self.reduce(group, lambda target: self._weight(target) * gradient(target))
+        score = self.state.get(group.name, torch.zeros_like(step))
+        step = step + self.penalty_gradient(score)
         first, second, count = (self.state.get(f"{group.name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step"))
         if first is None or second is None or count is None:
             first, second, count = torch.zeros_like(step), torch.zeros_like(step), torch.zeros(())
@@ -211,15 +217,36 @@ class Movement(_Gradient):
         second = second.lerp(step.square(), 1 - self.betas[1])
         count = count + 1
         corrected = (second / (1 - self.betas[1] ** int(count))).sqrt() + self.epsilon
-        score = self.state.get(group.name, torch.zeros_like(step))
         self.state[group.name] = score - self.learning_rate * (first / (1 - self.betas[0] ** int(count))) / corrected
         for key, value in (("exp_avg", first), ("exp_avg_sq", second), ("step", count)):
             self.state[f"{group.name}.{key}"] = value
+
+    def penalty_gradient(self, score: Tensor) -> Tensor:
+        """The gradient of a penalty on S, `[units]`."""
+        return torch.zeros_like(score)
 
     def _weight(self, target: Target) -> Tensor:
         """W: the values that masked weights left with, and the parameter elsewhere."""
         kept = self.values.get(target.name)
         return weight(target) if kept is None else weight(target) + target.matrix(kept)
+
+
+class SoftMovement(Movement):
+    """Movement scored by σ(S), with λ·r·mean σ(S) added to the loss, where r says how far the schedule is (Sanh et al. 2020,
+    section 4.2).
+
+    With `scope="threshold"` a unit goes when σ(S) is at most τ·r, so λ decides how many do.
+    """
+
+    def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
+        self._units = sum(group.num_units for group in groups)
+
+    def penalty_gradient(self, score: Tensor) -> Tensor:
+        probability = score.sigmoid()
+        return self.regularization * self.progress * probability * (1 - probability) / self._units
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        return super().scores(group).sigmoid()
 
 
 # -------------------------------------------------------------------------------------------------------------- activations
@@ -232,8 +259,8 @@ class _Activation(Criterion):
     processes when scores are asked for, and start anew after each update.
     """
 
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__(reduction)
+    def __init__(self, reduction: str = "mean", regularization: float = 0.0) -> None:
+        super().__init__(reduction, regularization)
         self._handles: list[RemovableHandle] = []
         self._recording = False
         self._tokens: Tensor | None = None
@@ -343,6 +370,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "snip_momentum": SnipMomentum,
     "taylor": Taylor,
     "movement": Movement,
+    "soft_movement": SoftMovement,
     "fpgm": FPGM,
     "apoz": APoZ,
     "mean_activation": MeanActivation,

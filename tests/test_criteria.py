@@ -158,6 +158,50 @@ def test_movement_scores_follow_adam_on_the_straight_through_gradient(pattern: s
         torch.testing.assert_close(run.rule.criterion.scores(group).double(), score.detach(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["1x1", "4x2", "head"])
+def test_soft_movement_adds_the_gradient_of_its_penalty(pattern: str) -> None:
+    """Against autograd through λ·r·mean σ(S), S of all groups together."""
+    model = tiny_bert(num_hidden_layers=1).train()
+    config = PruningConfig(
+        pattern=pattern, criterion="soft_movement", regularization=50.0, scope="threshold", threshold=0.1, frequency=100
+    )
+    pruner = Pruner(model, config, total_steps=20)
+    rule = pruner._rules[0]
+    scores = {group.name: torch.zeros(group.num_units, dtype=torch.float64, requires_grad=True) for group in rule.groups}
+    optimizer = torch.optim.Adam(scores.values(), lr=Movement.learning_rate, betas=Movement.betas, eps=Movement.epsilon)
+    for step in range(1, STEPS + 1):
+        model.zero_grad()
+        model(**ragged_batch(model, seed=step), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+        named = {name: (p.detach().double() * p.grad.double()) for name, p in model.named_parameters() if p.grad is not None}
+        share = 1 - (1 - step / 20) ** 3
+        optimizer.zero_grad()
+        (50.0 * share * torch.cat([score.sigmoid() for score in scores.values()]).mean()).backward()
+        for group in rule.groups:
+            scores[group.name].grad += by_unit(group, named, "sum")
+        optimizer.step()
+        pruner.observe()
+        pruner.step()
+    for group in rule.groups:
+        torch.testing.assert_close(
+            rule.criterion.scores(group).double(), scores[group.name].detach().sigmoid(), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_soft_movement_removes_more_the_larger_its_penalty() -> None:
+    def sparsity(regularization: float) -> float:
+        model = tiny_bert(num_hidden_layers=1).train()
+        settings = {"criterion": "soft_movement", "scope": "threshold", "threshold": 0.49, "regularization": regularization}
+        pruner = Pruner(model, PruningConfig(pattern="neuron", frequency=1, **settings), total_steps=30)
+        for step in range(30):
+            model(**ragged_batch(model, seed=step), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+            pruner.observe()
+            pruner.step()
+            model.zero_grad()
+        return pruner.sparsity()
+
+    assert sparsity(0.0) < sparsity(0.05) < sparsity(10.0)
+
+
 @pytest.mark.parametrize("pattern", ROW_PATTERNS)
 def test_fpgm_sums_distances_between_rows(pattern: str) -> None:
     run = Recorded("fpgm", pattern)

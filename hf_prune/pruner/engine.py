@@ -79,6 +79,7 @@ class Pruner:
         """Read gradients, complete, unscaled and clipped, before `optimizer.step()`; drop those of masked weights."""
         for rule in self._rules:
             if self.steps < rule.timeline.last_update:
+                rule.criterion.progress = rule.progress(self.steps + 1)
                 for group in rule.groups:
                     rule.criterion.observe(group)
         self._apply(gradients=True)
@@ -196,15 +197,14 @@ class Pruner:
     # ------------------------------------------------------------------------------------------------------------ inner works
 
     def _update(self, rule: Rule) -> None:
-        settings, wanted = rule.settings, rule.timeline.sparsity(self.steps)
-        progress = wanted / settings.target_sparsity if settings.target_sparsity else 1.0
+        settings, progress = rule.settings, rule.progress(self.steps)
         scores = [rule.criterion.scores(group) for group in rule.groups]
         comes_back = rule.criterion.regrows
         removed = allocate(
             rule.groups,
             normalize(scores, settings.normalization),
             [torch.zeros_like(kept) if comes_back else ~kept for kept in rule.kept],
-            wanted,
+            rule.timeline.sparsity(self.steps),
             settings.scope,
             floor=settings.min_sparsity_per_module * progress,
             cap=settings.max_sparsity_per_module,

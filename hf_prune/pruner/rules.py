@@ -45,6 +45,10 @@ class Rule:
         self.kept = kept
         self.removed_any = not all(bool(keep.all()) for keep in kept)
 
+    def progress(self, step: int) -> float:
+        """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
+        return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
+
     @property
     def weight_names(self) -> list[str]:
         """Names of the weights it prunes, each once."""
@@ -106,7 +110,7 @@ def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline:
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
         kept = [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
-    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction), timeline)
+    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction, settings.regularization), timeline)
     rule.keep(kept)
     return rule
 
