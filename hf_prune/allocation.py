@@ -54,13 +54,13 @@ def candidates(scores: Tensor, cell: tuple[int, int]) -> Tensor:
     n, m = cell
     columns = scores.view(-1, m).unbind(dim=1)
     # The rank of a score is the number of others that go before it; comparing each pair once settles both sides.
-    ranks = torch.zeros(scores.numel() // m, m, dtype=torch.uint8 if m < 256 else torch.int32, device=scores.device)
+    ranks = torch.zeros(m, scores.numel() // m, dtype=torch.uint8 if m < 256 else torch.int32, device=scores.device)
     for later in range(m):
         for earlier in range(later):
             goes_first = columns[earlier] <= columns[later]
-            ranks[:, later] += goes_first
-            ranks[:, earlier] += ~goes_first
-    return (ranks < n).flatten()
+            ranks[later] += goes_first.to(ranks.dtype)
+            ranks[earlier] += goes_first.logical_not_().to(ranks.dtype)
+    return (ranks < n).T.reshape(-1)
 
 
 def allocate(

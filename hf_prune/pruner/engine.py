@@ -88,9 +88,10 @@ class Pruner:
     def step(self) -> None:
         """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
         self.steps += 1
-        self._apply()
-        self._keep_for_rewind()
         due = [rule for rule in self._rules if rule.timeline.is_due(self.steps)]
+        if not due or self._values:
+            self._apply()
+        self._keep_for_rewind()
         if not due:
             return
         for rule in due:
