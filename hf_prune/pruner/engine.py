@@ -89,8 +89,7 @@ class Pruner:
         """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
         self.steps += 1
         due = [rule for rule in self._rules if rule.timeline.is_due(self.steps)]
-        if not due or self._values:
-            self._apply()
+        self._apply()  # momentum moves masked weights too, and scores are read from masked values
         self._keep_for_rewind()
         if not due:
             return
