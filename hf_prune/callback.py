@@ -21,8 +21,9 @@ STATE_NAME = "pruner.safetensors"
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains.
 
-    Adds `sparsity` (true zeros in the weights named by the rules) and `target_sparsity` (what the schedule asks for) to the
-    Trainer's logs, and writes its state and `pruning_config.json` into every checkpoint, from which it resumes.
+    Adds `sparsity` (true zeros in the weights named by the rules), `target_sparsity` (what the schedule asks for) and, in soft
+    movement pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to the Trainer's logs, and writes its state and
+    `pruning_config.json` into every checkpoint, from which it resumes.
 
     Args:
         config: a [`PruningConfig`] or a dictionary with its fields.
@@ -69,7 +70,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.pruner is None or logs is None:
             return
-        figures = {"sparsity": self.pruner.sparsity(), "target_sparsity": self.pruner.target_sparsity()}
+        figures = self.pruner.figures()
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
