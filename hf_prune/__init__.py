@@ -6,7 +6,7 @@ Importing the package also lets `AutoModel….from_pretrained` load condensed mo
 from .callback import PruningCallback
 from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
-from .distillation import DistillationConfig, DistillationTrainer
+from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
 from .hub import install_reload_hook
 from .pruner import Pruner
 from .report import SparsityReport, sparsity_report
@@ -24,6 +24,8 @@ __all__ = [
     "PruningConfigError",
     "PruningRule",
     "SparsityReport",
+    "TeacherLogitsCollator",
+    "add_teacher_logits",
     "condense",
     "condense_plan",
     "sparsity_report",

@@ -202,7 +202,7 @@ def _check_duration(name: str, value: object, whole: bool) -> None:
         raise PruningConfigError(name, value, allowed)
 
 
-def _from_dict(cls: type[_T], data: object) -> _T:
+def dataclass_from_dict(cls: type[_T], data: object) -> _T:
     """Build `cls` from plain data, with an error for a key that is not one of its fields."""
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, Mapping):
@@ -430,7 +430,7 @@ class PruningConfig:
         rules = []
         for index, rule in enumerate(self.rules):
             try:
-                rules.append(rule if isinstance(rule, PruningRule) else _from_dict(PruningRule, rule))
+                rules.append(rule if isinstance(rule, PruningRule) else dataclass_from_dict(PruningRule, rule))
             except PruningConfigError as error:
                 raise error.within(f"rules[{index}].") from None
         self.rules = rules
@@ -476,7 +476,7 @@ class PruningConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
         """Build from plain data; unknown keys are errors."""
-        return _from_dict(cls, data)
+        return dataclass_from_dict(cls, data)
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the config to a JSON file."""
