@@ -77,6 +77,9 @@ class Criterion:
     def observe(self, group: UnitGroup) -> None:
         """Take note of weights and gradients, once an optimizer step."""
 
+    def discard(self) -> None:
+        """Called in place of `observe` when the optimizer skips the step: forget what was seen since the last one."""
+
     def scores(self, group: UnitGroup) -> Tensor:
         """The score of each unit, `[units]`, float32."""
         raise NotImplementedError
@@ -261,6 +264,8 @@ class _Activation(Criterion):
 
     def __init__(self, reduction: str = "mean", regularization: float = 0.0) -> None:
         super().__init__(reduction, regularization)
+        #: The state as of the last optimizer step that was not skipped.
+        self._observed: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
         self._tokens: Tensor | None = None
@@ -285,8 +290,19 @@ class _Activation(Criterion):
             handle.remove()
         self._handles.clear()
 
+    def observe(self, group: UnitGroup) -> None:
+        self._observed = dict(self.state)
+
+    def discard(self) -> None:
+        self.state = dict(self._observed)
+
     def updated(self) -> None:
         self.state.clear()
+        self._observed.clear()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._observed = dict(state)
 
     def merged(self, name: str) -> Tensor:
         """The mean over all tokens seen, on all processes."""
