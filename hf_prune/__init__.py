@@ -4,6 +4,7 @@ Importing the package also lets `AutoModel….from_pretrained` load condensed mo
 """
 
 from .callback import PruningCallback
+from .checkpoints import last_complete_checkpoint, remember_folders
 from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
 from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
@@ -28,7 +29,9 @@ __all__ = [
     "add_teacher_logits",
     "condense",
     "condense_plan",
+    "last_complete_checkpoint",
     "sparsity_report",
 ]
 
 install_reload_hook()
+remember_folders()

@@ -79,6 +79,9 @@ class Criterion:
     def observe(self, group: UnitGroup) -> None:
         """Take note of weights and gradients, once an optimizer step."""
 
+    def discard(self) -> None:
+        """Called in place of `observe` when the optimizer skips the step: forget what was seen since the last one."""
+
     def scores(self, group: UnitGroup) -> Tensor:
         """The score of each unit, `[units]`, float32."""
         raise NotImplementedError
@@ -326,6 +329,8 @@ class _Activation(Criterion):
 
     def __init__(self, settings: PruningConfig) -> None:
         super().__init__(settings)
+        #: The state as of the last optimizer step that was not skipped.
+        self._observed: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
         self._tokens: Tensor | None = None
@@ -350,8 +355,19 @@ class _Activation(Criterion):
             handle.remove()
         self._handles.clear()
 
+    def observe(self, group: UnitGroup) -> None:
+        self._observed = dict(self.state)
+
+    def discard(self) -> None:
+        self.state = dict(self._observed)
+
     def updated(self) -> None:
         self.state.clear()
+        self._observed.clear()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._observed = dict(state)
 
     def merged(self, name: str) -> Tensor:
         """The mean over all tokens seen, on all processes."""

@@ -95,6 +95,13 @@ class Timeline:
             return True
         return max(self.begin, 1) <= step < self.last_update and (step - self.begin) % self.frequency == 0
 
+    def last_due(self, step: int) -> int:
+        """The latest step up to `step` right after which masks change, 0 if none has come."""
+        if step >= self.last_update:
+            return self.last_update
+        latest = step - (step - self.begin) % self.frequency
+        return latest if latest >= max(self.begin, 1) else 0
+
     def sparsity(self, step: int) -> float:
         """The sparsity asked for at `step`."""
         if step < max(self.begin, 1):

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError
-from hf_prune.callback import STATE_NAME
+from hf_prune.checkpoints import STATE_NAME
 
 ROWS = ragged_rows(48)
 
@@ -292,21 +292,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     keys = ("loss", "sparsity", "target_sparsity")
     resumed, expected = ({at: [log[key] for key in keys] for at, log in logs_of(run).items()} for run in (trainer, whole))
     assert resumed == expected
-
-
-def test_resuming_where_no_pruning_was_is_an_error(tmp_path: Path) -> None:
-    plain = Trainer(tiny_bert(), arguments(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=6), train_dataset=ROWS)
-    plain.train()
-    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"))
-    with pytest.raises(FileNotFoundError, match=rf"checkpoint-6 holds no {STATE_NAME}"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-
-
-def test_resuming_with_another_config_is_an_error(uninterrupted: tuple[PruningConfig, Path, Trainer], tmp_path: Path) -> None:
-    shutil.copytree(uninterrupted[1] / "checkpoint-4", tmp_path / "checkpoint-4")
-    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"), with_dropout(seed=9))
-    with pytest.raises(ValueError, match="belongs to another config or model"):
-        trainer.train(resume_from_checkpoint=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------- best model

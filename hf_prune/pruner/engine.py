@@ -27,9 +27,9 @@ from ..config import PruningConfig
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
 from .plan import PruningPlan, make_plan
-from .rules import Rule, match_rules
+from .rules import Rule, alive_units, match_rules
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class Pruner:
@@ -47,11 +47,14 @@ class Pruner:
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
         if getattr(model, "_hf_prune_attached", False):
-            raise RuntimeError("A Pruner is attached to this model already; call its finish() first.")
+            raise RuntimeError(
+                "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
+            )
         self.model = model
         self.config = config
-        #: Optimizer steps seen.
+        #: Optimizer steps of the run that are over. Set it to begin with pruning late in a run: the first step then catches up.
         self.steps = 0
+        self._skipped = False
         self._rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch)
         views = [view for rule in self._rules for group in rule.groups for view in (*group.weights, *group.biases)]
         self._targets: dict[str, Target] = {view.target.name: view.target for view in views}
@@ -76,20 +79,36 @@ class Pruner:
     # ------------------------------------------------------------------------------------------------------ the three moments
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Read gradients, complete, unscaled and clipped, before `optimizer.step()`; drop those of masked weights."""
+    def observe(self, scaled_loss: bool = False) -> None:
+        """Read gradients, complete, unscaled and clipped, before `optimizer.step()`; drop those of masked weights.
+
+        Args:
+            scaled_loss: a `GradScaler` is at work (fp16). It skips the step when a gradient is not finite; such a step counts as a
+                step of the schedule, and is no observation.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
+            RuntimeError: the model has no gradient at all.
+        """
+        self._skipped = not _gradients_finite(self.model)
+        if self._skipped and not scaled_loss:
+            raise FloatingPointError(_not_finite(self.model, self.steps + 1))
         for rule in self._rules:
-            if self.steps < rule.timeline.last_update:
-                rule.criterion.begin_step(rule.progress(self.steps + 1))
-                for group in rule.groups:
-                    rule.criterion.observe(group)
+            if rule.over(self.steps):
+                continue
+            if self._skipped:
+                rule.criterion.discard()
+                continue
+            rule.criterion.begin_step(rule.progress(self.steps + 1))
+            for group in rule.groups:
+                rule.criterion.observe(group)
         self._apply(gradients=True)
 
     @torch.no_grad()
     def step(self) -> None:
         """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
         self.steps += 1
-        due = [rule for rule in self._rules if rule.timeline.is_due(self.steps)]
+        due = [rule for rule in self._rules if not self._skipped and rule.due(self.steps)]
         self._apply()  # momentum moves masked weights too, and scores are read from masked values
         self._keep_for_rewind()
         if not due:
@@ -102,9 +121,9 @@ class Pruner:
                     parameter.copy_(self._rewind[name])
         self._exchange_values()
         for rule in due:
-            if self.steps >= rule.timeline.last_update:
+            if rule.over(self.steps):
                 rule.criterion.detach()
-        if all(self.steps >= rule.timeline.last_update for rule in self._rules if rule.settings.schedule == "lottery"):
+        if not self._lotteries():
             self._rewind.clear()
 
     def finish(self) -> None:
@@ -138,14 +157,15 @@ class Pruner:
         zeros, elements = count_zeros(self._weights.values())
         return zeros / elements
 
-    def target_sparsity(self) -> float:
-        """The sparsity that the schedules ask for at the current step, over the same weights."""
+    def target_sparsity(self, step: int | None = None) -> float:
+        """The sparsity that the schedules ask for at `step`, by default the current one, over the same weights."""
+        step = self.steps if step is None else step
         density = {name: 1.0 for name in self._weights if name not in self._locked}
         density |= {name: float(mask.float().mean()) for name, mask in self._locked.items() if name in self._weights}
         for rule in self._rules:
             if rule.settings.scope != "threshold":
                 for name in rule.weight_names:
-                    density[name] = min(density[name], 1.0) * (1 - rule.timeline.sparsity(self.steps))
+                    density[name] = min(density[name], 1.0) * (1 - max(rule.asked, rule.timeline.sparsity(step)))
         sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
         return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
@@ -165,7 +185,18 @@ class Pruner:
     @property
     def done(self) -> bool:
         """Whether the last mask update of every rule has happened."""
-        return self.steps >= self.last_update
+        return all(rule.over(self.steps) for rule in self._rules)
+
+    @property
+    def shortfall(self) -> str | None:
+        """What a model lacks whose pruning ended here, or None if it has its final masks."""
+        if self.done:
+            return None
+        return (
+            f"Pruning is not finished: the model is that of step {self.steps}, its last mask update was due at step "
+            f"{self.last_update}. {self.sparsity():.2%} of the weights are zero and {self.target_sparsity(self.last_update):.2%} "
+            "were asked for."
+        )
 
     # ----------------------------------------------------------------------------------------------------------------- state
 
@@ -173,47 +204,60 @@ class Pruner:
         """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen."""
         state = {"steps": torch.tensor(self.steps), "version": torch.tensor(_STATE_VERSION)}
         for rule in self._rules:
+            state[f"{rule.name}/asked"] = torch.tensor(rule.asked, dtype=torch.float64)
             state |= {f"{rule.name}/kept/{group.name}": kept for group, kept in zip(rule.groups, rule.kept)}
             state |= {f"{rule.name}/criterion/{key}": value for key, value in rule.criterion.state_dict().items()}
         for kind, buffers in (("locked", self._locked), ("values", self._values), ("rewind", self._rewind)):
             state |= {f"{kind}/{name}": value for name, value in buffers.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` returned, for a pruner of the same config and model.
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Go on from what `state_dict` returned.
+
+        Args:
+            state: the state of a pruner, for a model that holds the weights of the same moment.
+            strict: the pruner had the same config and model. Otherwise a rule that `state` does not hold, or holds for other units,
+                begins with no scores; its units that are all zero are gone.
 
         Raises:
-            ValueError: the state is of another version, config or model. Nothing was changed.
+            ValueError: the state is of another version, or strictly of another config or model. Nothing was changed.
         """
         if int(state.get("version", torch.tensor(-1))) != _STATE_VERSION:
             raise ValueError(f"The pruner state has version {state.get('version')}, this hf_prune reads {_STATE_VERSION}.")
         expected = {f"{rule.name}/kept/{group.name}": group.num_units for rule in self._rules for group in rule.groups}
         found = {key: value.numel() for key, value in state.items() if "/kept/" in key}
-        if expected != found:
-            differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        if differing and strict:
             raise ValueError(f"The pruner state belongs to another config or model; it differs in {', '.join(differing[:5])}.")
         self.steps = int(state["steps"])
         for rule in self._rules:
-            rule.keep([state[f"{rule.name}/kept/{group.name}"].to(group.device) for group in rule.groups])
-            rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
-            if self.steps >= rule.timeline.last_update:
+            if any(key.startswith(f"{rule.name}/") for key in differing):
+                rule.keep(alive_units(rule.groups))
+                rule.asked = sum(int((~kept).sum()) * group.unit_size for group, kept in zip(rule.groups, rule.kept)) / rule.size
+            else:
+                rule.keep([state[f"{rule.name}/kept/{group.name}"].to(group.device) for group in rule.groups])
+                rule.asked = float(state[f"{rule.name}/asked"])
+                rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
+            if rule.over(self.steps):
                 rule.criterion.detach()
         device = next(self.model.parameters()).device
         self._locked = _under(state, "locked/", device)
-        self._values |= _under(state, "values/", device)
-        self._rewind = _under(state, "rewind/", device)
+        self._values |= {name: value for name, value in _under(state, "values/", device).items() if name in self._values}
+        self._rewind = _under(state, "rewind/", device) if self._lotteries() else {}
 
     # ------------------------------------------------------------------------------------------------------------ inner works
 
     def _update(self, rule: Rule) -> None:
-        settings, progress = rule.settings, rule.progress(self.steps)
+        step = rule.timeline.last_due(self.steps)
+        settings, progress = rule.settings, rule.progress(step)
+        rule.asked = max(rule.asked, rule.timeline.sparsity(step))
         scores = [rule.criterion.scores(group) for group in rule.groups]
         comes_back = rule.criterion.regrows
         removed = allocate(
             rule.groups,
             normalize(scores, settings.normalization),
             [torch.zeros_like(kept) if comes_back else ~kept for kept in rule.kept],
-            rule.timeline.sparsity(self.steps),
+            rule.asked,
             settings.scope,
             floor=settings.min_sparsity_per_module * progress,
             cap=settings.max_sparsity_per_module,
@@ -258,10 +302,40 @@ class Pruner:
                 self._locked[bias.name] = matrix.any(dim=1) | (bias.parameter.detach() != 0)
 
     def _keep_for_rewind(self) -> None:
-        """At the start of a lottery schedule, keep every parameter's value."""
-        starts = {rule.timeline.begin for rule in self._rules if rule.settings.schedule == "lottery"}
-        if self.steps in starts:
+        """At the start of a lottery schedule, or at the first step of a run that began later, keep every parameter's value."""
+        starts = [rule.timeline.begin for rule in self._lotteries()]
+        if self.steps in starts or (starts and not self._rewind and self.steps > min(starts)):
             self._rewind = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+    def _lotteries(self) -> list[Rule]:
+        """The rules that have lottery tickets to draw."""
+        return [rule for rule in self._rules if rule.settings.schedule == "lottery" and not rule.over(self.steps)]
+
+
+def _gradients_finite(model: nn.Module) -> bool:
+    """Whether no gradient holds NaN or infinity, in one pass and with one synchronisation.
+
+    Raises:
+        RuntimeError: there is no gradient.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not gradients:
+        raise RuntimeError(
+            "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
+            "backward cannot be used."
+        )
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)))
+
+
+def _not_finite(model: nn.Module, step: int) -> str:
+    """The message about gradients that are not finite: the parameters they belong to."""
+    names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    broken = [name for name in names if not bool(torch.isfinite(model.get_parameter(name).grad).all())]
+    which = f"of {broken[0]!r}" + (f" and of {len(broken) - 1} more of {len(names)} parameters" if len(broken) > 1 else "")
+    cause = "; so is the loss, it seems" if len(broken) == len(names) else ""
+    return (
+        f"Step {step}: the gradient {which} is NaN or infinite{cause}. Nothing was pruned in this step and no weight was changed."
+    )
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,7 @@ class Rule:
         timeline: when its masks change, and to what sparsity.
         kept: bool `[units]` for each group, the units left.
         removed_any: whether a unit is gone, so that masking has something to do.
+        asked: the sparsity asked for at the last mask update; it never falls.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Rule:
     timeline: Timeline
     kept: list[Tensor] = field(default_factory=list)
     removed_any: bool = False
+    asked: float = 0.0
 
     def keep(self, kept: list[Tensor]) -> None:
         """Set the units left."""
@@ -49,6 +51,23 @@ class Rule:
     def progress(self, step: int) -> float:
         """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
         return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
+
+    def behind(self, step: int) -> bool:
+        """Whether the last mask update that was due up to `step` did not happen: the step was skipped, or the run began later."""
+        return self.asked < self.timeline.sparsity(self.timeline.last_due(step))
+
+    def due(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only where more is pruned."""
+        return self.behind(step) or (self.timeline.is_due(step) and self.settings.schedule != "lottery")
+
+    def over(self, step: int) -> bool:
+        """Whether the last mask update has happened."""
+        return step >= self.timeline.last_update and not self.behind(step)
+
+    @property
+    def size(self) -> int:
+        """Weights of its groups."""
+        return sum(group.size for group in self.groups)
 
     @property
     def weight_names(self) -> list[str]:
@@ -111,10 +130,15 @@ def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline:
     _check_score_rate(name, settings, timeline)
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
-        kept = [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
+        kept = alive_units(groups)
     rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings), timeline)
     rule.keep(kept)
     return rule
+
+
+def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
+    """The units that have a weight which is not zero, bool `[units]` for each group."""
+    return [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
 
 
 def _groups(
