@@ -72,7 +72,10 @@ class SparsityReport:
         }
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all", caption=self.shortfall)
+        table = Table(
+            title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all",
+            caption=self.shortfall,
+        )
         for column in ("module", "shape", "parameters", "zeros", "sparsity"):
             table.add_column(column, justify="left" if column == "module" else "right")
         for module in self.modules:

@@ -47,7 +47,9 @@ class Pruner:
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
         if getattr(model, "_hf_prune_attached", False):
-            raise RuntimeError("A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`.")
+            raise RuntimeError(
+                "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
+            )
         self.model = model
         self.config = config
         #: Optimizer steps of the run that are over. Set it to begin with pruning late in a run: the first step then catches up.
@@ -318,11 +320,13 @@ def _gradients_finite(model: nn.Module) -> bool:
 
 def _not_finite(model: nn.Module, step: int) -> str:
     """The message about gradients that are not finite: the parameters they belong to."""
-    names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    broken = [name for name in names if not bool(torch.isfinite(model.get_parameter(name).grad).all())]
-    which = f"of {broken[0]!r}" + (f" and of {len(broken) - 1} more of {len(names)} parameters" if len(broken) > 1 else "")
-    cause = "; so is the loss, it seems" if len(broken) == len(names) else ""
-    return f"Step {step}: the gradient {which} is NaN or infinite{cause}. Nothing was pruned in this step and no weight was changed."
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+    which = f"of {broken[0]!r}" + (f" and of {len(broken) - 1} more of {len(gradients)} parameters" if len(broken) > 1 else "")
+    cause = "; so is the loss, it seems" if len(broken) == len(gradients) else ""
+    return (
+        f"Step {step}: the gradient {which} is NaN or infinite{cause}. Nothing was pruned in this step and no weight was changed."
+    )
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
