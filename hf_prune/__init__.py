@@ -7,7 +7,7 @@ from .callback import PruningCallback
 from .checkpoints import last_complete_checkpoint, remember_folders
 from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
-from .distillation import DistillationConfig, DistillationTrainer
+from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
 from .hub import install_reload_hook
 from .pruner import Pruner
 from .report import SparsityReport, sparsity_report
@@ -25,6 +25,8 @@ __all__ = [
     "PruningConfigError",
     "PruningRule",
     "SparsityReport",
+    "TeacherLogitsCollator",
+    "add_teacher_logits",
     "condense",
     "condense_plan",
     "last_complete_checkpoint",

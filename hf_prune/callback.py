@@ -35,10 +35,11 @@ _SCORED_BY = ("pattern", "criterion", "reduction", "target_modules", "exclude_mo
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains.
 
-    Adds `sparsity` (true zeros in the weights named by the rules) and `target_sparsity` (what the schedule asks for) to the
-    Trainer's logs, and writes its state and `pruning_config.json` into every checkpoint, from which it resumes: exactly, from any
-    folder. From the checkpoint of a run without the callback, pruning starts where the schedule is by then. A second `train()` on
-    the same model keeps the masks that are there.
+    Adds `sparsity` (true zeros in the weights named by the rules), `target_sparsity` (what the schedule asks for) and, in soft
+    movement pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to the Trainer's logs, and writes its state and
+    `pruning_config.json` into every checkpoint, from which it resumes: exactly, from any folder. From the checkpoint of a run
+    without the callback, pruning starts where the schedule is by then. A second `train()` on the same model keeps the masks that
+    are there.
 
     Args:
         config: a [`PruningConfig`] or a dictionary with its fields.
@@ -126,7 +127,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.pruner is None or logs is None:
             return
-        figures = {"sparsity": self.pruner.sparsity(), "target_sparsity": self.pruner.target_sparsity()}
+        figures = self.pruner.figures()
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)

@@ -72,7 +72,8 @@ class Pruner:
         self._rewind: dict[str, Tensor] = {}
         for rule in self._rules:
             if rule.criterion.regrows:
-                self._values |= {name: torch.zeros_like(self._targets[name].parameter) for name in rule.weight_names}
+                views = [view for group in rule.groups for view in (*group.weights, *group.biases)]
+                self._values |= {view.target.name: torch.zeros_like(view.target.parameter) for view in views}
                 rule.criterion.values = self._values  # type: ignore[attr-defined]
             rule.criterion.attach(model, rule.groups)
         self._keep_for_rewind()
@@ -108,7 +109,7 @@ class Pruner:
             if self._skipped:
                 rule.criterion.discard()
                 continue
-            rule.criterion.progress = rule.progress(self.steps + 1)
+            rule.criterion.begin_step(rule.progress(self.steps + 1))
             for group in rule.groups:
                 rule.criterion.observe(group)
         self._apply(gradients=True)
@@ -179,6 +180,14 @@ class Pruner:
                     density[name] = min(density[name], 1.0) * (1 - max(rule.asked, rule.timeline.sparsity(step)))
         sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
         return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    def figures(self) -> dict[str, float]:
+        """What a log shall say: `sparsity`, `target_sparsity`, and what the criteria report, summed over the rules."""
+        figures = {"sparsity": self.sparsity(), "target_sparsity": self.target_sparsity()}
+        for rule in self._rules:
+            for name, value in rule.criterion.figures().items():
+                figures[name] = figures.get(name, 0.0) + value
+        return figures
 
     @property
     def last_update(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -126,10 +127,11 @@ def match_rules(
 
 def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline: Timeline) -> Rule:
     _check_reachable(name, settings, groups)
+    _check_score_rate(name, settings, timeline)
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
         kept = alive_units(groups)
-    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction, settings.regularization), timeline)
+    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings), timeline)
     rule.keep(kept)
     return rule
 
@@ -223,3 +225,13 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
             f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
         )
         raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+
+
+def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) -> None:
+    """Raise if movement scores, which start at 0 and change by their learning rate a step, cannot come down to the threshold."""
+    if settings.regularization != "auto" or settings.threshold is None:
+        return
+    way, steps = abs(math.log(settings.threshold / (1 - settings.threshold))), timeline.last_update - timeline.begin
+    if steps * settings.score_learning_rate < 2 * way:
+        allowed = f"must be at least {2 * way / steps:.2g} to bring scores to threshold={settings.threshold} in {steps} steps."
+        raise PruningConfigError(f"{name}.score_learning_rate", settings.score_learning_rate, allowed)
