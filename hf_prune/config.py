@@ -250,9 +250,9 @@ def _check_schedule(name: str, value: object) -> None:
         _check_name(name, value, SCHEDULES[:-2] + SCHEDULES[-1:] + ("polynomial(k) with a whole k",))
 
 
-def _check_frequency(name: str, value: object) -> None:
+def _check_frequency(name: str, value: object, unit: str = "steps") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PruningConfigError(name, value, "must be a whole number of steps, 1 or more.")
+        raise PruningConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")
 
 
 #: The check of each field that a config and a rule share.
@@ -273,6 +273,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "cooldown_steps": partial(_check_duration, whole=True),
     "cooldown_epochs": partial(_check_duration, whole=False),
     "frequency": _check_frequency,
+    "updates": partial(_check_frequency, unit="updates"),
     "target_modules": _check_modules,
     "exclude_modules": _check_modules,
     "min_sparsity_per_module": _check_share,
@@ -354,6 +355,7 @@ class PruningRule:
     cooldown_steps: float | None = None
     cooldown_epochs: float | None = None
     frequency: int | None = None
+    updates: int | None = None
     min_sparsity_per_module: float | None = None
     max_sparsity_per_module: float | None = None
 
@@ -388,6 +390,7 @@ class PruningConfig:
         warmup_steps, warmup_epochs: nothing is pruned before. A steps value below 1 is a ratio of the run, as in transformers.
         cooldown_steps, cooldown_epochs: at the end, masks are frozen for so long and the model recovers.
         frequency: optimizer steps between mask updates.
+        updates: number of mask updates, spread evenly between warm-up and cool-down, in the place of `frequency`.
         target_modules: as in PEFT, a regular expression that matches whole module names or a list of names or suffixes.
             Default: every linear layer of the model's body; the output head is left out unless named.
         exclude_modules: modules left out, in the same form.
@@ -417,6 +420,7 @@ class PruningConfig:
     cooldown_steps: float = 0
     cooldown_epochs: float = 0
     frequency: int = 50
+    updates: int | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     min_sparsity_per_module: float = 0.0

@@ -181,6 +181,10 @@ class Pruner:
         sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
         return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
+    def unmasked_weights(self) -> dict[str, Tensor]:
+        """By name, the parameters under a criterion that lets weights come back, with the values that masked ones left with."""
+        return {name: self._targets[name].parameter.detach() + away for name, away in self._values.items()}
+
     def figures(self) -> dict[str, float]:
         """What a log shall say: `sparsity`, `target_sparsity`, and what the criteria report, summed over the rules."""
         figures = {"sparsity": self.sparsity(), "target_sparsity": self.target_sparsity()}

@@ -205,7 +205,7 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
     return Timeline(
         begin=begin,
         end=end,
-        frequency=settings.frequency,
+        frequency=max((end - begin) / settings.updates, 1) if settings.updates else settings.frequency,
         schedule=settings.schedule,
         initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
         target=settings.target_sparsity,
