@@ -181,8 +181,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         if not (folder / STATE_NAME).is_file():
             pruner.steps = step
             logger.warning(
-                "%s was written without PruningCallback: pruning starts at step %d, where the schedule is at a sparsity of %.4f; its "
-                "last mask update is at step %d.",
+                "%s was written without PruningCallback: pruning starts at step %d, where the schedule is at a sparsity of %.4f; "
+                "its last mask update is at step %d.",
                 folder,
                 step,
                 pruner.target_sparsity(),

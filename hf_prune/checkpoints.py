@@ -1,7 +1,8 @@
-"""What a Trainer's checkpoint must hold so that a run can go on from it: the pruner's tensors, and a record of all that was written.
+"""What a Trainer's checkpoint must hold so that a run can go on from it: the pruner's tensors, and a record of all files.
 
-The Trainer writes `trainer_state.json` last. The callback's entry in it records every other file with a fingerprint, so a checkpoint
-is complete when that file is whole and all the files are those that it records. The Trainer deletes older checkpoints only after that.
+The Trainer writes `trainer_state.json` last. The callback's entry in it records every other file with a fingerprint, so a
+checkpoint is complete when that file is whole and all others are those that it records. Only after that the Trainer deletes older
+checkpoints.
 """
 
 from __future__ import annotations
@@ -190,4 +191,4 @@ def remember_folders() -> None:
         return state
 
     load_from_json.remembers_folder = True  # type: ignore[attr-defined]
-    TrainerState.load_from_json = classmethod(load_from_json)  # type: ignore[assignment, arg-type]
+    TrainerState.load_from_json = classmethod(load_from_json)  # type: ignore[assignment]

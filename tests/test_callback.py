@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from helpers import ROWS, SCHEDULED, Gradients, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     BertForSequenceClassification,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -29,11 +28,6 @@ from transformers import (
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError
 from hf_prune.checkpoints import STATE_NAME
 
-ROWS = ragged_rows(48)
-
-#: Twelve steps: 2 of warm-up, updates after steps 2, 4, 6, 8, 10, and 2 of cool-down.
-SCHEDULED: dict[str, Any] = {"warmup_steps": 2, "cooldown_steps": 2, "frequency": 2}
-
 #: Pattern → ends of the names of the modules it is about, and target sparsity.
 PATTERNS: dict[str, tuple[tuple[str, ...], float]] = {
     "1x1": (("dense", "query", "key", "value"), 0.7),
@@ -43,27 +37,6 @@ PATTERNS: dict[str, tuple[tuple[str, ...], float]] = {
     "head": (("query", "key", "value", "attention.output.dense"), 0.5),
     "neuron": (("intermediate.dense", "output.dense"), 0.5),
 }
-
-
-def trainer_for(
-    folder: Path, config: PruningConfig | dict[str, Any], model: PreTrainedModel | None = None, **overrides: Any
-) -> Trainer:
-    """A Trainer for two epochs of six steps, with pruning."""
-    extra = {name: overrides.pop(name) for name in ("compute_metrics", "eval_dataset") if name in overrides}
-    return Trainer(
-        tiny_bert() if model is None else model,
-        arguments(folder, num_train_epochs=2, **overrides),
-        train_dataset=ROWS,
-        callbacks=[PruningCallback(config)],
-        **extra,
-    )
-
-
-def pruner_of(trainer: Trainer) -> Pruner:
-    """The pruner of the callback that is at work, which is another one after states were restored."""
-    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, PruningCallback))
-    assert callback.pruner is not None
-    return callback.pruner
 
 
 def logs_of(trainer: Trainer) -> dict[int, dict[str, float]]:
@@ -261,11 +234,6 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     trainer = trainer_for(folder, config, with_dropout(seed=0), save_strategy="steps", save_steps=1)
     trainer.train()
     return config, folder, trainer
-
-
-def with_dropout(seed: int) -> PreTrainedModel:
-    """A tiny BERT with dropout."""
-    return tiny_bert(seed=seed, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 
 
 @pytest.mark.parametrize("restore", [False, True])

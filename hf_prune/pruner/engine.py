@@ -18,6 +18,7 @@ pruner.finish()
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Pruner:
         #: Optimizer steps of the run that are over. Set it to begin with pruning late in a run: the first step then catches up.
         self.steps = 0
         self._skipped = False
+        #: Parameter name → norm of its gradient as backward left it; clipping spreads what is not finite to all of them.
+        self._norms: dict[str, Tensor] = {}
         self._rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch)
         views = [view for rule in self._rules for group in rule.groups for view in (*group.weights, *group.biases)]
         self._targets: dict[str, Target] = {view.target.name: view.target for view in views}
@@ -74,6 +77,11 @@ class Pruner:
                 rule.criterion.values = self._values  # type: ignore[attr-defined]
             rule.criterion.attach(model, rule.groups)
         self._keep_for_rewind()
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
+            for name, parameter in trained
+        ]
         model._hf_prune_attached = True  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------ the three moments
@@ -90,9 +98,11 @@ class Pruner:
             FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
             RuntimeError: the model has no gradient at all.
         """
-        self._skipped = not _gradients_finite(self.model)
-        if self._skipped and not scaled_loss:
-            raise FloatingPointError(_not_finite(self.model, self.steps + 1))
+        broken = _not_finite({name: item.grad for name, item in self.model.named_parameters() if item.grad is not None})
+        if broken and not scaled_loss:
+            raise FloatingPointError(self._overflow(broken))
+        self._skipped = bool(broken)
+        self._norms.clear()
         for rule in self._rules:
             if rule.over(self.steps):
                 continue
@@ -144,6 +154,8 @@ class Pruner:
         """Remove hooks and let go of the model as it is, after a run that was cut short."""
         for rule in self._rules:
             rule.criterion.detach()
+        for handle in self._handles:
+            handle.remove()
         self.model._hf_prune_attached = False  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------------- reporting
@@ -311,35 +323,36 @@ class Pruner:
         if self.steps in starts or (starts and not self._rewind and self.steps > min(starts)):
             self._rewind = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
+    def _note(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._norms[name] = torch.linalg.vector_norm(parameter.grad.detach())
+
+    def _overflow(self, broken: list[str]) -> str:
+        """The message about gradients that are not finite: where backward met the first of them."""
+        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
+        others = f", as are those of {len(more)} more parameters" if more else ""
+        cause = ". All gradients are, so the loss seems to be" if len(more) + 1 == len(self._norms) else ""
+        return f"Step {self.steps + 1}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
+
     def _lotteries(self) -> list[Rule]:
         """The rules that have lottery tickets to draw."""
         return [rule for rule in self._rules if rule.settings.schedule == "lottery" and not rule.over(self.steps)]
 
 
-def _gradients_finite(model: nn.Module) -> bool:
-    """Whether no gradient holds NaN or infinity, in one pass and with one synchronisation.
+def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
+    """The names of the gradients that hold NaN or infinity; in one pass and with one synchronisation if there are none.
 
     Raises:
         RuntimeError: there is no gradient.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None and parameter.numel()]
     if not gradients:
         raise RuntimeError(
             "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
             "backward cannot be used."
         )
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)))
-
-
-def _not_finite(model: nn.Module, step: int) -> str:
-    """The message about gradients that are not finite: the parameters they belong to."""
-    names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    broken = [name for name in names if not bool(torch.isfinite(model.get_parameter(name).grad).all())]
-    which = f"of {broken[0]!r}" + (f" and of {len(broken) - 1} more of {len(names)} parameters" if len(broken) > 1 else "")
-    cause = "; so is the loss, it seems" if len(broken) == len(names) else ""
-    return (
-        f"Step {step}: the gradient {which} is NaN or infinite{cause}. Nothing was pruned in this step and no weight was changed."
-    )
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))):
+        return []
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
