@@ -8,6 +8,7 @@ from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
 from .distillation import DistillationConfig, DistillationTrainer
 from .hub import install_reload_hook
+from .legacy import convert_v4_pruned_heads
 from .pruner import Pruner
 from .report import SparsityReport, sparsity_report
 
@@ -26,6 +27,7 @@ __all__ = [
     "SparsityReport",
     "condense",
     "condense_plan",
+    "convert_v4_pruned_heads",
     "sparsity_report",
 ]
 
