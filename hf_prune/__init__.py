@@ -11,6 +11,7 @@ from .hub import install_reload_hook
 from .legacy import convert_v4_pruned_heads
 from .pruner import Pruner
 from .report import SparsityReport, sparsity_report
+from .sparse import to_sparse
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "condense_plan",
     "convert_v4_pruned_heads",
     "sparsity_report",
+    "to_sparse",
 ]
 
 install_reload_hook()
