@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import rich
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -60,7 +59,8 @@ class SparseLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, format: str) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
         self.format = format
         self.train(linear.training)
         self._copy: tuple[object, Tensor] | None = None
@@ -169,7 +169,7 @@ def to_sparse(model: nn.Module, format: str = "csr", tokens: int = 1024, repeats
         if decision.kernel != "dense" and isinstance(module, nn.Linear):
             model.set_submodule(name, SparseLinear(module, format))
     report = SparseReport(tuple(decisions))
-    rich.print(report)
+    print(report)
     return report
 
 
