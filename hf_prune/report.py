@@ -129,12 +129,12 @@ def _block_size(block: Block) -> BlockSize:
 
 
 def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], repeats: int = 30) -> dict[str, float]:
-    """Milliseconds of CPU time that each model takes for one batch: the median of `repeats` forwards on one thread.
+    """Milliseconds of CPU time (CUDA: of time) that each model takes for a batch: the median of `repeats` forwards on one thread.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
     processes take. The first turn warms up and is not counted.
     """
-    threads = torch.get_num_threads()
+    threads, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
     torch.set_num_threads(1)
@@ -143,11 +143,19 @@ def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor
             for _ in range(repeats + 1):
                 for name, model in models.items():
                     model.eval()
-                    start = time.process_time()
+                    start = _now(device)
                     model(**inputs)
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(_now(device) - start)
     finally:
         torch.set_num_threads(threads)
         for name, model in models.items():
             model.train(training[name])
     return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of this process's CPU time, or on CUDA of time, when all work given to the device is done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

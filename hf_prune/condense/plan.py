@@ -180,7 +180,8 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
 
 def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[int]]:
     """Which layers go, by the path of their list; what they add is given, in `plans`, to the last block that stays before them."""
-    spec, removed = spec_for(str(model.config.model_type)), {}
+    config: Any = model.config
+    spec, removed = spec_for(config.model_type), {}
     for path in depths(model, spec):
         layers = [layer for layers in layer_lists(getattr(model, "base_model", model), path).values() for layer in layers]
         members = [[i for i, plan in enumerate(plans) if plan.block.layer == f"{path}.{index}"] for index in range(len(layers))]
