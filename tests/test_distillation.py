@@ -9,161 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import LENGTH, VOCABULARY, Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer
+from distillation_cases import (
+    ALL_LOSSES,
+    EVERY_LOSS,
+    TASKS,
+    WIDE,
+    distiller,
+    in_float64,
+    sequence_task,
+    slow_attention,
+    slow_closest,
+    slow_divergence,
+    slow_losses,
+    token_task,
+    train,
+    training_logs,
+)
+from helpers import LENGTH, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from torch import Tensor, nn
+from transformers import Trainer
 
 from hf_prune import DistillationConfig, DistillationTrainer
-from hf_prune.distillation import hidden_loss, logits_loss
-
-Rows = list[dict[str, Any]]
-
-ALL_LOSSES = DistillationConfig(temperature=2.0, alpha_task=0.3, alpha_logits=0.5, alpha_hidden=0.7)
-
-
-# ----------------------------------------------------------------------------------------------------------------------- tasks
-
-
-def sequence_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Three classes."""
-    rows = ragged_rows(count)
-    return tiny_bert(seed=seed, num_labels=3), [row | {"labels": index % 3} for index, row in enumerate(rows)]
-
-
-def regression_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """One output, labels that are floats."""
-    rows = ragged_rows(count)
-    return tiny_bert(seed=seed, num_labels=1), [row | {"labels": math.sin(index)} for index, row in enumerate(rows)]
-
-
-def token_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Three classes; padding and every third token are ignored, and the second row and the last two rows as a whole."""
-    rows = ragged_rows(count)
-    for index, row in enumerate(rows):
-        ignored = index in (1, count - 2, count - 1)
-        row["labels"] = [
-            -100 if ignored or not real or position % 3 == 0 else token % 3
-            for position, (token, real) in enumerate(zip(row["input_ids"], row["attention_mask"]))
-        ]
-    return tiny_bert("token-classification", seed=seed, num_labels=3), rows
-
-
-def question_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Answers within the row."""
-    rows = ragged_rows(count)
-    for index, row in enumerate(rows):
-        del row["labels"]
-        row |= {"start_positions": index % 3, "end_positions": 2 + index % 2}
-    return tiny_bert("question-answering", seed=seed), rows
-
-
-def causal_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Next tokens; padding is ignored."""
-    rows = ragged_rows(count)
-    for row in rows:
-        row["labels"] = [token if real else -100 for token, real in zip(row["input_ids"], row["attention_mask"])]
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config), rows
-
-
-TASKS = {
-    "sequence": sequence_task,
-    "regression": regression_task,
-    "token": token_task,
-    "question": question_task,
-    "causal": causal_task,
-}
-
-
-# ------------------------------------------------------------------------------------------------------------------- references
-
-
-def slow_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·Σ p·log(p/q) of one item, written out; squared error of a single output."""
-    if student.numel() == 1:
-        return (student - teacher).square().sum()
-    p, q = (teacher / temperature).softmax(0), (student / temperature).softmax(0)
-    return temperature**2 * sum(p[i] * (p[i].log() - q[i].log()) for i in range(len(p)))
-
-
-def slow_losses(
-    student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, temperature: float, smoothing: float = 0.0
-) -> dict[str, Tensor]:
-    """The three losses of one optimizer step, row by row and item by item."""
-    task, logits, hidden = [], [], []
-    for row in rows:
-        inputs = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
-        ours = student(**inputs, output_hidden_states=True)
-        with torch.no_grad():
-            theirs = teacher(**inputs, output_hidden_states=True)
-        for position in range(LENGTH):
-            if row["attention_mask"][position]:
-                difference = ours.hidden_states[-1][0, position] - theirs.hidden_states[-1][0, position]
-                hidden.append(difference.square().mean())
-        if "labels" not in row:
-            for name in ("start", "end"):
-                mine, its = ours[f"{name}_logits"][0], theirs[f"{name}_logits"][0]
-                task.append(F.cross_entropy(mine, torch.tensor(row[f"{name}_positions"])))
-                size = sum(row["attention_mask"])
-                logits.append(slow_divergence(mine[:size], its[:size], temperature))
-            continue
-        labels, mine, its = row["labels"], ours.logits[0], theirs.logits[0]
-        if not isinstance(labels, list):
-            items = [(labels, mine, its)]
-        elif isinstance(student, GPT2LMHeadModel):
-            items = list(zip(labels[1:], mine, its))
-        else:
-            items = list(zip(labels, mine, its))
-        for label, one, other in items:
-            if label == -100:
-                continue
-            if isinstance(label, float):
-                task.append((one - label).square().sum())
-            else:
-                task.append(F.cross_entropy(one, torch.tensor(label), label_smoothing=smoothing))
-            logits.append(slow_divergence(one, other, temperature))
-    return {name: torch.stack(values).mean() for name, values in (("task", task), ("logits", logits), ("hidden", hidden))}
-
-
-def train(
-    folder: Path,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    rows: Rows,
-    settings: DistillationConfig = ALL_LOSSES,
-    **overrides: Any,
-) -> tuple[DistillationTrainer, list[dict[str, Tensor]]]:
-    """Train in the order of the rows. Returns the trainer and the gradients of each step."""
-    gradients = Gradients()
-    trainer = DistillationTrainer(
-        student,
-        arguments(folder, train_sampling_strategy="sequential", max_grad_norm=0.0, **overrides),
-        train_dataset=rows,
-        callbacks=[gradients],
-        teacher=teacher,
-        distillation=settings,
-    )
-    trainer.train()
-    return trainer, gradients.steps
-
-
-def training_logs(trainer: Trainer) -> list[dict[str, float]]:
-    """The log of each optimizer step."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+from hf_prune.distillation.layers import closest_layers, layer_pairs
+from hf_prune.distillation.losses import attention_loss, hidden_loss, logits_loss
 
 
 # ----------------------------------------------------------------------------------------------------------------- the losses
@@ -193,43 +61,110 @@ def test_hidden_loss_leaves_padding_out() -> None:
     assert not torch.equal(hidden_loss(student, teacher, mask), loss)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_accumulation_changes_nothing_and_all_is_as_the_reference_says(task: str, tmp_path: Path) -> None:
-    teacher, rows = TASKS[task](seed=1, count=21)
+#: Settings and what the teacher's config changes, by name; each with the task it is tried on in the fast tests.
+LOSSES: dict[str, tuple[DistillationConfig, dict[str, Any]]] = {
+    "task, logits, hidden": (ALL_LOSSES, {}),
+    "hidden, wider": (DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_hidden=0.7), WIDE),
+    "layers, uniform": (DistillationConfig(alpha_hidden_layers=0.7), WIDE),
+    "layers, last": (DistillationConfig(alpha_hidden_layers=0.7, layer_map="last"), {}),
+    "layers, pairs": (DistillationConfig(alpha_hidden_layers=0.7, alpha_attention=0.3, layer_map=[[0, 2], [2, 0]]), {}),
+    "layers, dynamic": (DistillationConfig(alpha_hidden_layers=0.7, alpha_attention=0.3, layer_map="dynamic"), WIDE),
+    "attention": (DistillationConfig(alpha_attention=5.0), {}),
+    "attention, more heads": (DistillationConfig(alpha_attention=5.0), WIDE),
+    "simkd": (DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_simkd=3.0), {}),
+    "every loss, wider": (EVERY_LOSS, WIDE),
+}
+LAYERED = DistillationConfig(
+    alpha_task=0.3, alpha_logits=0.5, alpha_hidden=0.7, alpha_hidden_layers=0.2, alpha_attention=0.4, layer_map="dynamic"
+)
+
+
+def check_accumulation(task: str, settings: DistillationConfig, changes: dict[str, Any], folder: Path) -> None:
+    """Batches of 1×16, 2×8 and 4×4, and a ragged one of 5, give the losses and gradients of the reference in float64."""
+    teacher, rows = TASKS[task](seed=1, count=21, **changes)
     reference = TASKS[task](seed=0, count=21)[0]
     runs = {}
     for size in (16, 8, 4):
-        student = copy.deepcopy(reference)
         # Nothing moves at a learning rate of 0, so both steps can be compared.
-        runs[size] = train(
-            tmp_path,
-            student,
-            teacher,
-            rows,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=16 // size,
-            learning_rate=0.0,
-        )
-    reference.train()
+        accumulation = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
+        runs[size] = train(folder, copy.deepcopy(reference), teacher, rows, settings, learning_rate=0.0, **accumulation)
+    trainer = runs[16][0]
+    projections = {
+        name.removesuffix(".weight"): weight.detach().double().requires_grad_()
+        for name, weight in trainer.projections.named_parameters()
+    }
+    student, teacher = in_float64(reference).train(), in_float64(teacher).eval()
+    if settings.alpha_simkd:
+        take_classifier(student, teacher, projections)
+    depths = {stack: [len(part) for part in parts] for stack, parts in layer_lists(student, teacher).items()}
+    pairs = {stack: layer_pairs(settings.layer_map, *each) for stack, each in depths.items()}
     for step, batch in enumerate((rows[:16], rows[16:])):
-        losses = slow_losses(reference, teacher, batch, temperature=2.0)
-        total = 0.3 * losses["task"] + 0.5 * losses["logits"] + 0.7 * losses["hidden"]
-        reference.zero_grad()
+        losses = slow_losses(student, teacher, batch, settings, pairs, projections)
+        total = sum(weight * losses[name] for name, weight in settings.weights().items() if weight)
+        student.zero_grad()
+        for weight in projections.values():
+            weight.grad = None
         total.backward()
-        expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+        expected = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+        expected |= {f"projections.{name}.weight": weight.grad for name, weight in projections.items()}
         for size, (trainer, gradients) in runs.items():
             assert len(gradients) == 2
-            assert gradients[step].keys() == expected.keys()
-            for name, gradient in expected.items():
-                torch.testing.assert_close(gradients[step][name], gradient, rtol=1e-4, atol=1e-6, msg=f"{name}, batch {size}")
+            assert expected.keys() <= gradients[step].keys()
+            for name, gradient in gradients[step].items():
+                wanted = expected.get(name, torch.zeros_like(gradient)).float()
+                torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=2e-6, msg=lambda text: f"{name}, {size}: {text}")  # noqa: B023
+                torch.testing.assert_close(gradient, runs[16][1][step][name], rtol=1e-5, atol=1e-6)
             log = training_logs(trainer)[step]
             assert log["loss"] == pytest.approx(total.item(), rel=1e-5)
-            for name, value in losses.items():
-                assert log[f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
-    for step in (0, 1):
-        for name, gradient in runs[16][1][step].items():
-            for size in (8, 4):
-                torch.testing.assert_close(runs[size][1][step][name], gradient, rtol=1e-5, atol=1e-6)
+            for name in {"task"} | {name for name, weight in settings.weights().items() if weight}:
+                assert log[f"{name}_loss"] == pytest.approx(losses[name].item(), rel=1e-5)
+        if settings.layer_map == "dynamic":
+            pairs = slow_closest(student, teacher, batch, projections)
+
+
+def take_classifier(student: nn.Module, teacher: nn.Module, projections: dict[str, Tensor]) -> None:
+    weight = teacher.classifier.weight.detach()
+    weight = weight @ projections["simkd"].detach() if "simkd" in projections else weight
+    student.classifier.load_state_dict({"weight": weight, "bias": teacher.classifier.bias})
+    student.classifier.requires_grad_(False)
+
+
+def layer_lists(*trained: nn.Module) -> dict[str, list[Any]]:
+    """The layers of each stack of BERT, GPT-2 and T5."""
+    if hasattr(trained[0], "bert"):
+        return {"layers": [model.bert.encoder.layer for model in trained]}
+    if hasattr(trained[0], "transformer"):
+        return {"layers": [model.transformer.h for model in trained]}
+    return {name: [getattr(model, name).block for model in trained] for name in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulation_changes_nothing_and_all_is_as_the_reference_says(task: str, tmp_path: Path) -> None:
+    check_accumulation(task, ALL_LOSSES, {}, tmp_path)
+
+
+@pytest.mark.parametrize("losses", list(LOSSES)[1:])
+def test_every_loss_is_as_the_reference_says(losses: str, tmp_path: Path) -> None:
+    check_accumulation("sequence", *LOSSES[losses], tmp_path)
+
+
+@pytest.mark.parametrize("task", ["token", "causal", "translation"])
+def test_losses_by_layer_on_tokens(task: str, tmp_path: Path) -> None:
+    check_accumulation(task, LAYERED, {"num_layers" if task == "translation" else "num_hidden_layers": 4}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_loss_on_every_task(task: str, losses: str, tmp_path: Path) -> None:
+    settings, changes = LOSSES[losses]
+    if settings.alpha_simkd and task not in ("sequence", "multi-label", "regression", "token", "question"):
+        pytest.skip("a language model has no classifier of its own")
+    if task == "question" and settings.alpha_simkd:
+        pytest.skip("the reference knows only classifiers by that name")
+    renamed = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    changes = {renamed[name] if task == "translation" else name: value for name, value in changes.items()}
+    check_accumulation(task, settings, changes, tmp_path)
 
 
 def test_logs_are_means_over_the_steps_since_the_last_log(tmp_path: Path) -> None:
@@ -372,13 +307,13 @@ def test_a_teacher_of_another_width_may_teach_logits(tmp_path: Path) -> None:
     [
         ({"num_labels": 3}, DistillationConfig(), "teacher: has num_labels=3, the student 2; they must be equal."),
         (
-            {"hidden_size": 16, "num_attention_heads": 2},
-            ALL_LOSSES,
-            "alpha_hidden=0.7: the teacher's hidden_size=16 must equal the student's 32.",
+            {"id2label": {0: "LABEL_1", 1: "LABEL_0"}, "label2id": {"LABEL_1": 0, "LABEL_0": 1}},
+            DistillationConfig(),
+            "teacher: has label2id={'LABEL_1': 0, 'LABEL_0': 1}, the student {'LABEL_0': 0, 'LABEL_1': 1}; their order must be equal.",
         ),
     ],
 )
-def test_a_teacher_that_does_not_fit(overrides: dict[str, int], settings: DistillationConfig, message: str, tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_fit(overrides: dict[str, Any], settings: DistillationConfig, message: str, tmp_path: Path) -> None:
     student, teacher = tiny_bert(), tiny_bert(seed=1, **overrides)
     with pytest.raises(ValueError, match=r"must (be )?equal") as error:
         DistillationTrainer(student, arguments(tmp_path), teacher=teacher, distillation=settings)
@@ -402,7 +337,8 @@ def test_the_student_cannot_be_its_own_teacher(tmp_path: Path) -> None:
         ({"alpha_hidden": math.nan}, "alpha_hidden=nan: must be 0 or more."),
         (
             {"alpha_task": 0.0, "alpha_logits": 0.0},
-            "alpha_task, alpha_logits, alpha_hidden=(0.0, 0.0, 0.0): at least one must be greater than 0.",
+            "alpha_task, alpha_logits, alpha_hidden, alpha_hidden_layers, alpha_attention, alpha_simkd="
+            "(0.0, 0.0, 0.0, 0.0, 0.0, 0.0): at least one must be greater than 0.",
         ),
     ],
 )
