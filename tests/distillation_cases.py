@@ -252,7 +252,7 @@ def slow_closest(
         depth = 1 + max(key[2] for key in sums if key[0] == stack)
         for one in range(1 + max(key[1] for key in sums if key[0] == stack)):
             lowest = pairs[stack][-1][1] if one else 0
-            best = min(range(lowest, depth), key=lambda two: sums[stack, one, two])  # noqa: B023
+            best = min(range(lowest, depth), key=lambda two: sums[stack, one, two])
             pairs.setdefault(stack, []).append((one, best))
         assert all(before[1] <= after[1] for before, after in pairwise(pairs[stack]))
     return pairs

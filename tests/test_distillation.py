@@ -14,10 +14,8 @@ from distillation_cases import (
     EVERY_LOSS,
     TASKS,
     WIDE,
-    distiller,
     in_float64,
     sequence_task,
-    slow_attention,
     slow_closest,
     slow_divergence,
     slow_losses,
@@ -30,9 +28,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_prune import DistillationConfig, DistillationTrainer
-from hf_prune.distillation.layers import closest_layers, layer_pairs
-from hf_prune.distillation.losses import attention_loss, hidden_loss, logits_loss
-
+from hf_prune.distillation.layers import layer_pairs
+from hf_prune.distillation.losses import hidden_loss, logits_loss
 
 # ----------------------------------------------------------------------------------------------------------------- the losses
 
