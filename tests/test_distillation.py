@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distillation_cases import (
     ALL_LOSSES,
     EVERY_LOSS,
     TASKS,
     WIDE,
+    distiller,
     in_float64,
     sequence_task,
+    slow_attention,
     slow_closest,
     slow_divergence,
     slow_losses,
@@ -23,13 +31,17 @@ from distillation_cases import (
     train,
     training_logs,
 )
-from helpers import LENGTH, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from helpers import LENGTH, Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from launch_distillation import CASES, LAYERED, main
+from models import prune_randomly, tiny
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_prune import DistillationConfig, DistillationTrainer
-from hf_prune.distillation.layers import layer_pairs
-from hf_prune.distillation.losses import hidden_loss, logits_loss
+from hf_prune import DistillationConfig, DistillationTrainer, PruningConfigError, condense
+from hf_prune.distillation.layers import closest_layers, layer_pairs
+from hf_prune.distillation.losses import attention_loss, hidden_loss, logits_loss
 
 # ----------------------------------------------------------------------------------------------------------------- the losses
 
@@ -71,9 +83,6 @@ LOSSES: dict[str, tuple[DistillationConfig, dict[str, Any]]] = {
     "simkd": (DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_simkd=3.0), {}),
     "every loss, wider": (EVERY_LOSS, WIDE),
 }
-LAYERED = DistillationConfig(
-    alpha_task=0.3, alpha_logits=0.5, alpha_hidden=0.7, alpha_hidden_layers=0.2, alpha_attention=0.4, layer_map="dynamic"
-)
 
 
 def check_accumulation(task: str, settings: DistillationConfig, changes: dict[str, Any], folder: Path) -> None:
@@ -227,24 +236,41 @@ def test_tokens_at_padded_positions_change_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(left[embeddings][1:], right[embeddings][1:], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["sequence", "token", "causal"])
+@pytest.mark.parametrize("task", ["sequence", "token", "causal", "masked"])
 def test_label_smoothing(task: str, tmp_path: Path) -> None:
     teacher, rows = TASKS[task](seed=1, count=12)
-    reference = TASKS[task](seed=0, count=12)[0].train()
-    losses = slow_losses(reference, teacher, rows, temperature=2.0, smoothing=0.1)
+    student = TASKS[task](seed=0, count=12)[0]
+    losses = slow_losses(in_float64(student), in_float64(teacher), rows, ALL_LOSSES, smoothing=0.1)
     for size in (12, 4):
-        trainer, _ = train(
-            tmp_path,
-            copy.deepcopy(reference),
-            teacher,
-            rows,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=12 // size,
-            label_smoothing_factor=0.1,
-        )
+        accumulation = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
+        trainer, _ = train(tmp_path, copy.deepcopy(student), teacher, rows, label_smoothing_factor=0.1, **accumulation)
         (log,) = training_logs(trainer)
         for name, value in losses.items():
             assert log[f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_compute_loss_func_is_the_task_loss(tmp_path: Path) -> None:
+    """As in the plain Trainer, accumulation and ignored labels included."""
+
+    def doubled(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        loss = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+        return 2 * loss / num_items_in_batch
+
+    teacher, rows = token_task(seed=1, count=12)
+    gradients = []
+    for distils in (True, False):
+        student, seen = token_task(seed=0, count=12)[0], Gradients()
+        settings: dict[str, Any] = {"train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}
+        plain = {"args": arguments(tmp_path, per_device_train_batch_size=4, learning_rate=0.0, **settings), "train_dataset": rows}
+        plain |= {"callbacks": [seen], "compute_loss_func": doubled}
+        losses = DistillationConfig(alpha_task=1.0, alpha_logits=0.0)
+        (
+            DistillationTrainer(student, teacher=teacher, distillation=losses, **plain) if distils else Trainer(student, **plain)
+        ).train()
+        gradients.append(seen.steps)
+    for ours, theirs in zip(*gradients):
+        assert any(gradient.abs().max() > 0.01 for gradient in theirs.values())
+        assert_equal(ours, theirs)
 
 
 def test_a_step_without_any_label_is_harmless(tmp_path: Path) -> None:
@@ -280,6 +306,14 @@ def test_evaluation_is_that_of_the_plain_trainer(tmp_path: Path) -> None:
     assert (trainer.predict(rows).predictions == plain.predict(rows).predictions).all()
 
 
+@pytest.mark.parametrize("task", ["token", "multi-label", "translation"])
+def test_evaluation_reports_the_plain_loss_whatever_the_losses(task: str, tmp_path: Path) -> None:
+    teacher, rows = TASKS[task](seed=1, count=8)
+    student = TASKS[task](seed=0, count=8)[0]
+    trainer, _ = train(tmp_path, student, teacher, rows, LAYERED)
+    assert trainer.evaluate(rows)["eval_loss"] == Trainer(student, arguments(tmp_path)).evaluate(rows)["eval_loss"]
+
+
 def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) -> None:
     rows = ragged_rows(16)
     teacher = tiny_bert(seed=1, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
@@ -293,10 +327,222 @@ def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) 
     assert not any("teacher" in name for name in trainer.model.state_dict())
 
 
-def test_a_teacher_of_another_width_may_teach_logits(tmp_path: Path) -> None:
-    teacher = tiny_bert(seed=1, hidden_size=16, num_attention_heads=2)
-    trainer, _ = train(tmp_path, tiny_bert(seed=0), teacher, ragged_rows(8), DistillationConfig())
-    assert training_logs(trainer)[0]["logits_loss"] > 0
+def test_a_teacher_by_path_is_loaded_for_the_task_of_the_student(tmp_path: Path) -> None:
+    """Also one of another family, and with PEFT around the student."""
+    teacher = tiny("distilbert", "sequence-classification", seed=1)
+    teacher.save_pretrained(tmp_path / "teacher")
+    logs = []
+    for given in (teacher, str(tmp_path / "teacher"), tmp_path / "teacher"):
+        trainer, _ = train(tmp_path, tiny_bert(), given, ragged_rows(8), DistillationConfig())
+        assert type(trainer.accelerator.unwrap_model(trainer.teacher)) is type(teacher)
+        logs.append(training_logs(trainer)[0]["logits_loss"])
+    assert logs[0] == logs[1] == logs[2]
+
+
+def test_a_student_in_peft_learns_as_its_base_model_would(tmp_path: Path) -> None:
+    """A fresh adapter changes nothing, so the losses are those of the base model: shifted labels, hidden states, attention."""
+    teacher, rows = TASKS["causal"](seed=1, count=8)
+    logs = []
+    for adapts in (False, True):
+        student = TASKS["causal"](seed=0, count=8)[0]
+        if adapts:
+            student = get_peft_model(student, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+        trainer, _ = train(tmp_path, student, teacher, rows, LAYERED)
+        logs.append(training_logs(trainer)[0])
+    for name in ("loss", "task_loss", "logits_loss", "hidden_loss", "hidden_layers_loss", "attention_loss"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+
+
+def test_a_condensed_student_is_just_another_student(tmp_path: Path) -> None:
+    """Narrower by different numbers of heads and neurons in each layer, one without any head."""
+    teacher, rows = sequence_task(seed=1, count=8)
+    student = sequence_task(seed=0, count=8)[0]
+    left = prune_randomly(student)
+    condense(student)
+    assert 0 in left.values()
+    settings = DistillationConfig(alpha_hidden=0.5, alpha_hidden_layers=0.5, alpha_attention=5.0)
+    pairs = {"layers": [(0, 0), (1, 1), (2, 2)]}
+    losses = slow_losses(in_float64(student), in_float64(teacher), rows, settings, pairs)
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, num_train_epochs=3)
+    logs = training_logs(trainer)
+    for name, value in losses.items():
+        assert logs[0][f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
+    assert logs[0]["attention_loss"] > 0.01
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+# ------------------------------------------------------------------------------------------- projections, layer maps, classifier
+
+
+def test_layer_maps() -> None:
+    assert layer_pairs("uniform", 3, 3) == [(0, 0), (1, 1), (2, 2)]
+    assert layer_pairs("uniform", 3, 6) == [(0, 1), (1, 3), (2, 5)]
+    assert layer_pairs("uniform", 4, 6) == [(0, 1), (1, 2), (2, 4), (3, 5)]
+    assert layer_pairs("uniform", 3, 2) == [(0, 0), (1, 1), (2, 1)]
+    assert layer_pairs("last", 3, 12) == [(2, 11)]
+    assert layer_pairs([[1, 0], [0, 5]], 2, 6) == [(1, 0), (0, 5)]
+    assert layer_pairs("dynamic", 3, 6) == layer_pairs("uniform", 3, 6)
+
+
+def test_the_dynamic_map_never_goes_down() -> None:
+    distances = torch.tensor([[3.0, 1.0, 2.0, 4.0], [0.0, 3.0, 2.0, 5.0], [0.0, 0.0, 1.0, 1.0]])
+    assert closest_layers(distances) == [(0, 1), (1, 2), (2, 2)]
+
+
+def test_the_dynamic_map_is_found_in_the_batch_before(tmp_path: Path) -> None:
+    """A student that is the teacher without its last layer."""
+    teacher, rows = sequence_task(seed=1, count=24, num_hidden_layers=4)
+    student = copy.deepcopy(teacher)
+    del student.bert.encoder.layer[3]
+    student.config.num_hidden_layers = 3
+    settings = DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_hidden_layers=1.0, layer_map="dynamic")
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, learning_rate=0.0)
+    first, second, _ = (log["hidden_layers_loss"] for log in training_logs(trainer))
+    # The first step maps uniformly: 0, 1, 2 → 1, 2, 3.
+    uniform = slow_losses(in_float64(student), in_float64(teacher), rows[:8], settings, {"layers": [(0, 1), (1, 2), (2, 3)]})
+    assert first == pytest.approx(uniform["hidden_layers"].item(), rel=1e-5)
+    # It then finds itself.
+    assert first > 0.1
+    assert second == pytest.approx(0, abs=1e-9)
+
+
+class StopAt(TrainerCallback):
+    """Ends training after some steps, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
+def test_projections_are_trained_saved_and_resumed_and_the_student_stays_plain(tmp_path: Path) -> None:
+    settings = DistillationConfig(
+        alpha_task=0.1, alpha_hidden=1.0, alpha_hidden_layers=1.0, alpha_simkd=1.0, alpha_attention=0.5, layer_map="dynamic"
+    )
+    teacher, rows = sequence_task(seed=1, count=32, **WIDE)
+    ends = {}
+    for name in ("straight", "resumed"):
+        kept = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1, "optim": "adamw_torch", "weight_decay": 0.1}
+        student = sequence_task(seed=0, count=32)[0]
+        trainer = distiller(tmp_path / name, student, teacher, rows, settings, [StopAt(2)] if name == "resumed" else [], **kept)
+        start = snapshot(trainer.projections)
+        assert start.keys() == {"hidden.weight", "hidden_layers_layers.weight", "simkd.weight"}
+        trainer.train()
+        if name == "resumed":
+            torch.manual_seed(123)
+            trainer = distiller(tmp_path / name, sequence_task(seed=5, count=32)[0], teacher, rows, settings, [], **kept)
+            with torch.no_grad():
+                for parameter in trainer.projections.parameters():
+                    parameter.zero_()
+            trainer.train(resume_from_checkpoint=True)
+        ends[name] = snapshot(trainer.model), snapshot(trainer.projections), training_logs(trainer)[2:], trainer._pairs
+    assert not any(torch.equal(start[name], ends["straight"][1][name]) for name in start)
+    assert_equal(ends["straight"][0], ends["resumed"][0])
+    assert_equal(ends["straight"][1], ends["resumed"][1])
+    for one, other in zip(ends["straight"][2], ends["resumed"][2]):
+        assert {name: one[name] for name in one if name.endswith("loss")} == {
+            name: other[name] for name in one if name.endswith("loss")
+        }
+    folder = tmp_path / "straight" / "checkpoint-4"
+    assert load_file(folder / "model.safetensors").keys() == student.state_dict().keys()
+    assert_equal(snapshot(AutoModelForSequenceClassification.from_pretrained(folder)), ends["straight"][0])
+
+
+def test_a_checkpoint_without_the_projections_is_refused(tmp_path: Path) -> None:
+    teacher, rows = sequence_task(seed=1, count=16)
+    kept = {"save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, sequence_task(seed=0, count=16)[0], teacher, rows, ALL_LOSSES, **kept)
+    wide = sequence_task(seed=1, count=16, **WIDE)[0]
+    trainer = distiller(tmp_path, sequence_task(seed=0, count=16)[0], wide, rows, ALL_LOSSES, **kept)
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint-2 holds no distillation.safetensors: it was not written by a run with"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("changes", [{}, WIDE], ids=["equal", "wider"])
+def test_the_reused_classifier_is_the_teachers_in_a_plain_student(changes: dict[str, int], tmp_path: Path) -> None:
+    teacher, rows = sequence_task(seed=1, count=16, **changes)
+    student = sequence_task(seed=0, count=16)[0]
+    settings = DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_simkd=1.0)
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, num_train_epochs=20, weight_decay=0.1)
+    logs = training_logs(trainer)
+    assert logs[-1]["simkd_loss"] < 0.5 * logs[0]["simkd_loss"]
+    weight = teacher.classifier.weight
+    weight = weight @ trainer.projections["simkd"].weight if changes else weight
+    torch.testing.assert_close(student.classifier.weight, weight, rtol=0, atol=0)
+    assert torch.equal(student.classifier.bias, teacher.classifier.bias)
+    assert student.classifier.weight.requires_grad
+    # Logits are the teacher's classifier of the projected features, in any plain copy.
+    trainer.save_model(tmp_path / "saved")
+    assert sorted(os.listdir(tmp_path / "saved")) == ["config.json", "model.safetensors", "training_args.bin"]
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    inputs = {name: torch.tensor([rows[0][name]]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        features = student.eval().bert(**inputs).pooler_output
+        features = trainer.projections["simkd"](features) if changes else features
+        torch.testing.assert_close(loaded(**inputs).logits, teacher.classifier(features))
+
+
+def test_attention_maps_switch_to_eager_attention(tmp_path: Path) -> None:
+    teacher, rows = sequence_task(seed=1, count=8)
+    student = sequence_task(seed=0, count=8)[0]
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    trainer, _ = train(tmp_path, student, teacher, rows, DistillationConfig(alpha_attention=1.0))
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "eager"
+    assert training_logs(trainer)[0]["attention_loss"] > 0.01
+
+
+def test_attention_loss_equals_its_formula() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5)
+    student[..., 4:], teacher[..., 4:] = -math.inf, -math.inf  # a key that is padding
+    student, teacher = student.softmax(-1), teacher.softmax(-1)
+    weights = torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    for heads in (3, 2):
+        expected = sum(slow_attention(student[i, :, j], teacher[i, :heads, j]) for i, j in weights.nonzero().tolist())
+        torch.testing.assert_close(attention_loss(student, teacher[:, :heads], weights), expected)
+    assert attention_loss(student, student, weights) == pytest.approx(0, abs=1e-6)
+
+
+def test_attention_dropout_leaves_the_gradient_right_on_average() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(1, 1, 1, 6, requires_grad=True)
+    teacher, weights = torch.randn(1, 1, 1, 6).softmax(-1), torch.ones(1, 1)
+    attention = scores.softmax(-1)
+    (plain,) = torch.autograd.grad(attention_loss(attention, teacher, weights), attention, retain_graph=True)
+    drawn = torch.stack([F.dropout(attention, 0.25) for _ in range(8000)], dim=1)[0]
+    loss = attention_loss(drawn, teacher.expand(8000, -1, -1, -1), weights.expand(8000, -1))
+    (dropped,) = torch.autograd.grad(loss, attention)
+    torch.testing.assert_close(dropped / 8000 / 0.75, plain, rtol=0.03, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    folders = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for folder in folders.values():
+        folder.mkdir()
+    main(folders[1])
+    script = Path(__file__).with_name("launch_distillation.py")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, str(script), str(folders[2])], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for case in CASES:
+        one, two = (load_file(folder / f"{case}.safetensors") for folder in folders.values())
+        assert one.keys() == two.keys()
+        start = TASKS[case](seed=0, count=1)[0].state_dict()
+        assert any((one[name] - start[name]).abs().max() > 1e-3 for name in start.keys() & one.keys())
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{case} {name}: {text}")  # noqa: B023
+        for left, right in zip(*(json.loads((folder / f"{case}.json").read_text()) for folder in folders.values())):
+            assert right == pytest.approx(left, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -306,7 +552,8 @@ def test_a_teacher_of_another_width_may_teach_logits(tmp_path: Path) -> None:
         (
             {"id2label": {0: "LABEL_1", 1: "LABEL_0"}, "label2id": {"LABEL_1": 0, "LABEL_0": 1}},
             DistillationConfig(),
-            "teacher: has label2id={'LABEL_1': 0, 'LABEL_0': 1}, the student {'LABEL_0': 0, 'LABEL_1': 1}; their order must be equal.",
+            "teacher: has label2id={'LABEL_1': 0, 'LABEL_0': 1}, the student {'LABEL_0': 0, 'LABEL_1': 1}; "
+            "their order must be equal.",
         ),
     ],
 )
@@ -345,21 +592,73 @@ def test_bad_settings(settings: dict[str, float], message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"alpha_logit": 0.5}, "alpha_logit=0.5: is not a field of DistillationConfig; .* Did you mean 'alpha_logits'"),
+        ({"layer_map": "unifrom"}, "layer_map='unifrom': must be 'uniform', 'last', 'dynamic' or .* Did you mean 'uniform'"),
+        ({"layer_map": [[0]]}, r"layer_map=\[\[0\]\]: must be"),
+        ({"layer_map": [[0, -1]]}, r"layer_map=\[\[0, -1\]\]: must be"),
+        ({"layer_map": []}, r"layer_map=\[\]: must be"),
+        ({"alpha_task": "much"}, "alpha_task='much': must be 0 or more"),
+        ({"alpha_simkd": math.inf}, "alpha_simkd=inf: must be 0 or more"),
+        ({"alpha_attention": 1.0, "layer_map": "dynamic"}, "layer_map='dynamic': needs alpha_hidden_layers greater than 0"),
+    ],
+)
+def test_bad_plain_data(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(PruningConfigError, match=message):
+        DistillationConfig.from_dict(data)
+
+
+def test_the_config_survives_json() -> None:
+    for settings in (DistillationConfig(), EVERY_LOSS, DistillationConfig(alpha_hidden_layers=1.0, layer_map=[(0, 1), (2, 3)])):
+        assert DistillationConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("sequence", {"alpha_hidden_layers": 1.0, "layer_map": [[0, 3]]}, "the teacher has layers 0 to 2, so no layer 3"),
+        ("sequence", {"alpha_attention": 1.0, "layer_map": [[4, 0]]}, "the student has layers 0 to 2, so no layer 4"),
+        (
+            "causal",
+            {"alpha_simkd": 1.0},
+            "alpha_simkd='GPT2LMHeadModel': needs a model that ends in a linear classifier of its own",
+        ),
+    ],
+)
+def test_losses_that_the_models_cannot_have(task: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    teacher, rows = TASKS[task](seed=1, count=8)
+    student = TASKS[task](seed=0, count=8)[0]
+    with pytest.raises(PruningConfigError, match=message):
+        distiller(tmp_path, student, teacher, rows, DistillationConfig(**settings))
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_of_another_vocabulary(tmp_path: Path) -> None:
+    teacher, rows = TASKS["causal"](seed=1, count=8, vocab_size=70)
+    with pytest.raises(ValueError, match=r"teacher: gives logits \[8, 12, 70\], the student \[8, 12, 99\]; they must be equal"):
+        train(tmp_path, TASKS["causal"](seed=0, count=8)[0], teacher, rows, DistillationConfig())
+
+
 def test_rows_without_labels_are_an_error_that_says_so(tmp_path: Path) -> None:
     rows = [{name: value for name, value in row.items() if name != "labels"} for row in ragged_rows(8)]
     with pytest.raises(ValueError, match=r"no loss for the inputs input_ids, attention_mask; do they hold labels\?"):
         train(tmp_path, tiny_bert(), tiny_bert(seed=1), rows)
 
 
-@pytest.mark.parametrize("task", ["sequence", "token"])
-def test_bf16_trains_and_stays_close(task: str, tmp_path: Path) -> None:
-    teacher, rows = TASKS[task](seed=1, count=16)
+@pytest.mark.parametrize(
+    ("task", "settings", "changes"),
+    [("sequence", EVERY_LOSS, WIDE), ("token", ALL_LOSSES, {}), ("multi-label", ALL_LOSSES, {}), ("question", ALL_LOSSES, {})],
+)
+def test_bf16_trains_and_stays_close(task: str, settings: DistillationConfig, changes: dict[str, int], tmp_path: Path) -> None:
+    teacher, rows = TASKS[task](seed=1, count=16, **changes)
     logs = []
     for bf16 in (False, True):
         student = TASKS[task](seed=0, count=16)[0]
-        trainer, _ = train(tmp_path, student, teacher, rows, bf16=bf16, gradient_accumulation_steps=2)
+        trainer, _ = train(tmp_path, student, teacher, rows, settings, bf16=bf16, gradient_accumulation_steps=2)
         assert student.dtype == torch.float32
         logs.append(training_logs(trainer)[0])
-    for name in ("loss", "task_loss", "logits_loss", "hidden_loss"):
+    for name in (name for name in logs[0] if name.endswith("loss")):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05)
         assert logs[1][name] != logs[0][name]
