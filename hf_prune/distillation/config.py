@@ -66,6 +66,9 @@ class DistillationConfig:
         if isinstance(self.layer_map, str):
             if self.layer_map not in LAYER_MAPS:
                 raise PruningConfigError("layer_map", self.layer_map, allowed, closest(self.layer_map, LAYER_MAPS))
+            if self.layer_map == "dynamic" and self.alpha_attention and not self.alpha_hidden_layers:
+                allowed = "needs alpha_hidden_layers greater than 0, the loss whose distances decide it."
+                raise PruningConfigError("layer_map", self.layer_map, allowed)
         elif not (
             isinstance(self.layer_map, (list, tuple))
             and self.layer_map

@@ -104,12 +104,15 @@ class DistillationTrainer(Trainer):
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
+        self._distances = {}
         if folder:
             self._load_state(Path(str(folder)) / STATE_NAME)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adds the projections to the optimizer, as a group with its defaults."""
+        """Adds the projections to the optimizer, as a group with its defaults, and freezes a reused classifier."""
+        if self._classifiers[0] is not None:
+            self._classifiers[0].requires_grad_(False)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         learned = [parameter for parameter in self.projections.parameters() if id(parameter) not in known]
@@ -202,13 +205,17 @@ class DistillationTrainer(Trainer):
         own, other = self._classifiers
         if own is None or other is None:
             return
-        own.requires_grad_(False)
         plain = self.accelerator.unwrap_model(self.projections)
         weight = other.weight @ plain["simkd"].weight.to(other.weight.dtype) if "simkd" in plain else other.weight
         with torch.no_grad():
             own.weight.copy_(weight)
             if own.bias is not None:
                 own.bias.copy_(torch.zeros_like(own.bias) if other.bias is None else other.bias)
+
+    def release_classifier(self) -> None:
+        """Let the student's classifier be trained again."""
+        if self._classifiers[0] is not None:
+            self._classifiers[0].requires_grad_(True)
 
     def save_state_tensors(self, path: Path) -> None:
         """Write the projections and the layer map, if there is something to write."""
@@ -271,7 +278,7 @@ class DistillationTrainer(Trainer):
             }
         if settings.alpha_hidden:
             widths["hidden"] = (own.hidden_size, other.hidden_size)
-        if settings.alpha_hidden_layers or (by_layer and settings.layer_map == "dynamic"):
+        if settings.alpha_hidden_layers:
             widths |= {f"hidden_layers_{stack}": (own.hidden_size, other.hidden_size) for stack in self._pairs}
         if widths:
             self._extras["output_hidden_states"] = True
@@ -361,7 +368,7 @@ class DistillationTrainer(Trainer):
         states: dict[str, list[Tensor]] = {"simkd": features} if self._classifiers[0] else {}
         if settings.alpha_hidden:
             states["hidden"] = [_last_stack(outputs)[-1]]
-        if self._extras.get("output_hidden_states"):
+        if settings.alpha_hidden_layers:
             states |= {f"hidden_layers_{stack}": _of_stack(outputs, stack, "hidden_states")[1:] for stack in self._pairs}
         states = self.projections(states)
         sums: dict[str, Tensor] = {}
@@ -373,15 +380,14 @@ class DistillationTrainer(Trainer):
             weights = token_weights(pooled_weights(items.last_tokens), own.shape[1]) if own.dim() == 3 else own.new_ones(len(own))
             sums["simkd"] = hidden_loss(own, other, weights)
         for stack, pairs in self._pairs.items():
-            if f"hidden_layers_{stack}" in states:
+            if settings.alpha_hidden_layers:
                 own_layers, other_layers = states[f"hidden_layers_{stack}"], _of_stack(reference, stack, "hidden_states")[1:]
                 weights = token_weights(items.tokens[stack], own_layers[0].shape[1])
                 if settings.layer_map == "dynamic":
                     seen = distances(own_layers, other_layers, weights)
                     self._distances[stack] = self._distances.get(stack, 0) + seen
-                if settings.alpha_hidden_layers:
-                    losses = [hidden_loss(own_layers[one], other_layers[two], weights) for one, two in pairs]
-                    sums["hidden_layers"] = sums.get("hidden_layers", 0) + torch.stack(losses).mean()
+                losses = [hidden_loss(own_layers[one], other_layers[two], weights) for one, two in pairs]
+                sums["hidden_layers"] = sums.get("hidden_layers", 0) + torch.stack(losses).mean()
             if settings.alpha_attention:
                 own_maps, other_maps = (_of_stack(each, stack, "attentions") for each in (outputs, reference))
                 weights = token_weights(items.tokens[stack], own_maps[0].shape[2])
@@ -460,6 +466,9 @@ class _DistillationCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.reuse_classifier()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.release_classifier()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.refresh_layer_map()
