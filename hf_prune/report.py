@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from .architectures import AttentionBlock, Block, blocks
+from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
 from .masks import count_zeros
 from .tables import as_text
@@ -89,7 +90,13 @@ class SparsityReport:
 
 
 def sparsity_report(model: nn.Module) -> SparsityReport:
-    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known."""
+    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
+
+    Under LoRA, the zeros of the merged weights count.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
+    """
     prefix = body_prefix(model)
     modules = []
     for name, module in prunable_modules(model):
@@ -97,7 +104,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
             target = weight_target(name, module)
             zeros, parameters = count_zeros([target])
             modules.append(ModuleSparsity(name, target.shape, parameters, zeros))
-    spec = SPECS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
     sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
     total = sum(parameter.numel() for parameter in model.parameters())
     return SparsityReport(tuple(modules), sizes, total)
@@ -110,8 +117,7 @@ def _block_size(block: Block) -> BlockSize:
         if isinstance(block, AttentionBlock)
         else (block.down, 1, "neurons", block.num_neurons)
     )
-    columns = weight_target(projection.name, projection.module)
-    matrix = columns.matrix(columns.parameter.detach())
+    matrix = weight_target(projection.name, projection.module).weight()
     alive = int((matrix.view(matrix.shape[0], units, size) != 0).any(dim=2).any(dim=0).sum()) if units else 0
     return BlockSize(block.name, kind, units, alive)
 

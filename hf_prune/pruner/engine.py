@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import allocate, normalize
+from ..architectures.blocks import unwrapped
 from ..config import PruningConfig
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
@@ -46,7 +47,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
-        if getattr(model, "_hf_prune_attached", False):
+        if getattr(unwrapped(model), "_hf_prune_attached", False):
             raise RuntimeError("A Pruner is attached to this model already; call its finish() first.")
         self.model = model
         self.config = config
@@ -66,11 +67,15 @@ class Pruner:
         self._rewind: dict[str, Tensor] = {}
         for rule in self._rules:
             if rule.criterion.regrows:
-                self._values |= {name: torch.zeros_like(self._targets[name].parameter) for name in rule.weight_names}
+                views = [view for group in rule.groups for view in (*group.weights, *group.biases)]
+                self._values |= {view.target.name: torch.zeros_like(view.target.parameter) for view in views}
                 rule.criterion.values = self._values  # type: ignore[attr-defined]
             rule.criterion.attach(model, rule.groups)
         self._keep_for_rewind()
-        model._hf_prune_attached = True  # type: ignore[assignment]
+        for target in self._targets.values():
+            if target.adapter is not None:
+                target.adapter.keep_exact()
+        unwrapped(model)._hf_prune_attached = True  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------ the three moments
 
@@ -124,7 +129,7 @@ class Pruner:
         """Remove hooks and let go of the model as it is, after a run that was cut short."""
         for rule in self._rules:
             rule.criterion.detach()
-        self.model._hf_prune_attached = False  # type: ignore[assignment]
+        unwrapped(self.model)._hf_prune_attached = False  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------------- reporting
 
@@ -168,7 +173,7 @@ class Pruner:
             state |= {f"{rule.name}/criterion/{key}": value for key, value in rule.criterion.state_dict().items()}
         for kind, buffers in (("locked", self._locked), ("values", self._values), ("rewind", self._rewind)):
             state |= {f"{kind}/{name}": value for name, value in buffers.items()}
-        return state
+        return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._regrown_bases().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` returned, for a pruner of the same config and model.
@@ -193,6 +198,10 @@ class Pruner:
         self._locked = _under(state, "locked/", device)
         self._values |= _under(state, "values/", device)
         self._rewind = _under(state, "rewind/", device)
+        with torch.no_grad():
+            for name, parameter in self._regrown_bases().items():
+                parameter.copy_(state[f"base/{name}"])
+            self._apply()  # a checkpoint of adapters holds no base weights, so their zeros come from here
 
     # ------------------------------------------------------------------------------------------------------------ inner works
 
@@ -224,11 +233,17 @@ class Pruner:
     def _exchange_values(self) -> None:
         """Bring back the values of weights whose mask was lifted, mask, and put aside what that takes away."""
         for name, away in self._values.items():
-            away += self._targets[name].parameter
-            self._targets[name].parameter.copy_(away)
+            target = self._targets[name]
+            restored = target.parameter + away
+            away += target.value()
+            target.parameter.copy_(restored)
         self._apply()
         for name, away in self._values.items():
-            away -= self._targets[name].parameter
+            away *= self._targets[name].value() == 0
+
+    def _regrown_bases(self) -> dict[str, Tensor]:
+        """Weights under an adapter that may have come back with another value than the base model's."""
+        return {name: self._targets[name].parameter for name in self._values if self._targets[name].adapter is not None}
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""
@@ -239,7 +254,7 @@ class Pruner:
                 continue
             target, bias = weight_target(name, module), bias_target(name, module)
             self._weights.setdefault(target.name, target)
-            matrix = target.matrix(target.parameter.detach()) != 0
+            matrix = target.weight() != 0
             if bool(matrix.all()):
                 continue
             self._targets.setdefault(target.name, target)

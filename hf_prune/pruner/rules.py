@@ -109,7 +109,7 @@ def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline:
     _check_reachable(name, settings, groups)
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
-        kept = [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
+        kept = [group.reduce(lambda target: target.weight() != 0, "max") > 0 for group in groups]
     rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction, settings.regularization), timeline)
     rule.keep(kept)
     return rule
@@ -119,9 +119,15 @@ def _groups(
     name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block]
 ) -> tuple[list[UnitGroup], dict[str, str]]:
     """The unit groups of a rule, and what it leaves out."""
-    groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    try:
+        groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    except ValueError as error:
+        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {error}") from None
+    for view in (view for group in groups for view in group.weights if not view.target.parameter.is_floating_point()):
+        allowed = f"names {view.target.module_name!r}, whose weight is quantized ({view.target.parameter.dtype}); dequantize it first."
+        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
-        frozen = [group for group in groups if not all(view.target.parameter.requires_grad for view in group.weights)]
+        frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
     if left_out and settings.target_modules is not None:
