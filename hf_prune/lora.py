@@ -1,7 +1,7 @@
-"""Weights under LoRA: what counts is the merged weight W + s·BA, of which the layer's forward and `merge_and_unload()` make use.
+"""Weights under LoRA: what counts is the merged weight W + s·BA, by which the layer computes and which `merge_and_unload()` leaves.
 
-Zeros of the merged weight are made in two ways. Where a unit holds whole rows (or columns), its rows of W and B (columns of W and A)
-are zero. Elsewhere W takes the value −s·BA, so that the sum is zero; PEFT's own product is used, so that it is exactly zero.
+Its zeros are made in two ways. Where a unit holds whole rows (or columns), its rows of W and B (columns of W and A) are zero.
+Elsewhere W takes the value −s·BA; the product is PEFT's own, so that the sum is exactly zero.
 """
 
 from __future__ import annotations
@@ -57,18 +57,21 @@ class Adapter:
         LoRA-guided criterion of LoRAPrune (Zhang et al. 2023, https://arxiv.org/abs/2305.18403), with the scaling s that PEFT
         multiplies BA with.
         """
-        a, b = (part.get_parameter("weight") for part in (self.lora_A, self.lora_B))
-        a_step, b_step = (torch.zeros_like(part) if part.grad is None else part.grad for part in (a, b))
-        a, b, a_step, b_step = (part.detach().flatten(1) for part in (a, b, a_step, b_step))
-        product = (b_step @ (a - a_step) + b @ a_step) * self.layer.scaling[self.name]
-        weight: Tensor = base_layer(self.layer).weight
-        return product.T if getattr(self.layer, "fan_in_fan_out", False) else product.reshape(weight.shape)
+        (a, a_step), (b, b_step) = (_matrix_and_step(part.get_parameter("weight")) for part in (self.lora_A, self.lora_B))
+        product: Tensor = (b_step @ (a - a_step) + b @ a_step) * self.layer.scaling[self.name]
+        return product.T if getattr(self.layer, "fan_in_fan_out", False) else product.reshape(base_layer(self.layer).weight.shape)
 
     def keep_exact(self) -> None:
         """Let a weight of lower precision than its adapter be merged exactly: see [`RoundsToBase`]."""
-        stock = type(self.layer)
+        stock: Any = type(self.layer)
         if self.lora_B.get_parameter("weight").dtype != base_layer(self.layer).weight.dtype and not issubclass(stock, RoundsToBase):
             self.layer.__class__ = _rounding(stock)
+
+
+def _matrix_and_step(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, or zeros, as matrices."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return parameter.detach().flatten(1), gradient.flatten(1)
 
 
 class RoundsToBase:

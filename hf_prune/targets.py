@@ -117,8 +117,11 @@ def bias_target(name: str, module: nn.Module) -> Target | None:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, seen through PEFT: names are those of the model without adapters, a layer with adapters comes as a whole, and
-    a module in `modules_to_save` as its active copy."""
+    """`named_modules`, with PEFT seen through.
+
+    Names are those of the model without adapters. A layer comes together with its adapters, as one module, and what
+    `modules_to_save` names as its active copy.
+    """
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -20,11 +20,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def active_copy(module: Any) -> Any:
-    """What computes in the place of a module that PEFT's `modules_to_save` names: its active copy. Others are returned as they are."""
+    """What computes in the place of a module that PEFT's `modules_to_save` names: its active copy. Any other module as it is."""
     if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
         return module
-    name = "" if module.disable_adapters else next(iter(module.active_adapters), "")
-    return module.modules_to_save[name] if name in module.modules_to_save else module.original_module
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def is_adapted(module: Any) -> bool:

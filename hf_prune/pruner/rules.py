@@ -124,7 +124,9 @@ def _groups(
     except ValueError as error:
         raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {error}") from None
     for view in (view for group in groups for view in group.weights if not view.target.parameter.is_floating_point()):
-        allowed = f"names {view.target.module_name!r}, whose weight is quantized ({view.target.parameter.dtype}); dequantize it first."
+        allowed = (
+            f"names {view.target.module_name!r}, whose weight is quantized ({view.target.parameter.dtype}); dequantize it first."
+        )
         raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
         frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
