@@ -46,9 +46,14 @@ class Adapter:
         return any(part.get_parameter("weight").requires_grad for part in (self.lora_A, self.lora_B))
 
     def delta(self) -> Tensor:
-        """s·BA as `merge_and_unload` adds it to the weight, in the weight's shape and dtype."""
-        delta: Tensor = self.layer.get_delta_weight(self.name).detach()
-        return delta.to(base_layer(self.layer).weight.dtype)
+        """s·BA as `merge_and_unload` adds it to the weight, in the weight's shape."""
+        delta: Tensor = self.layer.get_delta_weight(self.name)
+        return delta.detach()
+
+    def merged(self) -> Tensor:
+        """W + s·BA as `merge_and_unload` leaves it, in the weight's shape and dtype."""
+        weight: Tensor = base_layer(self.layer).weight.detach()
+        return (weight + self.delta()).to(weight.dtype)
 
     def gradient(self) -> Tensor:
         """The gradient of the merged weight, estimated from those of A and B, in the weight's shape; zero where they have none.
@@ -107,7 +112,7 @@ def adapter_of(name: str, module: nn.Module) -> Adapter | None:
     layer: Any = module
     reason = _obstacle(layer)
     if reason:
-        raise ValueError(f"{name!r}, but {reason}. Prune under one plain LoRA adapter, or merge_and_unload() first.")
+        raise ValueError(f"{name}: {reason}. Use one plain LoRA adapter, or merge_and_unload() first.")
     names = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     return Adapter(layer, names[0]) if names else None
 

@@ -43,8 +43,7 @@ class Target:
 
     def value(self) -> Tensor:
         """What the layer computes with, in the parameter's shape: the parameter, or under LoRA the merged weight."""
-        parameter = self.parameter.detach()
-        return parameter if self.adapter is None else parameter + self.adapter.delta()
+        return self.parameter.detach() if self.adapter is None else self.adapter.merged()
 
     def weight(self) -> Tensor:
         """`value()` as `[out, in]`."""

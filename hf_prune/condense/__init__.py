@@ -57,6 +57,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
             f"model is a {type(body).__name__}; allowed: a transformers PreTrainedModel, or a PeftModel of one. "
             "Unwrap distributed wrappers first."
         )
+    if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise ValueError("model learns keys and values for every head (prefix tuning), so none can go; condense it without.")
     if getattr(body, "_hf_prune_attached", False):
         raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` before condensing it.")
     plan = condense_plan(body, pad_to_multiple_of)
@@ -92,8 +94,8 @@ def _zeros_held(plan: CondensePlan) -> Iterator[None]:
     parts = {part.module: part.name for part in _parts(plan)}
     adapters = [adapter for module, name in parts.items() if (adapter := adapter_of(name, module)) is not None]
     for adapter in adapters:
-        layer = base_layer(adapter.layer)
-        layer.zeros = nn.Parameter(layer.weight + adapter.delta() == 0, requires_grad=False)  # cut like the weight
+        adapter.keep_exact()
+        base_layer(adapter.layer).zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
     yield
     for adapter in adapters:
         layer = base_layer(adapter.layer)

@@ -227,9 +227,7 @@ def _shift(block: Block, dead: Tensor, constant: Tensor) -> tuple[Tensor, bool]:
 def matrix(part: Projection) -> Tensor:
     """The part's weight as `[out, in]`; under LoRA the merged one."""
     layer, adapter = base_layer(part.module), adapter_of(part.name, part.module)
-    weight: Tensor = layer.weight.detach()
-    if adapter is not None:
-        weight = weight + adapter.delta()
+    weight: Tensor = layer.weight.detach() if adapter is None else adapter.merged()
     return (weight.T if isinstance(layer, Conv1D) else weight)[part.start : part.stop]
 
 

@@ -122,12 +122,13 @@ def _groups(
     try:
         groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
     except ValueError as error:
-        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {error}") from None
-    for view in (view for group in groups for view in group.weights if not view.target.parameter.is_floating_point()):
-        allowed = (
-            f"names {view.target.module_name!r}, whose weight is quantized ({view.target.parameter.dtype}); dequantize it first."
-        )
-        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        raise PruningConfigError(
+            f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}"
+        ) from None
+    for target in (view.target for group in groups for view in group.weights):
+        if not target.parameter.is_floating_point():
+            allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
         frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
