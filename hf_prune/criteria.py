@@ -32,20 +32,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import config
+from .architectures.blocks import base_layer
 from .config import PruningConfig
-from .targets import Target
+from .targets import Target, named_layers
 from .units import UnitGroup, View, whole_scores
 
 
 def weight(target: Target) -> Tensor:
-    """The weight as `[out, in]`."""
-    return target.matrix(target.parameter.detach())
+    """The weight as `[out, in]`; under LoRA the merged one."""
+    return target.weight()
 
 
 def gradient(target: Target) -> Tensor:
-    """The gradient as `[out, in]`; zero where a parameter took no part in the loss."""
-    parameter = target.parameter
-    return target.matrix(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    """The gradient as `[out, in]`; see [`Target.gradient`]."""
+    return target.gradient()
 
 
 class Criterion:
@@ -346,9 +346,10 @@ class _Activation(Criterion):
     def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
         self._handles.append(model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._forward_ends))
-        for name in {view.target.module_name for group in groups for view in self.views(group)}:
-            module = model.get_submodule(name)
-            self._handles.append(module.register_forward_hook(self._hook(f"{name}.weight")))
+        watched = {view.target.module_name for group in groups for view in self.views(group)}
+        for name, module in named_layers(model):
+            if name in watched:
+                self._handles.append(module.register_forward_hook(self._hook(f"{name}.weight")))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -393,7 +394,7 @@ class _Activation(Criterion):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not self._recording:
                 return
-            channels = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
+            channels = 1 if isinstance(base_layer(module), (nn.Conv1d, nn.Conv2d)) else -1
             inputs, outputs = args[0].detach().movedim(channels, -1), output.detach().movedim(channels, -1)
             tokens = self._tokens
             if tokens is not None and inputs.shape[:-1] == tokens.shape:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from .architectures import AttentionBlock, Block, blocks
+from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
 from .masks import count_zeros
 from .pruner import Pruner
@@ -98,9 +99,14 @@ class SparsityReport:
 def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityReport:
     """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
 
+    Under LoRA, the zeros of the merged weights count.
+
     Args:
         model: the model.
         pruner: what pruned it, asked whether it came to its end.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
     """
     prefix = body_prefix(model)
     modules = []
@@ -109,7 +115,7 @@ def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityR
             target = weight_target(name, module)
             zeros, parameters = count_zeros([target])
             modules.append(ModuleSparsity(name, target.shape, parameters, zeros))
-    spec = SPECS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
     sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
     total = sum(parameter.numel() for parameter in model.parameters())
     return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
@@ -122,8 +128,7 @@ def _block_size(block: Block) -> BlockSize:
         if isinstance(block, AttentionBlock)
         else (block.down, 1, "neurons", block.num_neurons)
     )
-    columns = weight_target(projection.name, projection.module)
-    matrix = columns.matrix(columns.parameter.detach())
+    matrix = weight_target(projection.name, projection.module).weight()
     alive = int((matrix.view(matrix.shape[0], units, size) != 0).any(dim=2).any(dim=0).sum()) if units else 0
     return BlockSize(block.name, kind, units, alive)
 

@@ -22,11 +22,11 @@ from hf_prune.units import UnitGroup, View
 def test_view_sums_blocks_and_spreads_units(height: int, width: int, rows: int, columns: int, skip: int, seed: int) -> None:
     torch.manual_seed(seed)
     matrix = torch.randn(skip + rows * height, columns * width)
-    view = View(Target("w", "m", nn.Parameter(matrix)), height, width, skip, matrix.shape[0])
+    masked = nn.Parameter(matrix.clone())
+    view = View(Target("w", "m", masked), height, width, skip, matrix.shape[0])
     kept = torch.rand(rows * columns) < 0.5
     sums = UnitGroup("m", (view,)).reduce(lambda target: matrix, "sum")
-    masked = matrix.clone()
-    view.apply(kept, masked)
+    view.apply(kept)
     assert torch.equal(masked[:skip], matrix[:skip])
     for unit in range(rows * columns):
         top, left = skip + unit // columns * height, unit % columns * width

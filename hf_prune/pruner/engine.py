@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import allocate, normalize
+from ..architectures.blocks import unwrapped
 from ..config import PruningConfig
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
@@ -47,7 +48,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
-        if getattr(model, "_hf_prune_attached", False):
+        if getattr(unwrapped(model), "_hf_prune_attached", False):
             raise RuntimeError(
                 "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
             )
@@ -82,7 +83,10 @@ class Pruner:
             parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
             for name, parameter in trained
         ]
-        model._hf_prune_attached = True  # type: ignore[assignment]
+        for target in self._targets.values():
+            if target.adapter is not None:
+                target.adapter.keep_exact()
+        unwrapped(model)._hf_prune_attached = True  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------ the three moments
 
@@ -156,7 +160,7 @@ class Pruner:
             rule.criterion.detach()
         for handle in self._handles:
             handle.remove()
-        self.model._hf_prune_attached = False  # type: ignore[assignment]
+        unwrapped(self.model)._hf_prune_attached = False  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------------- reporting
 
@@ -225,7 +229,7 @@ class Pruner:
             state |= {f"{rule.name}/criterion/{key}": value for key, value in rule.criterion.state_dict().items()}
         for kind, buffers in (("locked", self._locked), ("values", self._values), ("rewind", self._rewind)):
             state |= {f"{kind}/{name}": value for name, value in buffers.items()}
-        return state
+        return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._regrown_bases().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Go on from what `state_dict` returned.
@@ -260,6 +264,11 @@ class Pruner:
         self._locked = _under(state, "locked/", device)
         self._values |= {name: value for name, value in _under(state, "values/", device).items() if name in self._values}
         self._rewind = _under(state, "rewind/", device) if self._lotteries() else {}
+        with torch.no_grad():
+            for name, parameter in self._regrown_bases().items():
+                if f"base/{name}" in state:
+                    parameter.copy_(state[f"base/{name}"])
+            self._apply()  # a checkpoint of adapters holds no base weights, so their zeros come from here
 
     # ------------------------------------------------------------------------------------------------------------ inner works
 
@@ -293,11 +302,17 @@ class Pruner:
     def _exchange_values(self) -> None:
         """Bring back the values of weights whose mask was lifted, mask, and put aside what that takes away."""
         for name, away in self._values.items():
-            away += self._targets[name].parameter
-            self._targets[name].parameter.copy_(away)
+            target = self._targets[name]
+            restored = target.parameter + away
+            away += target.value()
+            target.parameter.copy_(restored)
         self._apply()
         for name, away in self._values.items():
-            away -= self._targets[name].parameter
+            away *= self._targets[name].value() == 0
+
+    def _regrown_bases(self) -> dict[str, Tensor]:
+        """Weights under an adapter that may have come back with another value than the base model's."""
+        return {name: self._targets[name].parameter for name in self._values if self._targets[name].adapter is not None}
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""
@@ -308,7 +323,7 @@ class Pruner:
                 continue
             target, bias = weight_target(name, module), bias_target(name, module)
             self._weights.setdefault(target.name, target)
-            matrix = target.matrix(target.parameter.detach()) != 0
+            matrix = target.weight() != 0
             if bool(matrix.all()):
                 continue
             self._targets.setdefault(target.name, target)

@@ -138,16 +138,25 @@ def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline:
 
 def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
     """The units that have a weight which is not zero, bool `[units]` for each group."""
-    return [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
+    return [group.reduce(lambda target: target.weight() != 0, "max") > 0 for group in groups]
 
 
 def _groups(
     name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block]
 ) -> tuple[list[UnitGroup], dict[str, str]]:
     """The unit groups of a rule, and what it leaves out."""
-    groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    try:
+        groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    except ValueError as error:
+        raise PruningConfigError(
+            f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}"
+        ) from None
+    for target in (view.target for group in groups for view in group.weights):
+        if not target.parameter.is_floating_point():
+            allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
-        frozen = [group for group in groups if not all(view.target.parameter.requires_grad for view in group.weights)]
+        frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
     if left_out and settings.target_modules is not None:
