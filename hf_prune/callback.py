@@ -81,10 +81,11 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._best_competes = self.pruner.done
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        tensors = self._running.state_dict()  # of all processes, so each has to ask for it
         if state.is_world_process_zero:
             folder = _checkpoint(args, state.global_step)
             self.config.save_pretrained(folder)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self._running.state_dict().items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, folder / STATE_NAME)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .distributed import is_sharded
 from .targets import Target
 
 
@@ -47,7 +48,7 @@ class View:
     def apply(self, kept: Tensor, tensor: Tensor) -> None:
         """Zero the blocks of units that are not kept, in place.
 
-        Nothing of the size of the parameter is made: `kept` is broadcast over the blocks.
+        Nothing of the size of a linear layer's parameter is made, unless it is sharded: `kept` is broadcast over the blocks.
 
         Args:
             kept: bool `[units]`.
@@ -55,12 +56,13 @@ class View:
         """
         rows, height, columns, width = self.grid
         factors = kept.view(rows, 1, columns, 1)
-        if tensor.ndim <= 2:
+        if tensor.ndim <= 2 and not is_sharded(tensor):
             self.target.matrix(tensor)[self.start : self.stop].view(self.grid).mul_(factors)
         else:
-            # The matrix of a convolution may be a copy, so the factors are brought into its shape instead.
-            matrix = factors.expand(self.grid).reshape(rows * height, columns * width)
-            tensor[self.start : self.stop].mul_(self.target.from_matrix(matrix))
+            # The matrix of a convolution may be a copy, that of a sharded parameter is one: the factors are brought into its shape.
+            matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
+            matrix[self.start : self.stop] = factors.expand(self.grid).reshape(rows * height, columns * width)
+            tensor.mul_(self.target.from_matrix(matrix))
 
 
 @dataclass(frozen=True, eq=False)
