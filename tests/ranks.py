@@ -8,7 +8,6 @@ case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import sys
@@ -19,14 +18,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from helpers import arguments, ragged_rows, snapshot, tiny_bert
+from helpers import arguments, ragged_rows, snapshot
+from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel, Trainer, default_data_collator
+from transformers import (
+    AutoModelForSequenceClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.distributed import DistributedConfig
 
 from hf_prune import DistillationConfig, DistillationTrainer, Pruner, PruningCallback, PruningConfig
@@ -45,6 +52,11 @@ TRAINED: dict[str, dict[str, Any]] = {
     "neurons": {"pattern": "neuron", "criterion": "apoz"},
     "rows": {"pattern": "1xchannel", "criterion": "mean_activation"},
 }
+
+
+def tiny_bert(*args: Any, **kwargs: Any) -> PreTrainedModel:
+    """In double precision, where sums in another order do not move a unit across the threshold of a mask."""
+    return tiny_bert_of_floats(*args, **kwargs).double()
 
 
 def rank() -> int:
@@ -76,13 +88,24 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trainer_for(folder: Path, config: dict[str, Any], model: PreTrainedModel, rows: int = STEPS * BATCH, **overrides: Any) -> Trainer:
+def training(folder: Path, **overrides: Any) -> TrainingArguments:
+    """Arguments for the same run on any number of processes.
+
+    SGD, because Adam blows rounding up where a gradient is zero but for it, as that of a key's bias is. And BERT's loss ignores the
+    number of items that the Trainer gives it for the average over processes, which then multiplies the loss by that of processes.
+    """
+    size = BATCH // world()
+    settings = {"per_device_train_batch_size": size, "per_device_eval_batch_size": size, "optim": "sgd", "learning_rate": 0.05}
+    return arguments(folder, **settings | {"average_tokens_across_devices": False} | overrides)
+
+
+def trainer_for(
+    folder: Path, config: dict[str, Any], model: PreTrainedModel, rows: int = STEPS * BATCH, **overrides: Any
+) -> Trainer:
     """A Trainer whose optimizer steps see `BATCH` rows, on however many processes."""
-    # Processes share the folder, as they do on a cluster.
-    settings = {"per_device_train_batch_size": BATCH // world(), "per_device_eval_batch_size": BATCH // world(), "optim": "sgd"}
     return Trainer(
         model,
-        arguments(folder, **settings | {"learning_rate": 0.05, "eval_strategy": "epoch"} | overrides),
+        training(folder, eval_strategy="epoch", **overrides),
         train_dataset=ragged_rows(rows),
         eval_dataset=ragged_rows(3 * BATCH, seed=1),
         compute_metrics=accuracy,
@@ -109,7 +132,7 @@ def outcome(trainer: Trainer) -> Result:
 
 def trained(name: str) -> Callable[[Path], Result]:
     def case(folder: Path) -> Result:
-        trainer = trainer_for(folder, TRAINED[name], tiny_bert(), optim="adamw_torch", learning_rate=1e-3)
+        trainer = trainer_for(folder, TRAINED[name], tiny_bert())
         trainer.train()
         return outcome(trainer) | {"world": world()}
 
@@ -120,15 +143,15 @@ def resumed(name: str) -> Callable[[Path], Result]:
     """Six steps, against three and three, where an update happens in the middle of what the criterion gathers."""
 
     def case(folder: Path) -> Result:
-        saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+        saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
         through = trainer_for(folder, TRAINED[name], tiny_bert(), **saving)
         through.train()
         again = trainer_for(folder, TRAINED[name], tiny_bert(seed=1), **saving)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("prun*")) if rank() == 0 else []
-        return {f"{run}/{key}": value for run, t in (("through", through), ("again", again)) for key, value in outcome(t).items()} | {
-            "files": files
-        }
+        return {
+            f"{run}/{key}": value for run, t in (("through", through), ("again", again)) for key, value in outcome(t).items()
+        } | {"files": files}
 
     return case
 
@@ -148,7 +171,7 @@ def distilled(folder: Path) -> Result:
         row["labels"] = [-100 if index % 5 == 0 or not token or token % 3 == 0 else token % 2 for token in row["input_ids"]]
     trainer = DistillationTrainer(
         tiny_bert("token-classification"),
-        arguments(folder, per_device_train_batch_size=BATCH // world() // 2, gradient_accumulation_steps=2),
+        training(folder, per_device_train_batch_size=BATCH // world() // 2, gradient_accumulation_steps=2),
         train_dataset=rows,
         callbacks=[PruningCallback(SCHEDULED | TRAINED["heads"])],
         teacher=tiny_bert("token-classification", seed=1),
@@ -165,7 +188,7 @@ def accelerated(folder: Path) -> Result:
     """The loop of Accelerate, as the README shows it."""
     accelerator = Accelerator(cpu=True)
     model = tiny_bert().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loader = DataLoader(ragged_rows(STEPS * BATCH), batch_size=BATCH // world(), collate_fn=default_data_collator)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     pruner = Pruner(model, PruningConfig(**SCHEDULED, **TRAINED["blocks"]), total_steps=STEPS)
@@ -278,7 +301,7 @@ def sharded_gpt2(folder: Path) -> Result:
 
     def build() -> PreTrainedModel:
         sizes = {"n_embd": 36, "n_head": 3, "n_inner": 45, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return tiny("gpt2", "sequence-classification", **sizes)
+        return tiny("gpt2", "sequence-classification", **sizes).double()
 
     return looped({"rules": [{"pattern": "head"}, {"pattern": "3x1"}], "criterion": "taylor"}, build)
 
@@ -332,7 +355,7 @@ def flat(folder: Path) -> Result:
 
 def loaded(folder: Path, **parallel: int) -> PreTrainedModel:
     """A tiny Llama, in shards where there are processes for it."""
-    model = tiny("llama", "sequence-classification")
+    model = tiny("llama", "sequence-classification").double()
     if rank() == 0:
         model.save_pretrained(folder / "model")
     if world() == 1:
@@ -343,27 +366,28 @@ def loaded(folder: Path, **parallel: int) -> PreTrainedModel:
 
 def trained_in_shards(folder: Path) -> Result:
     config = {"pattern": "4x1", "criterion": "snip_momentum"}
-    trainer = trainer_for(folder, config, loaded(folder, fsdp_size=2), save_strategy="steps", save_steps=3)
+    trainer = trainer_for(
+        folder, config, loaded(folder, fsdp_size=2), save_strategy="steps", save_steps=STEPS, save_only_model=True
+    )
     trainer.train()
     return outcome(trainer)
 
 
 def tensor_parallel(folder: Path) -> Result:
     """The plain loop; every process sees all rows."""
-    model = loaded(folder, tp_size=2)
     result = {}
     for name, config in {"blocks": {"pattern": "4x1"}, "rows": {"pattern": "1xchannel", "criterion": "magnitude"}}.items():
-        other = copy.deepcopy(model)
-        pruner = Pruner(other, PruningConfig(**SCHEDULED | config), total_steps=STEPS)
-        optimizer = torch.optim.SGD(other.parameters(), lr=0.05, foreach=False)
+        model = loaded(folder, tp_size=2)
+        pruner = Pruner(model, PruningConfig(**SCHEDULED | config), total_steps=STEPS)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, foreach=False)
         for step in range(STEPS):
-            other.train()(**ragged_batch(other, seed=step), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+            model.train()(**ragged_batch(model, seed=step), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
             pruner.observe()
             optimizer.step()
             pruner.step()
             optimizer.zero_grad()
         pruner.finish()
-        result |= {f"{name}/{key}": tensor for key, tensor in whole(other.state_dict()).items()}
+        result |= {f"{name}/{key}": tensor for key, tensor in whole(model.state_dict()).items()}
         result |= {f"{name}/pruner/{key}": tensor for key, tensor in pruner.state_dict().items()}
     activations = PruningConfig(pattern="neuron", criterion="apoz")
     return result | {"error": error_of(lambda: Pruner(model, activations, total_steps=STEPS))}
@@ -391,10 +415,14 @@ CASES: dict[str, Callable[[Path], Result]] = {
 def main(folder: Path, names: list[str]) -> None:
     """Run cases as one of several processes and write what they return."""
     torch.set_num_threads(1)
+    import faulthandler
+
+    faulthandler.dump_traceback_later(25)
     Accelerator(cpu=True)  # starts the process group
     for name in names:
         room = folder / name
         result = CASES[name](room)
+        print(name, "done", flush=True)
         dist.barrier()
         tensors = {key: value.contiguous() for key, value in result.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / f"{name}.{rank()}.safetensors")
