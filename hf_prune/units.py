@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .distributed import is_sharded
 from .targets import Target, bias_target, weight_target
 
 
@@ -65,7 +66,8 @@ class View:
     def apply(self, kept: Tensor, gradients: bool = False) -> None:
         """Zero the blocks of units that are not kept, in place, in the target or in its gradient.
 
-        Nothing of the size of the parameter is made, except under LoRA: `kept` is broadcast over the blocks.
+        `kept` is broadcast over the blocks: nothing of the size of a linear layer's parameter is made, unless it is sharded or has
+        an adapter.
 
         Args:
             kept: bool `[units]`.
@@ -74,13 +76,16 @@ class View:
         for view in self.adapters:
             view.apply(kept, gradients)
         rows, height, columns, width = self.grid
-        factors, convolution = kept.view(rows, 1, columns, 1), self.target.parameter.ndim > 2
-        if convolution:
-            # The matrix of a convolution may be a copy, so the factors are brought into its shape instead.
-            factors = self.target.from_matrix(factors.expand(self.grid).reshape(rows * height, columns * width))
+        factors = kept.view(rows, 1, columns, 1)
+        spread = self.target.parameter.ndim > 2 or is_sharded(self.target.parameter)
+        if spread:
+            # The matrix of a convolution may be a copy, that of a sharded parameter is one: the factors are brought into its shape.
+            matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
+            matrix[self.start : self.stop] = factors.expand(self.grid).reshape(rows * height, columns * width)
+            factors = self.target.from_matrix(matrix)
 
         def blocks(tensor: Tensor) -> Tensor:
-            return tensor if convolution else self.target.matrix(tensor)[self.start : self.stop].view(self.grid)
+            return tensor if spread else self.target.matrix(tensor)[self.start : self.stop].view(self.grid)
 
         self.target.mask(factors, blocks, adapted=not self.adapters, gradients=gradients)
 

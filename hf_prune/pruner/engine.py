@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..allocation import allocate, normalize
 from ..architectures.blocks import unwrapped
 from ..config import PruningConfig
+from ..distributed import bare_model, differing, is_sharded, placed_like, whole
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
 from .plan import PruningPlan, make_plan
@@ -38,7 +39,8 @@ class Pruner:
     """Prunes a model while any loop trains it.
 
     Args:
-        model: the model; its parameters are changed in place, never renamed or wrapped.
+        model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
+            renamed or wrapped.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
@@ -48,6 +50,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
+        model = bare_model(model)
         if getattr(unwrapped(model), "_hf_prune_attached", False):
             raise RuntimeError(
                 "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
@@ -100,8 +103,9 @@ class Pruner:
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
-            RuntimeError: the model has no gradient at all.
+            RuntimeError: the model has no gradient at all, or something put other parameters into it since the pruner was made.
         """
+        self._check_parameters()
         broken = _not_finite({name: item.grad for name, item in self.model.named_parameters() if item.grad is not None})
         if broken and not scaled_loss:
             raise FloatingPointError(self._overflow(broken))
@@ -120,7 +124,11 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
+        """Change masks if an update is due, and apply them; right after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: several processes train together and came to different masks.
+        """
         self.steps += 1
         due = [rule for rule in self._rules if not self._skipped and rule.due(self.steps)]
         self._apply()  # momentum moves masked weights too, and scores are read from masked values
@@ -129,6 +137,7 @@ class Pruner:
             return
         for rule in due:
             self._update(rule)
+        self._check_ranks(due)
         for rule in due:
             if rule.settings.schedule == "lottery":
                 for name, parameter in self.model.named_parameters():
@@ -177,7 +186,7 @@ class Pruner:
         """The sparsity that the schedules ask for at `step`, by default the current one, over the same weights."""
         step = self.steps if step is None else step
         density = {name: 1.0 for name in self._weights if name not in self._locked}
-        density |= {name: float(mask.float().mean()) for name, mask in self._locked.items() if name in self._weights}
+        density |= {name: int(whole(mask.sum())) / mask.numel() for name, mask in self._locked.items() if name in self._weights}
         for rule in self._rules:
             if rule.settings.scope != "threshold":
                 for name in rule.weight_names:
@@ -221,14 +230,17 @@ class Pruner:
     # ----------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen."""
+        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen.
+
+        The state of all processes together, the same on each: all of them have to ask for it, and one may save it.
+        """
         state = {"steps": torch.tensor(self.steps), "version": torch.tensor(_STATE_VERSION)}
         for rule in self._rules:
             state[f"{rule.name}/asked"] = torch.tensor(rule.asked, dtype=torch.float64)
             state |= {f"{rule.name}/kept/{group.name}": kept for group, kept in zip(rule.groups, rule.kept)}
             state |= {f"{rule.name}/criterion/{key}": value for key, value in rule.criterion.state_dict().items()}
         for kind, buffers in (("locked", self._locked), ("values", self._values), ("rewind", self._rewind)):
-            state |= {f"{kind}/{name}": value for name, value in buffers.items()}
+            state |= {f"{kind}/{name}": whole(value) for name, value in buffers.items()}
         return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._regrown_bases().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -260,10 +272,10 @@ class Pruner:
                 rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
             if rule.over(self.steps):
                 rule.criterion.detach()
-        device = next(self.model.parameters()).device
-        self._locked = _under(state, "locked/", device)
-        self._values |= {name: value for name, value in _under(state, "values/", device).items() if name in self._values}
-        self._rewind = _under(state, "rewind/", device) if self._lotteries() else {}
+        parameters = {name: target.parameter for name, target in self._targets.items()}
+        self._locked = _placed(state, "locked/", parameters)
+        self._values |= _placed(state, "values/", {name: parameters[name] for name in self._values})
+        self._rewind = _placed(state, "rewind/", dict(self.model.named_parameters())) if self._lotteries() else {}
         with torch.no_grad():
             for name, parameter in self._regrown_bases().items():
                 if f"base/{name}" in state:
@@ -330,7 +342,29 @@ class Pruner:
             self._locked[target.name] = target.from_matrix(matrix)
             if bias is not None:
                 self._targets.setdefault(bias.name, bias)
-                self._locked[bias.name] = matrix.any(dim=1) | (bias.parameter.detach() != 0)
+                kept = matrix.any(dim=1, keepdim=True) | (bias.matrix(bias.parameter.detach()) != 0)
+                self._locked[bias.name] = bias.from_matrix(kept)
+
+    def _check_parameters(self) -> None:
+        """Raise if the optimizer trains other parameters than those that will be masked."""
+        present = {id(parameter) for parameter in self.model.parameters()}
+        for name, target in self._targets.items():
+            # What FSDP2 gathers for a forward pass stands in for the shards, which stay the parameters.
+            if id(target.parameter) not in present and not is_sharded(target.parameter):
+                raise RuntimeError(
+                    f"{name!r} is another parameter than when the Pruner was made; make it after whatever replaces parameters, "
+                    "such as `fully_shard`."
+                )
+
+    def _check_ranks(self, rules: list[Rule]) -> None:
+        """Raise on all ranks if the masks of some rules are not the same everywhere."""
+        masks = {f"{rule.name}/{group.name}": kept for rule in rules for group, kept in zip(rule.groups, rule.kept)}
+        if names := differing(masks):
+            raise RuntimeError(
+                f"Ranks disagree at step {self.steps} about the masks of {len(names)} of {len(masks)} modules, first {names[0]!r}: "
+                "their weights or gradients differ. They must start from the same weights, and observe() must see gradients that "
+                "are averaged over ranks, as DDP and FSDP2 do in backward."
+            )
 
     def _keep_for_rewind(self) -> None:
         """At the start of a lottery schedule, or at the first step of a run that began later, keep every parameter's value."""
@@ -344,7 +378,7 @@ class Pruner:
 
     def _overflow(self, broken: list[str]) -> str:
         """The message about gradients that are not finite: where backward met the first of them."""
-        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
+        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(whole(norm))] or broken
         others = f", as are those of {len(more)} more parameters" if more else ""
         cause = ". All gradients are, so the loss seems to be" if len(more) + 1 == len(self._norms) else ""
         return f"Step {self.steps + 1}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
@@ -365,11 +399,18 @@ def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
             "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
             "backward cannot be used."
         )
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))):
+    if bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients.values())))):
         return []
-    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(whole(gradient)).all())]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
     """The entries of a state whose names start with `prefix`, without it."""
     return {key.removeprefix(prefix): value.to(device) for key, value in state.items() if key.startswith(prefix)}
+
+
+def _placed(state: Mapping[str, Tensor], prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that belong to parameters, where those are."""
+    named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    there = {name: value for name, value in named.items() if name in parameters}
+    return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in there.items()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..allocation import most_removable
 from ..architectures import Block, find_blocks
 from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
-from ..criteria import CRITERIA, Criterion
+from ..criteria import CRITERIA, ActivationCriterion, Criterion
+from ..distributed import is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline
 from ..targets import body_prefix, check_names, names_module, prunable_modules
@@ -103,6 +104,9 @@ def match_rules(
         known = [*modules, *(block.name for block in blocks)]
         check_names(settings.target_modules, known, f"{name}.target_modules")
         check_names(settings.exclude_modules, known, f"{name}.exclude_modules")
+        if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
+            allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
+            raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
         groups, reasons = _groups(name, settings, selected, chosen)
         left_out |= reasons
         if not groups and name == "config" and taken:
