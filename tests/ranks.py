@@ -415,14 +415,11 @@ CASES: dict[str, Callable[[Path], Result]] = {
 def main(folder: Path, names: list[str]) -> None:
     """Run cases as one of several processes and write what they return."""
     torch.set_num_threads(1)
-    import faulthandler
 
-    faulthandler.dump_traceback_later(25)
     Accelerator(cpu=True)  # starts the process group
     for name in names:
         room = folder / name
         result = CASES[name](room)
-        print(name, "done", flush=True)
         dist.barrier()
         tensors = {key: value.contiguous() for key, value in result.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / f"{name}.{rank()}.safetensors")
