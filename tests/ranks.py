@@ -2,14 +2,13 @@
 
     accelerate launch --multi_gpu --num_processes 2 tests/ranks.py FOLDER CASE...
 
-(`accelerate launch --cpu` starts one process, whatever `--num_processes` says, unless it is given MPI.) Each process writes what each
-case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
+(`accelerate launch --cpu` starts one process, whatever `--num_processes` says, unless it is given MPI.) Each process writes what
+each case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from helpers import arguments, ragged_rows, snapshot
 from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
