@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints import STATE_NAME, changed_files, folder_being_written, load_state, record_of, save_state, written
 from .config import PruningConfig
-from .distributed import num_ranks
 from .pruner import Pruner
 
 logger = logging.getLogger(__name__)
@@ -58,7 +56,6 @@ class PruningCallback(TrainerCallback, ExportableState):
         #: Whether the Trainer made this callback from a checkpoint, in the place of the one that it was given.
         self.restored = False
         self._between_steps: tuple[TrainingArguments, TrainerState] | None = None
-        self._gathered: dict[str, Tensor] | None = None
         self._best_competes = False
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +69,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             folder = folder_being_written(Path(str(args.output_dir)), state.global_step, state.is_hyper_param_search)
             if folder.is_dir():
                 self.config.save_pretrained(folder)
-                save_state(self._running.state_dict() if self._gathered is None else self._gathered, folder)
+                save_state(self._running.state_dict(), folder)
                 self.written = record_of(folder, state.global_step)
         given = {"config": self.config.to_dict(), "allow_config_change": self.allow_config_change}
         return {"args": given, "attributes": {"written": self.written, "restored": True}}
@@ -109,7 +106,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._best_competes = (state.best_global_step or 0) >= self.pruner.last_update
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._between_steps = self._gathered = None
+        self._between_steps = None
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running.observe(scaled_loss=getattr(kwargs.get("optimizer"), "scaler", None) is not None)
@@ -119,10 +116,6 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._between_steps = args, state
-        self._gather(control.should_save)
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._gather(control.should_save)
 
     def on_log(
         self,
@@ -144,7 +137,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.pruner is not None and not self._best_competes:
             state.best_metric = None
             self._best_competes = self.pruner.done
-        self._gather(self._between_steps is not None and args.save_strategy == SaveStrategy.BEST)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # One process asked for the pruner's state while it wrote the checkpoint, and waits for what the others have of it.
+        if not args.should_save:
+            self._running.state_dict()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._between_steps = None
@@ -163,11 +160,6 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "PruningCallback was not started: on_train_begin did not happen. Pass it to the Trainer as `callbacks`."
             )
         return self.pruner
-
-    def _gather(self, wanted: bool) -> None:
-        """Collect the state of all processes while all are here: `state()` is asked for on the one that saves."""
-        if wanted and num_ranks() > 1 and self._gathered is None:
-            self._gathered = self._running.state_dict()
 
     def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
         """Go on from the checkpoint that the Trainer has read.

@@ -2,8 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes 2 tests/ranks.py FOLDER CASE...
 
-(`accelerate launch --cpu` starts one process, whatever `--num_processes` says, unless it is given MPI.) Each process writes what each
-case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
+(`accelerate launch --cpu` starts one process, whatever `--num_processes` says, unless it is given MPI.) Each process writes what
+each case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
 """
 
 from __future__ import annotations
@@ -414,14 +414,11 @@ CASES: dict[str, Callable[[Path], Result]] = {
 def main(folder: Path, names: list[str]) -> None:
     """Run cases as one of several processes and write what they return."""
     torch.set_num_threads(1)
-    import faulthandler
 
-    faulthandler.dump_traceback_later(25)
     Accelerator(cpu=True)  # starts the process group
     for name in names:
         room = folder / name
         result = CASES[name](room)
-        print(name, "done", flush=True)
         dist.barrier()
         tensors = {key: value.contiguous() for key, value in result.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / f"{name}.{rank()}.safetensors")

@@ -1,4 +1,4 @@
-"""Two processes train as one does: launched for real, with `accelerate launch` (DDP) and `torchrun` (FSDP2, tensor parallelism), on CPU.
+"""Two processes train as one does: launched for real on the CPU, with `accelerate launch` (DDP) and `torchrun` (shards).
 
 A launch costs seconds, so there is one for each kind and it runs many cases, those of `ranks.py`; the same cases run alone here.
 """
