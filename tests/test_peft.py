@@ -157,6 +157,18 @@ def test_trained_merged_and_condensed(family: str, pattern: str, tmp_path: Path)
     assert merged.num_parameters() < size or pattern in UNSTRUCTURED
 
 
+@pytest.mark.parametrize("pattern", ["neuron", "2:4"])
+def test_with_what_the_trainer_offers(pattern: str, tmp_path: Path) -> None:
+    """bf16 autocast, accumulation, recomputation, dropout in the adapters, rank-stabilised scaling."""
+    model = adapted(init_lora_weights=True, lora_dropout=0.1, use_rslora=True)
+    overrides = {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "num_train_epochs": 4}
+    trainer = train(tmp_path, "llama", config(pattern, criterion="taylor"), model, **overrides)
+    assert pruner_of(trainer).sparsity() == 0.5
+    assert all(bool((layer.lora_B["default"].weight != 0).any()) for layer in lora_layers(model).values())
+    report = sparsity_report(model)
+    assert sparsity_report(model.merge_and_unload()).modules == report.modules
+
+
 @pytest.mark.parametrize("pattern", ["head", "neuron", "4x1"])
 @pytest.mark.parametrize("family", CASES)
 def test_adapters_shrink_with_the_base_model(family: str, pattern: str, tmp_path: Path) -> None:
@@ -656,6 +668,11 @@ def with_ia3() -> PeftModel:
     return get_peft_model(base(), IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]))
 
 
+def with_tied_head() -> PeftModel:
+    model = base(tie_word_embeddings=True)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
+
+
 REFUSED: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "DoRA": (lambda: adapted(use_dora=True), "LoRA variant, DoraLinearVariant"),
     "two active adapters": (two_active, "default, second are active together"),
@@ -680,6 +697,12 @@ def test_refused_before_the_first_step(kind: str, pattern: str) -> None:
         Pruner(model, config(pattern, criterion="magnitude"), 1)
     assert_equal(snapshot(model), before)
     Pruner(base(), config(pattern, criterion="magnitude"), 1)
+
+
+def test_refused_on_a_tied_weight() -> None:
+    with pytest.raises(PruningConfigError, match=r"'lm_head', whose weight another module shares"):
+        Pruner(with_tied_head(), config("2:4", criterion="magnitude", target_modules=["lm_head"]), 1)
+    Pruner(with_tied_head(), config("2:4", criterion="magnitude"), 1)
 
 
 def test_other_adapters_may_stay_where_nothing_is_pruned() -> None:

@@ -37,7 +37,8 @@ class Pruner:
     """Prunes a model while any loop trains it.
 
     Args:
-        model: the model; its parameters are changed in place, never renamed or wrapped.
+        model: the model; its parameters are changed in place, never renamed or wrapped. With LoRA adapters, the merged weights are
+            pruned, see `lora.py`; adapters of other kinds are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
