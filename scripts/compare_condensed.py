@@ -37,7 +37,7 @@ SENTENCES = (
 
 @torch.no_grad()
 def mask_randomly(model: PreTrainedModel, seed: int) -> None:
-    """Zero the value rows of some heads and up rows of some neurons, and the columns of half of these; from none to most of a block."""
+    """Zero value rows of some heads and up rows of some neurons, and columns of half of these: from none to most of a block."""
     generator = torch.Generator().manual_seed(seed)
     for block in find_blocks(model):
         attends = isinstance(block, AttentionBlock)
