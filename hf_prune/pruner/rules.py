@@ -166,7 +166,7 @@ def _groups(
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
-        frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
+        frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
     if left_out and settings.target_modules is not None:
