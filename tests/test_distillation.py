@@ -319,6 +319,25 @@ def test_evaluation_reports_the_plain_loss_whatever_the_losses(task: str, tmp_pa
     assert trainer.evaluate(rows)["eval_loss"] == Trainer(student, arguments(tmp_path)).evaluate(rows)["eval_loss"]
 
 
+def test_a_student_made_by_model_init(tmp_path: Path) -> None:
+    """`train` makes another model than `__init__` did."""
+    teacher, rows = sequence_task(seed=1, count=16, **WIDE)
+    trainer = DistillationTrainer(
+        model_init=lambda: sequence_task(seed=0, count=1)[0],
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        teacher=teacher,
+        distillation=EVERY_LOSS,
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert training_logs(trainer)[0].keys() >= {f"{name}_loss" for name in EVERY_LOSS.weights()}
+    torch.testing.assert_close(
+        trainer.model.classifier.weight, teacher.classifier.weight @ trainer.projections["simkd"].weight, rtol=0, atol=0
+    )
+
+
 def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) -> None:
     rows = ragged_rows(16)
     teacher = tiny_bert(seed=1, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
@@ -509,6 +528,12 @@ def test_attention_loss_equals_its_formula() -> None:
         expected = sum(slow_attention(student[i, :, j], teacher[i, :heads, j]) for i, j in weights.nonzero().tolist())
         torch.testing.assert_close(attention_loss(student, teacher[:, :heads], weights), expected)
     assert attention_loss(student, student, weights) == pytest.approx(0, abs=1e-6)
+    # Keys that are dropped out are left out.
+    dropped = student.clone()
+    dropped[..., 1] = 0
+    kept = [0, 2, 3, 4]
+    expected = sum(slow_attention(student[i, :, j][:, kept], teacher[i, :, j][:, kept]) for i, j in weights.nonzero().tolist())
+    torch.testing.assert_close(attention_loss(dropped, teacher, weights), expected)
 
 
 def test_attention_dropout_leaves_the_gradient_right_on_average() -> None:
