@@ -288,6 +288,25 @@ def test_a_step_without_any_label_is_harmless(tmp_path: Path) -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
 
 
+def test_images_have_no_padding(tmp_path: Path) -> None:
+    """A row counts as one, whatever the number of its patches."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    teacher, student = (tiny("vit", seed=seed, **dropout) for seed in (1, 0))
+    torch.manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 12, 12), "labels": index % 3} for index in range(8)]
+    settings = DistillationConfig(alpha_hidden=0.5, alpha_hidden_layers=0.5, layer_map="last")
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    with torch.no_grad():
+        one, two = (model(pixels, output_hidden_states=True) for model in (student, teacher))
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    (log,) = training_logs(trainer)
+    expected = float((one.hidden_states[-1] - two.hidden_states[-1]).square().mean())
+    assert log["hidden_loss"] == pytest.approx(expected, rel=1e-5)
+    assert log["hidden_layers_loss"] == pytest.approx(expected, rel=1e-5)
+    items = [slow_divergence(mine, its, 2.0) for mine, its in zip(one.logits, two.logits)]
+    assert log["logits_loss"] == pytest.approx(float(sum(items)) / 8, rel=1e-5)
+
+
 def test_multiple_choice(tmp_path: Path) -> None:
     teacher, student = (tiny_bert("multiple-choice", seed=seed) for seed in (1, 0))
     single = ragged_rows(16)
