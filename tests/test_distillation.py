@@ -288,6 +288,25 @@ def test_a_step_without_any_label_is_harmless(tmp_path: Path) -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
 
 
+def test_images_have_no_padding(tmp_path: Path) -> None:
+    """A row counts as one, whatever the number of its patches."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    teacher, student = (tiny("vit", seed=seed, **dropout) for seed in (1, 0))
+    torch.manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 12, 12), "labels": index % 3} for index in range(8)]
+    settings = DistillationConfig(alpha_hidden=0.5, alpha_hidden_layers=0.5, layer_map="last")
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    with torch.no_grad():
+        one, two = (model(pixels, output_hidden_states=True) for model in (student, teacher))
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    (log,) = training_logs(trainer)
+    expected = float((one.hidden_states[-1] - two.hidden_states[-1]).square().mean())
+    assert log["hidden_loss"] == pytest.approx(expected, rel=1e-5)
+    assert log["hidden_layers_loss"] == pytest.approx(expected, rel=1e-5)
+    items = [slow_divergence(mine, its, 2.0) for mine, its in zip(one.logits, two.logits)]
+    assert log["logits_loss"] == pytest.approx(float(sum(items)) / 8, rel=1e-5)
+
+
 def test_multiple_choice(tmp_path: Path) -> None:
     teacher, student = (tiny_bert("multiple-choice", seed=seed) for seed in (1, 0))
     single = ragged_rows(16)
@@ -317,6 +336,25 @@ def test_evaluation_reports_the_plain_loss_whatever_the_losses(task: str, tmp_pa
     student = TASKS[task](seed=0, count=8)[0]
     trainer, _ = train(tmp_path, student, teacher, rows, LAYERED)
     assert trainer.evaluate(rows)["eval_loss"] == Trainer(student, arguments(tmp_path)).evaluate(rows)["eval_loss"]
+
+
+def test_a_student_made_by_model_init(tmp_path: Path) -> None:
+    """`train` makes another model than `__init__` did."""
+    teacher, rows = sequence_task(seed=1, count=16, **WIDE)
+    trainer = DistillationTrainer(
+        model_init=lambda: sequence_task(seed=0, count=1)[0],
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        teacher=teacher,
+        distillation=EVERY_LOSS,
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert training_logs(trainer)[0].keys() >= {f"{name}_loss" for name in EVERY_LOSS.weights()}
+    torch.testing.assert_close(
+        trainer.model.classifier.weight, teacher.classifier.weight @ trainer.projections["simkd"].weight, rtol=0, atol=0
+    )
 
 
 def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) -> None:
@@ -509,6 +547,12 @@ def test_attention_loss_equals_its_formula() -> None:
         expected = sum(slow_attention(student[i, :, j], teacher[i, :heads, j]) for i, j in weights.nonzero().tolist())
         torch.testing.assert_close(attention_loss(student, teacher[:, :heads], weights), expected)
     assert attention_loss(student, student, weights) == pytest.approx(0, abs=1e-6)
+    # Keys that are dropped out are left out.
+    dropped = student.clone()
+    dropped[..., 1] = 0
+    kept = [0, 2, 3, 4]
+    expected = sum(slow_attention(student[i, :, j][:, kept], teacher[i, :, j][:, kept]) for i, j in weights.nonzero().tolist())
+    torch.testing.assert_close(attention_loss(dropped, teacher, weights), expected)
 
 
 def test_attention_dropout_leaves_the_gradient_right_on_average() -> None:

@@ -82,7 +82,7 @@ class Objective:
             self.pairs = _mapped_layers(settings, depths(own), depths(other))
         names = [f"hidden_layers_{stack}" for stack in self.pairs] if settings.alpha_hidden_layers else []
         names += ["hidden"] if settings.alpha_hidden else []
-        widths = dict.fromkeys(names, (own.hidden_size, other.hidden_size))
+        widths = dict.fromkeys(names, (own.hidden_size, other.hidden_size)) if names else {}
         if settings.alpha_simkd:
             widths["simkd"] = (final_classifier(student).in_features, final_classifier(teacher).in_features)
         self.projections = Projections(widths)
