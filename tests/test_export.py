@@ -46,8 +46,10 @@ def test_onnx(family: str, head: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = condensed(family, head)
-    if family.startswith("t5"):
-        model.set_attn_implementation("eager")  # the exporter trips over sdpa in the stock T5 as well
+    if family.startswith(("t5", "mistral")):
+        model.set_attn_implementation(
+            "eager"
+        )  # the stock models too: the exporter fails for T5's sdpa, and Mistral's comes out wrong
     batch = separate(models.ragged_batch(model))
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (), str(path), kwargs=batch, dynamo=True, output_names=["first"], verbose=False)
