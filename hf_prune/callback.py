@@ -96,7 +96,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         try:
             if state.global_step > 0:
                 self._resume(state, stored.get(type(self).__name__))
-            elif previous is not None and previous.model is model:
+            elif previous is not None and previous.model is self.pruner.model:
                 self.pruner.load_state_dict({**previous.state_dict(), "steps": torch.tensor(0)})
         except BaseException:
             self.pruner.release()
@@ -139,7 +139,10 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._best_competes = self.pruner.done
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save and self.written.get("step") != state.global_step:
+        if not args.should_save:
+            # One process asked for the pruner's state while it wrote the checkpoint, and waits for what the others have of it.
+            self._running.state_dict()
+        elif self.written.get("step") != state.global_step:
             raise RuntimeError(
                 f"The checkpoint of step {state.global_step} is not where the Trainer puts checkpoints, in {args.output_dir}, "
                 "so the pruner's state is not in it."

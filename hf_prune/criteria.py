@@ -32,20 +32,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import config
+from .architectures.blocks import base_layer
 from .config import PruningConfig
-from .targets import Target
+from .distributed import rank, summed
+from .targets import Target, named_layers
 from .units import UnitGroup, View, whole_scores
 
 
 def weight(target: Target) -> Tensor:
-    """The weight as `[out, in]`."""
-    return target.matrix(target.parameter.detach())
+    """The weight as `[out, in]`; under LoRA the merged one."""
+    return target.weight()
 
 
 def gradient(target: Target) -> Tensor:
-    """The gradient as `[out, in]`; zero where a parameter took no part in the loss."""
-    parameter = target.parameter
-    return target.matrix(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    """The gradient as `[out, in]`; see [`Target.gradient`]."""
+    return target.gradient()
 
 
 class Criterion:
@@ -320,11 +321,12 @@ def _boundary(scores: Tensor, sizes: Tensor, share: float) -> float:
 # -------------------------------------------------------------------------------------------------------------- activations
 
 
-class _Activation(Criterion):
+class ActivationCriterion(Criterion):
     """Base of criteria that read what flows through a layer while the model trains.
 
-    Padding does not count, evaluation and the recomputation of gradient checkpointing are ignored. Statistics are sums, merged over
-    processes when scores are asked for, and start anew after each update.
+    Padding does not count, evaluation and the recomputation of gradient checkpointing are ignored. `state` holds, by weight,
+    sums over the tokens that this process has seen since the last update, and last their number: `[channels + 1]`. They are summed
+    over processes, so that each token counts once, when scores or `state_dict` are asked for, which all have to do together.
     """
 
     def __init__(self, settings: PruningConfig) -> None:
@@ -339,6 +341,10 @@ class _Activation(Criterion):
         """What a batch of tokens adds. `inputs`: `[tokens, in]`, `outputs`: `[tokens, out]`. Returns a vector."""
         raise NotImplementedError
 
+    def channels(self, target: Target) -> int:
+        """The length of that vector."""
+        return target.shape[0]
+
     def views(self, group: UnitGroup) -> tuple[View, ...]:
         """The views whose layers are watched: those that own output rows."""
         return tuple(view for view in group.weights if view.owns_rows)
@@ -346,9 +352,12 @@ class _Activation(Criterion):
     def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
         self._handles.append(model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._forward_ends))
-        for name in {view.target.module_name for group in groups for view in self.views(group)}:
-            module = model.get_submodule(name)
-            self._handles.append(module.register_forward_hook(self._hook(f"{name}.weight")))
+        targets = {view.target.module_name: view.target for group in groups for view in self.views(group)}
+        for name, module in named_layers(model):
+            if (target := targets.get(name)) is not None:
+                self.state[target.name] = torch.zeros(self.channels(target) + 1, device=target.parameter.device)
+                self._handles.append(module.register_forward_hook(self._hook(target.name)))
+        self._observed = dict(self.state)
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -362,22 +371,24 @@ class _Activation(Criterion):
         self.state = dict(self._observed)
 
     def updated(self) -> None:
-        self.state.clear()
-        self._observed.clear()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._observed = dict(state)
+        self.state = {name: torch.zeros_like(sums) for name, sums in self.state.items()}
+        self._observed = dict(self.state)
 
     def merged(self, name: str) -> Tensor:
         """The mean over all tokens seen, on all processes."""
-        if f"{name}.sum" not in self.state:
+        sums = summed(self.state[name])
+        if not sums[-1]:
             raise RuntimeError(f"{name!r} has seen no training batch since the last update, so it has no activation score.")
-        total, count = self.state[f"{name}.sum"].clone(), self.state[f"{name}.count"].clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(count)
-        return total / count.clamp(min=1)
+        return sums[:-1] / sums[-1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums over all processes."""
+        return {name: summed(sums) for name, sums in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from the sums over all processes: the first one takes them."""
+        self.state = {name: sums if rank() == 0 else torch.zeros_like(sums) for name, sums in state.items()}
+        self._observed = dict(self.state)
 
     def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._recording = model.training
@@ -393,20 +404,18 @@ class _Activation(Criterion):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not self._recording:
                 return
-            channels = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
+            channels = 1 if isinstance(base_layer(module), (nn.Conv1d, nn.Conv2d)) else -1
             inputs, outputs = args[0].detach().movedim(channels, -1), output.detach().movedim(channels, -1)
             tokens = self._tokens
             if tokens is not None and inputs.shape[:-1] == tokens.shape:
                 inputs, outputs = inputs[tokens], outputs[tokens]
             inputs, outputs = inputs.flatten(0, -2).float(), outputs.flatten(0, -2).float()
-            seen, count = self.statistic(inputs, outputs), torch.tensor(float(len(outputs)), device=outputs.device)
-            self.state[f"{name}.sum"] = self.state[f"{name}.sum"] + seen if f"{name}.sum" in self.state else seen
-            self.state[f"{name}.count"] = self.state[f"{name}.count"] + count if f"{name}.count" in self.state else count
+            self.state[name] = self.state[name] + torch.cat([self.statistic(inputs, outputs), outputs.new_tensor([len(outputs)])])
 
         return hook
 
 
-class APoZ(_Activation):
+class APoZ(ActivationCriterion):
     """1 − the average share of zeros in an output: how often it is positive, so a ReLU would let it pass (Hu et al. 2016,
     https://arxiv.org/abs/1607.03250, eq. 1)."""
 
@@ -424,11 +433,14 @@ class MeanActivation(APoZ):
         return outputs.abs().sum(dim=0)
 
 
-class Wanda(_Activation):
+class Wanda(ActivationCriterion):
     """|w|·‖x‖₂, with ‖x‖₂ over the tokens of an input (Sun et al. 2024, https://arxiv.org/abs/2306.11695, eq. 1)."""
 
     def views(self, group: UnitGroup) -> tuple[View, ...]:
         return group.weights
+
+    def channels(self, target: Target) -> int:
+        return target.inputs
 
     def statistic(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         return inputs.square().sum(dim=0)

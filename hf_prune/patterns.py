@@ -49,9 +49,8 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
     if pattern.kind == "N:M":
         assert pattern.n
         assert pattern.m
-        inputs = columns // target.parameter[0, 0].numel()
-        if inputs % pattern.m:
-            return None, f"its {inputs} inputs are not divisible by {pattern.m}"
+        if target.inputs % pattern.m:
+            return None, f"its {target.inputs} inputs are not divisible by {pattern.m}"
         return UnitGroup(name, (View(target, 1, 1, 0, rows),), cell=(pattern.n, pattern.m)), ""
     height, width = pattern.n or rows, pattern.m or columns
     if rows % height or columns % width:

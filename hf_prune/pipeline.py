@@ -317,7 +317,7 @@ class Pipeline:
             compute_metrics=self.compute_metrics,
         )
         scores = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-        metrics = {name: value for name, value in scores.items() if not name.endswith(("runtime", "_per_second", "_time"))}
+        metrics = {name: value for name, value in scores.items() if not name.endswith(("runtime", "_per_second", "_time", "epoch"))}
         if self.recipe.metric not in metrics:
             match = closest(self.recipe.metric, metrics)
             raise PruningConfigError("metric", self.recipe.metric, f"must be one of {', '.join(metrics)}.", match)

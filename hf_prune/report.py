@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from .architectures import AttentionBlock, Block, blocks
+from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
 from .masks import count_zeros
 from .pruner import Pruner
@@ -98,9 +99,14 @@ class SparsityReport:
 def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityReport:
     """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
 
+    Under LoRA, the zeros of the merged weights count.
+
     Args:
         model: the model.
         pruner: what pruned it, asked whether it came to its end.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
     """
     prefix = body_prefix(model)
     modules = []
@@ -109,7 +115,7 @@ def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityR
             target = weight_target(name, module)
             zeros, parameters = count_zeros([target])
             modules.append(ModuleSparsity(name, target.shape, parameters, zeros))
-    spec = SPECS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
     sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
     total = sum(parameter.numel() for parameter in model.parameters())
     return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
@@ -122,19 +128,18 @@ def _block_size(block: Block) -> BlockSize:
         if isinstance(block, AttentionBlock)
         else (block.down, 1, "neurons", block.num_neurons)
     )
-    columns = weight_target(projection.name, projection.module)
-    matrix = columns.matrix(columns.parameter.detach())
+    matrix = weight_target(projection.name, projection.module).weight()
     alive = int((matrix.view(matrix.shape[0], units, size) != 0).any(dim=2).any(dim=0).sum()) if units else 0
     return BlockSize(block.name, kind, units, alive)
 
 
 def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], repeats: int = 30) -> dict[str, float]:
-    """Milliseconds of CPU time that each model takes for one batch: the median of `repeats` forwards on one thread.
+    """Milliseconds of CPU time (CUDA: of time) that each model takes for a batch: the median of `repeats` forwards on one thread.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
     processes take. The first turn warms up and is not counted.
     """
-    threads = torch.get_num_threads()
+    threads, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
     torch.set_num_threads(1)
@@ -143,11 +148,19 @@ def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor
             for _ in range(repeats + 1):
                 for name, model in models.items():
                     model.eval()
-                    start = time.process_time()
+                    start = _now(device)
                     model(**inputs)
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(_now(device) - start)
     finally:
         torch.set_num_threads(threads)
         for name, model in models.items():
             model.train(training[name])
     return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of this process's CPU time, or on CUDA of time, when all work given to the device is done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

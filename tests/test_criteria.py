@@ -19,7 +19,7 @@ from hf_prune.criteria import CRITERIA, Criterion, Movement, SnipMomentum, regis
 from hf_prune.units import UnitGroup
 
 STEPS = 3
-PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "head", "neuron", "block", "layer"]
+PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "auto", "head", "neuron", "block", "layer"]
 ROW_PATTERNS = ["1xchannel", "head", "neuron"]
 
 
@@ -61,7 +61,7 @@ class Recorded:
             scope=scope,
             threshold=0.0 if scope == "threshold" else None,
             warmup_steps=STEPS + 1,
-            target_modules=None if pattern in ("head", "neuron", "block", "layer") else r".*(query|intermediate\.dense)",
+            target_modules=None if pattern in ("auto", "head", "neuron", "block", "layer") else r".*(query|intermediate\.dense)",
         )
         pruner = Pruner(self.model, settings, total_steps=STEPS + 2)
         self.rule = pruner._rules[0]

@@ -45,7 +45,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
-from ..architectures.blocks import layer_lists, out_features
+from ..architectures.blocks import base_layer, is_adapted, layer_lists, out_features
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -249,8 +249,8 @@ def set_own_heads(block: Block, heads: list[int] | None) -> None:
 def add_bias(module: nn.Module) -> None:
     """Give a projection without a bias one of zeros."""
     if not has_bias(module):
-        weight = module.get_parameter("weight")
-        module.bias = nn.Parameter(weight.detach().new_zeros(out_features(module)), requires_grad=weight.requires_grad)
+        layer = base_layer(module)
+        layer.bias = nn.Parameter(layer.weight.detach().new_zeros(out_features(layer)), requires_grad=layer.weight.requires_grad)
 
 
 def has_bias(module: Any) -> bool:
@@ -264,31 +264,48 @@ def set_attribute(module: Any, name: str, value: Any) -> None:
 
 
 def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
-    """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay."""
+    """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay.
+
+    LoRA adapters of the layer, active or not, lose the same outputs of B (inputs of A). A projection that has no inputs left
+    returns its bias, see [`NoInputs`]; parameters without elements are frozen.
+    """
+    size = "out_features" if outputs else "in_features"
+    if is_adapted(module):
+        layer: Any = module
+        for part in (layer.base_layer, *(layer.lora_B if outputs else layer.lora_A).values()):
+            keep_features(part, features, outputs)
+        set_attribute(layer, size, len(features))
+        return
     stored_in_out = isinstance(module, Conv1D)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if name == "bias" and not outputs:
             continue
         dim = 0 if name == "bias" or outputs != stored_in_out else 1
         kept = parameter.detach().index_select(dim, features.to(parameter.device))
-        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        # one without elements never gets a gradient, which distributed training takes for an error
+        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad and kept.numel() > 0))
     if stored_in_out:
-        attribute = "nf" if outputs else "nx"
-    else:
-        attribute = "out_features" if outputs else "in_features"
-    setattr(module, attribute, len(features))
-    if stored_in_out and not outputs and len(features) == 0:
-        module.__class__ = NoInputs
+        size = "nf" if outputs else "nx"
+    set_attribute(module, size, len(features))
+    if not outputs and len(features) == 0:
+        module.__class__ = NoInputsConv1D if stored_in_out else NoInputsLinear
 
 
-class NoInputs(Conv1D):
-    """A Conv1D without inputs: the stock `forward` cannot tell the shape of a tensor without elements."""
+class NoInputs:
+    """The `forward` of a projection without inputs, its bias: Conv1D and ONNX take the shape of no tensor without elements."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        module: Any = self
+        shape = (*input.shape[:-1], out_features(module))
+        return module.bias.expand(shape) if has_bias(module) else input.new_zeros(shape)
+
+
+class NoInputsLinear(NoInputs, nn.Linear):
+    stock_class = nn.Linear
+
+
+class NoInputsConv1D(NoInputs, Conv1D):
     stock_class = Conv1D
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias: Tensor = self.bias
-        return bias.expand(*x.shape[:-1], self.nf)
 
 
 class NoHeads:

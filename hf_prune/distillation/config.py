@@ -60,12 +60,20 @@ class DistillationConfig:
         """The weight of each loss, by the loss's name."""
         return {name.removeprefix("alpha_"): value for name, value in vars(self).items() if name.startswith("alpha_")}
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss needs more of the teacher than its logits."""
+        return any(weight for name, weight in self.weights().items() if name not in ("task", "logits"))
+
     def _check_layer_map(self) -> None:
         names = ", ".join(repr(name) for name in LAYER_MAPS)
         allowed = f"must be {names} or a list of pairs [student layer, teacher layer], counted from 0."
         if isinstance(self.layer_map, str):
             if self.layer_map not in LAYER_MAPS:
                 raise PruningConfigError("layer_map", self.layer_map, allowed, closest(self.layer_map, LAYER_MAPS))
+            if self.layer_map == "dynamic" and self.alpha_attention and not self.alpha_hidden_layers:
+                allowed = "needs alpha_hidden_layers greater than 0, the loss whose distances decide it."
+                raise PruningConfigError("layer_map", self.layer_map, allowed)
         elif not (
             isinstance(self.layer_map, (list, tuple))
             and self.layer_map

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import allocate, normalize
+from ..architectures.blocks import unwrapped
 from ..config import PruningConfig
+from ..distributed import bare_model, differing, is_sharded, local, placed_like, summed, whole
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
 from .plan import PruningPlan, make_plan
@@ -37,7 +39,8 @@ class Pruner:
     """Prunes a model while any loop trains it.
 
     Args:
-        model: the model; its parameters are changed in place, never renamed or wrapped.
+        model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
+            renamed or wrapped. With LoRA adapters, the merged weights are pruned, see `lora.py`; other kinds are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
@@ -47,7 +50,8 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
-        if getattr(model, "_hf_prune_attached", False):
+        model = bare_model(model)
+        if getattr(unwrapped(model), "_hf_prune_attached", False):
             raise RuntimeError(
                 "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
             )
@@ -82,7 +86,10 @@ class Pruner:
             parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
             for name, parameter in trained
         ]
-        model._hf_prune_attached = True  # type: ignore[assignment]
+        for target in self._targets.values():
+            if target.adapter is not None:
+                target.adapter.keep_exact()
+        unwrapped(model)._hf_prune_attached = True  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------ the three moments
 
@@ -96,8 +103,9 @@ class Pruner:
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
-            RuntimeError: the model has no gradient at all.
+            RuntimeError: the model has no gradient at all, or other parameters than when the pruner was made.
         """
+        self._check_parameters()
         broken = _not_finite({name: item.grad for name, item in self.model.named_parameters() if item.grad is not None})
         if broken and not scaled_loss:
             raise FloatingPointError(self._overflow(broken))
@@ -116,7 +124,11 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
+        """Change masks if an update is due, and apply them; right after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: several processes train together and came to different masks.
+        """
         self.steps += 1
         due = [rule for rule in self._rules if not self._skipped and rule.due(self.steps)]
         self._apply()  # momentum moves masked weights too, and scores are read from masked values
@@ -125,6 +137,7 @@ class Pruner:
             return
         for rule in due:
             self._update(rule)
+        self._check_ranks(due)
         for rule in due:
             if rule.settings.schedule == "lottery":
                 for name, parameter in self.model.named_parameters():
@@ -156,7 +169,7 @@ class Pruner:
             rule.criterion.detach()
         for handle in self._handles:
             handle.remove()
-        self.model._hf_prune_attached = False  # type: ignore[assignment]
+        unwrapped(self.model)._hf_prune_attached = False  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------------- reporting
 
@@ -173,7 +186,7 @@ class Pruner:
         """The sparsity that the schedules ask for at `step`, by default the current one, over the same weights."""
         step = self.steps if step is None else step
         density = {name: 1.0 for name in self._weights if name not in self._locked}
-        density |= {name: float(mask.float().mean()) for name, mask in self._locked.items() if name in self._weights}
+        density |= {name: int(whole(mask.sum())) / mask.numel() for name, mask in self._locked.items() if name in self._weights}
         for rule in self._rules:
             if rule.settings.scope != "threshold":
                 for name in rule.weight_names:
@@ -217,15 +230,18 @@ class Pruner:
     # ----------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen."""
+        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen.
+
+        The state of all processes together, the same on each: all of them have to ask for it, and one may save it.
+        """
         state = {"steps": torch.tensor(self.steps), "version": torch.tensor(_STATE_VERSION)}
         for rule in self._rules:
             state[f"{rule.name}/asked"] = torch.tensor(rule.asked, dtype=torch.float64)
             state |= {f"{rule.name}/kept/{group.name}": kept for group, kept in zip(rule.groups, rule.kept)}
             state |= {f"{rule.name}/criterion/{key}": value for key, value in rule.criterion.state_dict().items()}
         for kind, buffers in (("locked", self._locked), ("values", self._values), ("rewind", self._rewind)):
-            state |= {f"{kind}/{name}": value for name, value in buffers.items()}
-        return state
+            state |= {f"{kind}/{name}": whole(value) for name, value in buffers.items()}
+        return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._regrown_bases().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Go on from what `state_dict` returned.
@@ -256,10 +272,15 @@ class Pruner:
                 rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
             if rule.over(self.steps):
                 rule.criterion.detach()
-        device = next(self.model.parameters()).device
-        self._locked = _under(state, "locked/", device)
-        self._values |= {name: value for name, value in _under(state, "values/", device).items() if name in self._values}
-        self._rewind = _under(state, "rewind/", device) if self._lotteries() else {}
+        parameters = {name: target.parameter for name, target in self._targets.items()}
+        self._locked = _placed(state, "locked/", parameters)
+        self._values |= {name: value for name, value in _placed(state, "values/", parameters).items() if name in self._values}
+        self._rewind = _placed(state, "rewind/", dict(self.model.named_parameters())) if self._lotteries() else {}
+        with torch.no_grad():
+            for name, parameter in self._regrown_bases().items():
+                if f"base/{name}" in state:
+                    parameter.copy_(state[f"base/{name}"])
+            self._apply()  # a checkpoint of adapters holds no base weights, so their zeros come from here
 
     # ------------------------------------------------------------------------------------------------------------ inner works
 
@@ -293,11 +314,17 @@ class Pruner:
     def _exchange_values(self) -> None:
         """Bring back the values of weights whose mask was lifted, mask, and put aside what that takes away."""
         for name, away in self._values.items():
-            away += self._targets[name].parameter
-            self._targets[name].parameter.copy_(away)
+            target = self._targets[name]
+            restored = target.parameter + away
+            away += target.value()
+            target.parameter.copy_(restored)
         self._apply()
         for name, away in self._values.items():
-            away -= self._targets[name].parameter
+            away *= self._targets[name].value() == 0
+
+    def _regrown_bases(self) -> dict[str, Tensor]:
+        """Weights under an adapter that may have come back with another value than the base model's."""
+        return {name: self._targets[name].parameter for name in self._values if self._targets[name].adapter is not None}
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""
@@ -308,14 +335,36 @@ class Pruner:
                 continue
             target, bias = weight_target(name, module), bias_target(name, module)
             self._weights.setdefault(target.name, target)
-            matrix = target.matrix(target.parameter.detach()) != 0
+            matrix = target.weight() != 0
             if bool(matrix.all()):
                 continue
             self._targets.setdefault(target.name, target)
             self._locked[target.name] = target.from_matrix(matrix)
             if bias is not None:
                 self._targets.setdefault(bias.name, bias)
-                self._locked[bias.name] = matrix.any(dim=1) | (bias.parameter.detach() != 0)
+                kept = matrix.any(dim=1, keepdim=True) | (bias.matrix(bias.parameter.detach()) != 0)
+                self._locked[bias.name] = bias.from_matrix(kept)
+
+    def _check_parameters(self) -> None:
+        """Raise if the optimizer trains other parameters than those that will be masked."""
+        present = {id(parameter) for parameter in self.model.parameters()}
+        for name, target in self._targets.items():
+            # What FSDP2 gathers for a forward pass stands in for the shards, which stay the parameters.
+            if id(target.parameter) not in present and not is_sharded(target.parameter):
+                raise RuntimeError(
+                    f"{name!r} is another parameter than when the Pruner was made; make it after whatever replaces parameters, "
+                    "such as `fully_shard`."
+                )
+
+    def _check_ranks(self, rules: list[Rule]) -> None:
+        """Raise on all ranks if the masks of some rules are not the same everywhere."""
+        masks = {f"{rule.name}/{group.name}": kept for rule in rules for group, kept in zip(rule.groups, rule.kept)}
+        if names := differing(masks):
+            raise RuntimeError(
+                f"Ranks disagree at step {self.steps} about the masks of {len(names)} of {len(masks)} modules, first {names[0]!r}: "
+                "their weights or gradients differ. They must start from the same weights, and observe() must see gradients that "
+                "are averaged over ranks, as DDP and FSDP2 do in backward."
+            )
 
     def _keep_for_rewind(self) -> None:
         """At the start of a lottery schedule, or at the first step of a run that began later, keep every parameter's value."""
@@ -325,7 +374,7 @@ class Pruner:
 
     def _note(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._norms[name] = torch.linalg.vector_norm(parameter.grad.detach())
+            self._norms[name] = torch.linalg.vector_norm(local(parameter.grad.detach()))
 
     def _overflow(self, broken: list[str]) -> str:
         """The message about gradients that are not finite: where backward met the first of them."""
@@ -350,11 +399,20 @@ def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
             "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
             "backward cannot be used."
         )
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))):
+    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients.values()])
+    if any(is_sharded(gradient) for gradient in gradients.values()):
+        norm = summed(norm)
+    if bool(torch.isfinite(norm)):
         return []
-    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(whole(gradient)).all())]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
     """The entries of a state whose names start with `prefix`, without it."""
     return {key.removeprefix(prefix): value.to(device) for key, value in state.items() if key.startswith(prefix)}
+
+
+def _placed(state: Mapping[str, Tensor], prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that belong to parameters, where those are."""
+    named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in named.items()}

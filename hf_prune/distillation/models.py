@@ -47,10 +47,10 @@ def load_teacher(path: str | os.PathLike[str], student: nn.Module) -> PreTrained
     """Load a teacher for the student's task, through the Auto class that the student's class belongs to."""
     model = base_model(student)
     name, config = type(model).__name__, type(model.config)
-    for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None)
-        if auto is not modeling_auto.AutoModelForPreTraining and mapping is not None and config in mapping:
-            known = mapping[config]
+    autos: list[Any] = [auto for auto in vars(modeling_auto).values() if isinstance(auto, type) and hasattr(auto, "_model_mapping")]
+    for auto in autos:
+        if auto is not modeling_auto.AutoModelForPreTraining and auto._model_mapping and config in auto._model_mapping:
+            known = auto._model_mapping[config]
             if name in [each.__name__ for each in (known if isinstance(known, (list, tuple)) else (known,))]:
                 loaded: PreTrainedModel = auto.from_pretrained(path)
                 return loaded
