@@ -1,4 +1,4 @@
-"""Trains students with several sets of losses and writes what came out of it. Run alone or under `accelerate launch`.
+"""Trains students with several sets of losses and writes what came out of it. Run alone or under `accelerate launch --multi_gpu`.
 
 Usage: launch_distillation.py FOLDER. Writes `<case>.safetensors` (student, projections) and `<case>.json` (logs) into FOLDER.
 """
@@ -51,6 +51,7 @@ def main(folder: Path) -> None:
             )
             logs = [{name: log[name] for name in log if name.endswith("loss")} for log in training_logs(trainer)]
             (folder / f"{task}.json").write_text(json.dumps(logs))
+            (folder / "processes").write_text(str(trainer.args.world_size))
 
 
 if __name__ == "__main__":

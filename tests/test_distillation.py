@@ -527,10 +527,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         folder.mkdir()
     main(folders[1])
     script = Path(__file__).with_name("launch_distillation.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*launch, str(script), str(folders[2])], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
+    # `accelerate launch --cpu` starts one process, whatever --num_processes says.
+    assert [(folder / "processes").read_text() for folder in folders.values()] == ["1", "2"]
     for case in CASES:
         one, two = (load_file(folder / f"{case}.safetensors") for folder in folders.values())
         assert one.keys() == two.keys()
