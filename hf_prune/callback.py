@@ -96,7 +96,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         try:
             if state.global_step > 0:
                 self._resume(state, stored.get(type(self).__name__))
-            elif previous is not None and previous.model is model:
+            elif previous is not None and previous.model is self.pruner.model:
                 self.pruner.load_state_dict({**previous.state_dict(), "steps": torch.tensor(0)})
         except BaseException:
             self.pruner.release()

@@ -19,6 +19,8 @@ from ranks import CASES, STEPS, TRAINED, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_prune import Pruner, PruningConfig, PruningConfigError
+
 SCRIPT = Path(__file__).with_name("ranks.py")
 BIN = Path(sys.executable).parent
 
@@ -195,6 +197,13 @@ def test_tensor_parallel_layers_are_pruned_as_whole_ones(shards: Runs, tmp_path:
     first, second = shards("tensor parallel")
     assert_equal(tensors(first), tensors(second))
     assert_same_run(first, CASES["tensor parallel"](tmp_path))
+
+
+def test_deepspeed_is_refused() -> None:
+    """By the name of its engine, since DeepSpeed itself is not installed where tests run."""
+    engine = type("DeepSpeedEngine", (torch.nn.Linear,), {})(4, 4)
+    with pytest.raises(PruningConfigError, match="is trained by DeepSpeed, which shows gradients to no one"):
+        Pruner(engine, PruningConfig(pattern="1x1"), total_steps=1)
 
 
 @pytest.mark.parametrize(

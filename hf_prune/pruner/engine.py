@@ -40,7 +40,7 @@ class Pruner:
 
     Args:
         model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
-            renamed or wrapped.
+            renamed or wrapped. With LoRA adapters, the merged weights are pruned, see `lora.py`; other kinds are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
