@@ -163,9 +163,7 @@ def _groups(
             allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
         if target.adapter is not None and is_sharded(target.parameter):
-            allowed = (
-                f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; train one of the two ways."
-            )
+            allowed = f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; do one of the two."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
