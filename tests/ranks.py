@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from helpers import arguments, ragged_rows, snapshot
 from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -343,6 +344,14 @@ def too_early(folder: Path) -> Result:
     return {"error": error_of(lambda: (shard(model), pruner.observe()))}
 
 
+def adapted(folder: Path) -> Result:
+    """LoRA under FSDP2."""
+    model = uneven({})
+    adapter = get_peft_model(model, LoraConfig(target_modules=["query", "value"]))
+    shard(model)
+    return {"error": error_of(lambda: Pruner(adapter, PruningConfig(pattern="1x1"), total_steps=STEPS))}
+
+
 def flat(folder: Path) -> Result:
     """FSDP1."""
     model = FullyShardedDataParallel(uneven({}), use_orig_params=True, device_id=torch.device("cpu"))
@@ -405,6 +414,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
     "sharded gpt2": sharded_gpt2,
     **{f"reloaded {name}": reloaded(name) for name in ("movement", "wanda", "lottery", "keep_zeros")},
     "too early": too_early,
+    "adapted": adapted,
     "flat": flat,
     "trained in shards": trained_in_shards,
     "tensor parallel": tensor_parallel,

@@ -14,7 +14,7 @@ from ..allocation import most_removable
 from ..architectures import Block, find_blocks
 from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
 from ..criteria import CRITERIA, ActivationCriterion, Criterion
-from ..distributed import is_tensor_parallel
+from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline
 from ..targets import body_prefix, check_names, names_module, prunable_modules
@@ -161,6 +161,9 @@ def _groups(
     for target in (view.target for group in groups for view in group.weights):
         if not target.parameter.is_floating_point():
             allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and is_sharded(target.parameter):
+            allowed = f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; do one of the two."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
