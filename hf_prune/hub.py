@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import reprlib
 
 import torch
 import transformers

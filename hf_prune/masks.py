@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .distributed import whole
 from .targets import Target
 
 
@@ -26,5 +27,5 @@ def count_zeros(targets: Iterable[Target]) -> tuple[int, int]:
     zeros = elements = 0
     for target in targets:
         elements += target.parameter.numel()
-        zeros += target.parameter.numel() - int(torch.count_nonzero(target.value()))
+        zeros += target.parameter.numel() - int(whole(torch.count_nonzero(target.value())))
     return zeros, elements

@@ -16,6 +16,7 @@ from .architectures import AttentionBlock, Block, blocks
 from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
 from .masks import count_zeros
+from .pruner import Pruner
 from .tables import as_text
 from .targets import body_prefix, prunable_modules, weight_target
 
@@ -52,6 +53,8 @@ class SparsityReport:
     modules: tuple[ModuleSparsity, ...]
     blocks: tuple[BlockSize, ...]
     parameters: int
+    #: What the model lacks because its pruning ended early, if it did.
+    shortfall: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -66,10 +69,14 @@ class SparsityReport:
             "parameters": self.parameters,
             "modules": [{**asdict(module), "sparsity": module.sparsity} for module in self.modules],
             "blocks": [asdict(block) for block in self.blocks],
+            "shortfall": self.shortfall,
         }
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all")
+        table = Table(
+            title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all",
+            caption=self.shortfall,
+        )
         for column in ("module", "shape", "parameters", "zeros", "sparsity"):
             table.add_column(column, justify="left" if column == "module" else "right")
         for module in self.modules:
@@ -89,10 +96,14 @@ class SparsityReport:
         return as_text(self.__rich__())
 
 
-def sparsity_report(model: nn.Module) -> SparsityReport:
+def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityReport:
     """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
 
     Under LoRA, the zeros of the merged weights count.
+
+    Args:
+        model: the model.
+        pruner: what pruned it, asked whether it came to its end.
 
     Raises:
         ValueError: a layer has an adapter other than a plain LoRA one.
@@ -107,7 +118,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
     sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
     total = sum(parameter.numel() for parameter in model.parameters())
-    return SparsityReport(tuple(modules), sizes, total)
+    return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
 
 
 def _block_size(block: Block) -> BlockSize:
@@ -123,12 +134,12 @@ def _block_size(block: Block) -> BlockSize:
 
 
 def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], repeats: int = 30) -> dict[str, float]:
-    """Milliseconds of CPU time that each model takes for one batch: the median of `repeats` forwards on one thread.
+    """Milliseconds of CPU time (CUDA: of time) that each model takes for a batch: the median of `repeats` forwards on one thread.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
     processes take. The first turn warms up and is not counted.
     """
-    threads = torch.get_num_threads()
+    threads, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
     torch.set_num_threads(1)
@@ -137,11 +148,19 @@ def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor
             for _ in range(repeats + 1):
                 for name, model in models.items():
                     model.eval()
-                    start = time.process_time()
+                    start = _now(device)
                     model(**inputs)
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(_now(device) - start)
     finally:
         torch.set_num_threads(threads)
         for name, model in models.items():
             model.train(training[name])
     return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of this process's CPU time, or on CUDA of time, when all work given to the device is done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

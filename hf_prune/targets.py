@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures.blocks import active_copy, base_layer, is_adapted, unwrapped
 from .config import PruningConfigError, closest
+from .distributed import placed_like, whole
 from .lora import Adapter, adapter_of
 
 #: Layer types whose weights can be pruned. GPT-2's Conv1D stores `[in, out]`; convolutions are flattened to `[out, in·kernel]`.
@@ -79,23 +81,34 @@ class Target:
             part(tensor).sub_(part(self.adapter.delta()).mul_(~kept))
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which has the parameter's shape, as `[out, in]`; a view unless `kernel_first`."""
+        """`tensor`, which has the parameter's shape, as `[out, in]`; a view unless `kernel_first` or gathered from its shards."""
+        tensor = whole(tensor)
         if self.transposed:
             return tensor.T
         return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], -1)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """An `[out, in]` matrix in the parameter's shape; a view."""
-        if self.transposed:
-            return matrix.T
+        """An `[out, in]` matrix in the parameter's shape; a view, or this rank's part where the parameter is sharded."""
         rows, inputs, *kernel = (*self.parameter.shape, 1)[: max(self.parameter.ndim, 2)]
-        return matrix.reshape(rows, *kernel, inputs).movedim(-1, 1) if self.kernel_first else matrix.reshape(self.parameter.shape)
+        if self.transposed:
+            tensor = matrix.T
+        elif self.kernel_first:
+            tensor = matrix.reshape(rows, *kernel, inputs).movedim(-1, 1)
+        else:
+            tensor = matrix.reshape(self.parameter.shape)
+        return placed_like(tensor, self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        rows, columns = self.matrix(self.parameter).shape
-        return rows, columns
+        first = self.parameter.shape[0]
+        rest = self.parameter.numel() // first
+        return (rest, first) if self.transposed else (first, rest)
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the layer: columns, without the positions of a convolution's kernel."""
+        return self.shape[1] // math.prod(self.parameter.shape[2:])
 
 
 def weight_target(name: str, module: nn.Module, kernel_first: bool = False) -> Target:

@@ -158,6 +158,17 @@ GENERATORS: dict[str, str] = {
     "gemma": "causal-lm",
 }
 
+#: The families whose layers only add to what they are given, with the path of each list of layers.
+PRE_NORM = {
+    **dict.fromkeys(("vit", "deit", "modernbert", "llama", "llama-with-biases", "mistral", "qwen2", "qwen3", "gemma"), ("layers",)),
+    **dict.fromkeys(("t5", "t5-gated"), ("encoder.block", "decoder.block")),
+    "whisper": ("encoder.layers", "decoder.layers"),
+    "wav2vec2-stable": ("encoder.layers",),
+    "gpt2": ("h",),
+    "opt": ("decoder.layers",),
+}
+
+
 #: Every family with every task head that it has.
 MATRIX: list[tuple[str, str]] = [(family, head) for family in FAMILIES for head in heads_of(family)]
 
@@ -266,6 +277,22 @@ def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
         zero_units(block, (dead & ~by_rows).nonzero().flatten().tolist(), "out")
         left[block.name] = count - int(dead.sum())
     return left
+
+
+def empty_layers(model: PreTrainedModel, indices: set[int], silent: bool = False) -> dict[str, list[int]]:
+    """Zero all heads and neurons of these layers of each list, and if `silent` all that they add; return the indices by list."""
+    emptied: dict[str, set[int]] = {}
+    for block in find_blocks(model):
+        path, _, index = block.layer.rpartition(".")
+        if int(index) in indices:
+            attends = isinstance(block, AttentionBlock)
+            shared = attends and not silent
+            count = (block.num_key_value_heads if shared else block.num_heads) if attends else block.num_neurons
+            zero_units(block, list(range(count)), "out" if silent else "in")
+            emptied.setdefault(path, set()).add(int(index))
+            if silent and (bias := (block.output if attends else block.down).module.bias) is not None:
+                nn.init.zeros_(bias)
+    return {path: sorted(found) for path, found in emptied.items()}
 
 
 def heads_left(groups: list[list[bool]]) -> int:

@@ -241,6 +241,12 @@ def test_generates_the_same_left_padded(family: str, beams: int) -> None:
     for block in find_blocks(model):
         if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
             models.zero_units(block, list(range(block.num_heads)), "out")
+    check_generation(model, family, beams)
+    assert {block.num_heads for block in find_blocks(model) if hasattr(block, "num_heads") and block.layer.endswith(".0")} == {0}
+
+
+def check_generation(model: PreTrainedModel, family: str, beams: int = 1) -> None:
+    """Generate for a left-padded batch, condense, generate: tokens and logits are the same."""
     inputs = {"input_ids": torch.tensor([[7, 8, 9], [0, 6, 4]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
     if family == "whisper":
         inputs = {"input_features": models.ragged_batch(model)["input_features"]}
@@ -248,7 +254,6 @@ def test_generates_the_same_left_padded(family: str, beams: int) -> None:
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     before = model.generate(**inputs, **settings)
     after = condense(model).generate(**inputs, **settings)
-    assert {block.num_heads for block in find_blocks(model) if hasattr(block, "num_heads") and block.layer.endswith(".0")} == {0}
     if family == "whisper":  # puts its sequences together itself
         assert before.equal(after) if isinstance(before, Tensor) else before["sequences"].equal(after["sequences"])
         return
@@ -538,3 +543,151 @@ def test_neurons_are_padded_to_a_multiple(multiple: int) -> None:
 def test_a_multiple_that_is_none(multiple: object) -> None:
     with pytest.raises(ValueError, match="pad_to_multiple_of="):
         condense_plan(models.tiny("bert"), multiple)  # type: ignore[arg-type]
+
+
+def five_layers(family: str, head: str | None = None) -> PreTrainedModel:
+    """A tiny model with five layers in each list."""
+    config = models.FAMILIES[family]()
+    names = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+    changes: dict[str, object] = {name: 5 for name in names if hasattr(config, name)}
+    if getattr(config, "layer_types", None):
+        changes["layer_types"] = (config.layer_types * 2)[:5]
+    return models.tiny(family, head, **changes)
+
+
+def hidden_states(model: PreTrainedModel, attention: str) -> dict[str, tuple[Tensor, ...]]:
+    """Every tuple of hidden states by its name, and what the model puts out first."""
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        seen = model(**models.ragged_batch(model), output_hidden_states=True, return_dict=True)
+    return {name: value for name, value in seen.items() if name.endswith("hidden_states")} | {"first": (seen[0],)}
+
+
+def check_removal(model: PreTrainedModel, gone: dict[str, list[int]], verify: bool = True) -> None:
+    """Condense; just these layers go, and all outputs but what the removed layers were given are as before."""
+    before = {attention: hidden_states(model, attention) for attention in models.attentions_of(model)}
+    parameters, plan = model.num_parameters(), condense_plan(model)
+    assert plan.removed == gone
+    assert condense(model, verify=verify) is model
+    assert model.num_parameters() == parameters - plan.parameters
+    for attention, wanted in before.items():
+        after = hidden_states(model, attention)
+        assert after.keys() == wanted.keys()
+        for name, states in wanted.items():
+            stack = name.removesuffix("_hidden_states")
+            own = [indices for path, indices in gone.items() if path.startswith(stack)] or list(gone.values())
+            missing = own[0] if name.endswith("hidden_states") and own else []
+            assert gap([state for index, state in enumerate(states) if index not in missing], list(after[name])) <= 1e-5
+    stacks: dict[str, list[int]] = {}
+    for block in find_blocks(model):
+        if isinstance(block, AttentionBlock) and getattr(block.module, "layer_idx", None) is not None:
+            assert block.module.layer_idx == int(block.layer.rpartition(".")[2])
+            stacks.setdefault(block.layer.rpartition(".")[0], []).append(block.module.layer_idx)
+    assert all(set(indices) == set(range(len(set(indices)))) for indices in stacks.values())
+
+
+@pytest.mark.parametrize("family", models.PRE_NORM)
+def test_empty_layers_go(family: str) -> None:
+    model = five_layers(family)
+    gone = models.empty_layers(model, {1, 2, 4})
+    assert gone.keys() <= set(models.PRE_NORM[family])
+    check_removal(model, gone)
+    assert model.config.hf_prune["removed_layers"] == gone
+    assert model.config.num_hidden_layers == 2
+    assert getattr(model.config, "layer_types", None) is None or len(model.config.layer_types) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "head"), [case for case in models.MATRIX if case[0] in models.PRE_NORM])
+def test_empty_layers_go_everywhere(family: str, head: str) -> None:
+    for indices in ({1, 2, 4}, {2, 3}, {1}):
+        model = five_layers(family, head)
+        check_removal(model, models.empty_layers(model, indices))
+
+
+@pytest.mark.parametrize("family", models.PRE_NORM)
+def test_first_layer_goes_when_it_adds_nothing_and_is_made_like_the_others(family: str) -> None:
+    model = five_layers(family)
+    gone = models.empty_layers(model, {0, 2}, silent=True)
+    differs = family.startswith("t5") or family == "modernbert"
+    check_removal(model, {path: [2] for path in gone} if differs else gone)
+
+    model = five_layers(family)
+    gone = models.empty_layers(model, {0, 2})
+    adds = any(constant is not None and constant.any() for constant in first_constants(model))
+    check_removal(model, {path: [2] for path in gone} if differs or adds else gone)
+
+
+def first_constants(model: PreTrainedModel) -> list[Tensor]:
+    """What the biases of first layers' output projections, and of what feeds them, could add."""
+    found = [block for block in find_blocks(model) if block.layer.endswith(".0")]
+    modules = [part.module for block in found for part in (*inputs_of(block), output_of(block))]
+    return [module.bias for module in modules if module.bias is not None]
+
+
+def test_one_layer_always_stays() -> None:
+    model = five_layers("llama", "causal-lm")
+    models.empty_layers(model, set(range(5)))
+    check_removal(model, {"layers": [0, 1, 2, 3]})
+    assert sizes(model) == {"model.layers.0.self_attn": 0, "model.layers.0.mlp.up_proj": 0}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("bert", {}),
+        ("bart", {}),
+        ("wav2vec2", {}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("whisper", {"use_weighted_layer_sum": True}),
+        ("wav2vec2-stable", {"use_weighted_layer_sum": True}),
+        ("wav2vec2-stable", {"adapter_attn_dim": 4}),
+    ],
+)
+def test_layers_that_stay(family: str, config: dict[str, object]) -> None:
+    model = models.tiny(family, **config)
+    layers = {block.layer for block in find_blocks(model)}
+    models.empty_layers(model, {1})
+    check_removal(model, {})
+    assert "removed_layers" not in model.config.hf_prune
+    assert {block.layer for block in find_blocks(model)} == layers
+
+
+@pytest.mark.parametrize("family", [family for family in models.GENERATORS if family in models.PRE_NORM])
+def test_generates_the_same_with_fewer_layers(family: str) -> None:
+    model = five_layers(family, models.GENERATORS[family])
+    models.empty_layers(model, {0, 1, 3}, silent=True)
+    check_generation(model, family)
+    assert model.config.hf_prune["removed_layers"]
+
+
+def test_layers_removed_again() -> None:
+    model = five_layers("llama-with-biases", "causal-lm")
+    models.zero_units(find_blocks(model)[5], [3, 4], "in")
+    models.empty_layers(model, {1})
+    check_removal(model, {"layers": [1]})
+    assert model.config.hf_prune["layers"] == {"layers.1": {"mlp.up_proj": {"intermediate_size": 38}}}
+    models.empty_layers(model, {2})
+    assert condense_plan(model).removed == {"layers": [2]}
+    before = outputs(model)[0]
+    condense(model)
+    assert gap([before], [outputs(model)[0]]) <= 1e-5
+    assert model.config.hf_prune["removed_layers"] == {"layers": [1, 3]}
+    assert model.config.num_hidden_layers == 3
+
+
+def test_failed_verification_brings_layers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = five_layers("t5", "seq2seq-lm")
+    models.prune_randomly(model)
+    gone = models.empty_layers(model, {1, 3})
+    state, config = state_of(model), model.config.to_dict()
+    remove = condensing.remove_layers
+    monkeypatch.setattr(condensing, "remove_layers", lambda model, spec, removed: remove(model, spec, {"encoder.block": [1, 2]}))
+    with pytest.raises(RuntimeError, match="put back"):
+        condense(model)
+    monkeypatch.undo()
+    assert model.config.to_dict() == config
+    assert [stack.config.num_layers for stack in (model.encoder, model.decoder)] == [5, 5]
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == [(n, i) for n, (i, _) in state.items()]
+    check_removal(model, gone)

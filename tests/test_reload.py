@@ -138,7 +138,9 @@ def check_fresh_processes(tmp_path: Path, cases: Sequence[tuple[str, str | None]
         head = head or models.classifier_of(family)
         model = models.tiny(family, head)
         models.prune_randomly(model)
+        removed = models.empty_layers(model, {2}) if family in models.PRE_NORM else {}
         condense(model, verify=False)
+        assert model.config.hf_prune.get("removed_layers", {}) == removed
         folder = first / f"{family}-{models.HEADS[head].__name__}"
         model.save_pretrained(folder)
         save_expected(model, folder)
@@ -260,7 +262,7 @@ def test_modeling_file_stands_alone(family: str, tmp_path: Path) -> None:
     assert lint.returncode == 0, lint.stdout
     assert "import hf_prune" not in source
     assert "from ." not in source
-    assert len(source.splitlines()) < 650
+    assert len(source.splitlines()) < 680
 
 
 LAYER = "encoder.layer.0"
@@ -277,11 +279,11 @@ def heads(value: Any) -> dict[str, Any]:
 
 
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "a list": ([], "config.hf_prune is []; it must be an object with keys among: version, layers."),
+    "a list": ([], "config.hf_prune is []; it must be an object with keys among: version, layers, removed_layers."),
     "empty": ({}, "config.hf_prune['version'] is None; this code reads version 1."),
     "unknown key": (
         {**heads(1), "layer": {}},
-        "config.hf_prune has an unknown key 'layer'; allowed: version, layers. Did you mean",
+        "config.hf_prune has an unknown key 'layer'; allowed: version, layers, removed_layers. Did you mean",
     ),
     "newer version": (entry({}, 2), "['version'] is 2; this code reads version 1."),
     "version as text": (entry({}, "1"), "['version'] is '1'; this code reads version 1."),
@@ -309,6 +311,39 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "float": (heads(2.0), f"['{HEADS_OF}'] is 2.0; allowed: a whole number"),
     "bool": (heads(True), f"['{HEADS_OF}'] is True; allowed: a whole number"),
     "text": (heads("2"), f"['{HEADS_OF}'] is '2'; allowed: a whole number"),
+    "removed layers as list": (
+        {**entry({}), "removed_layers": [1]},
+        "config.hf_prune['removed_layers'] is [1]; it must be an object with keys among: encoder.layer.",
+    ),
+    "removed layers elsewhere": (
+        {**entry({}), "removed_layers": {"encoder.layers": [1]}},
+        "['removed_layers'] has an unknown key 'encoder.layers'; allowed: encoder.layer. Did you mean 'encoder.layer'?",
+    ),
+    "removed layers as number": (
+        {**entry({}), "removed_layers": {"encoder.layer": 1}},
+        "['encoder.layer'] is 1; allowed: a list of numbers from 0 to 2, ascending.",
+    ),
+    "removed layers as text": (
+        {**entry({}), "removed_layers": {"encoder.layer": ["1"]}},
+        "is ['1']; allowed: a list",
+    ),
+    "removed layers twice": (
+        {**entry({}), "removed_layers": {"encoder.layer": [1, 1]}},
+        "is [1, 1]; allowed: a list",
+    ),
+    "removed layers beyond": (
+        {**entry({}), "removed_layers": {"encoder.layer": [1, 5]}},
+        "['encoder.layer'] is [1, 5]; allowed: a list of numbers from 0 to 4, ascending.",
+    ),
+    "removed layers negative": ({**entry({}), "removed_layers": {"encoder.layer": [-1]}}, "is [-1]; allowed: a list"),
+    "ten thousand letters": (
+        entry({"x" * 10_000: {}}),
+        "unknown key 'xxxxxxxxxxxx...xxxxxxxxxxxxx';",
+    ),
+    "a million layers": (
+        entry(list(range(1_000_000))),
+        "['layers'] is [0, 1, 2, 3, 4, 5, ...]; it must be an object",
+    ),
     "null": (heads(None), f"['{HEADS_OF}'] is None; allowed: a whole number"),
 }
 

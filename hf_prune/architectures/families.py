@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 
 _BERT_SIZES = {"num_attention_heads": "heads", "all_head_size": "width"}
@@ -97,6 +99,7 @@ VIT = ArchitectureSpec(
         ),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
+    depths=("num_hidden_layers",),
 )
 
 MODERNBERT = ArchitectureSpec(
@@ -113,6 +116,7 @@ MODERNBERT = ArchitectureSpec(
         ),
     ),
     feed_forwards=(FeedForwardSpec(gate=Part("mlp.Wi", 0, 2), up=Part("mlp.Wi", 1, 2), down=Part("mlp.Wo"), activation="mlp.act"),),
+    depths=("num_hidden_layers",),
 )
 
 
@@ -137,6 +141,8 @@ GPT2 = ArchitectureSpec(
         _gpt2_attention("crossattention", Part("crossattention.q_attn"), packed=2),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.c_fc"), down=Part("mlp.c_proj"), activation="mlp.act"),),
+    depths=("num_hidden_layers",),
+    depths_when={"scale_attn_by_inverse_layer_idx": False},
 )
 
 
@@ -152,10 +158,25 @@ def _bart_attention(name: str) -> AttentionSpec:
 
 
 BART = ArchitectureSpec(
-    model_types=("bart", "opt", "whisper"),
+    model_types=("bart",),
     layers=("encoder.layers", "decoder.layers"),
     attentions=(_bart_attention("self_attn"), _bart_attention("encoder_attn")),
     feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
+)
+
+WHISPER = replace(
+    BART,
+    model_types=("whisper",),
+    depths=("encoder_layers", "decoder_layers"),
+    depths_when={"use_weighted_layer_sum": False},
+)
+
+OPT = replace(
+    BART,
+    model_types=("opt",),
+    layers=("decoder.layers",),
+    depths=("num_hidden_layers",),
+    depths_when={"do_layer_norm_before": True},
 )
 
 LLAMA = ArchitectureSpec(
@@ -174,6 +195,7 @@ LLAMA = ArchitectureSpec(
     feed_forwards=(
         FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
     ),
+    depths=("num_hidden_layers",),
 )
 
 WAV2VEC2 = ArchitectureSpec(
@@ -187,6 +209,8 @@ WAV2VEC2 = ArchitectureSpec(
             activation="feed_forward.intermediate_act_fn",
         ),
     ),
+    depths=("num_hidden_layers",),
+    depths_when={"do_stable_layer_norm": True, "adapter_attn_dim": None, "use_weighted_layer_sum": False},
 )
 
 DEBERTA = ArchitectureSpec(
@@ -236,6 +260,7 @@ T5 = ArchitectureSpec(
     layers=("encoder.block", "decoder.block"),
     attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention")),
     feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
+    depths=("num_layers", "num_decoder_layers"),
 )
 
 #: `config.model_type` → spec.
@@ -263,5 +288,5 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     return SPECS[model_type]
 
 
-for _spec in (BERT, DISTILBERT, ALBERT, MPNET, DEBERTA, VIT, MODERNBERT, GPT2, BART, WAV2VEC2, LLAMA, T5):
+for _spec in (BERT, DISTILBERT, ALBERT, MPNET, DEBERTA, VIT, MODERNBERT, GPT2, BART, WHISPER, OPT, WAV2VEC2, LLAMA, T5):
     register_architecture(_spec)

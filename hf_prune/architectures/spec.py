@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,14 @@ class ArchitectureSpec:
             member of a list of lists.
         attentions, feed_forwards: the blocks of a layer. One that a given layer does not have (cross-attention in an encoder) is
             passed over.
+        depths: for families whose layers only add to what they are given (pre-norm), feed-forward last: the config attributes that
+            hold how many layers each of `layers` has. A layer without blocks can then go. Default: every layer stays.
+        depths_when: values that config attributes, where they exist, must have for `depths` to hold.
     """
 
     model_types: tuple[str, ...]
     layers: tuple[str, ...]
     attentions: tuple[AttentionSpec, ...]
     feed_forwards: tuple[FeedForwardSpec, ...]
+    depths: tuple[str, ...] = ()
+    depths_when: Mapping[str, Any] = field(default_factory=dict)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import Projection
-from ..architectures.blocks import base_layer, unwrapped
+from ..architectures import Projection, spec_for
+from ..architectures.blocks import base_layer, layer_lists, unwrapped
 from ..lora import adapter_of
+from .layers import owner_of, remove_layers, without_inputs
 from .plan import BlockPlan, CondensePlan, condense_plan
 from .resize import add_bias, inputs_of, keep_units, output_of, set_own_heads, shrink
 from .verify import compare, observe
@@ -26,13 +27,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None = None) -> Model:
-    """Remove dead heads and neurons from a model, whoever zeroed them; see [`condense_plan`] for what counts as dead.
+    """Remove dead heads, neurons and layers from a model, whoever zeroed them; see [`condense_plan`] for what counts as dead.
 
     Whatever a dead unit still added for every input alike is folded into the bias of the output projection, which gets one if it
     has none, so the smaller model computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the
     sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
     kept; parameters of shrunk modules are new objects, so an optimizer has to be made anew. `config.hf_prune` then holds the sizes
     (format: `resize.py`).
+
+    A layer that has nothing left and only adds to what it is given (pre-norm) goes too, where that is exact; see `layers.py`.
+    `output_hidden_states` then has an entry less: what the removed layer was given. A post-norm layer keeps its LayerNorms.
 
     Under LoRA the merged weights say what is dead, and base model and adapters are cut alongside. Adapters saved from then on load
     onto the condensed base model (`model.unload()`), which is saved like any other.
@@ -62,18 +66,20 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     if getattr(body, "_hf_prune_attached", False):
         raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` before condensing it.")
     plan = condense_plan(body, pad_to_multiple_of)
-    if not plan.changed:
+    if not plan.changed and not plan.removed:
         return model
     before = observe(body) if verify else None
     with _all_or_nothing(body, plan):
         with _zeros_held(plan):
             for block in plan.changed:
                 _fold(block)
-                keep_units(block.block, block.kept, block.key_values)
-                set_own_heads(block.block, block.heads)
+                if block.dead.any():
+                    keep_units(block.block, block.kept, block.key_values)
+                    set_own_heads(block.block, block.heads)
+        remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
         if before is not None:
-            compare(before, observe(body), body.dtype)
+            compare(without_inputs(before, plan.removed), observe(body), body.dtype)
     return model
 
 
@@ -113,8 +119,14 @@ def _all_or_nothing(model: PreTrainedModel, plan: CondensePlan) -> Iterator[None
     """If the body raises, put back every changed module and the config: not equal values but the very same parameters."""
     modules = {module for part in _parts(plan) for module in part.module.modules()}
     modules |= {block.block.module for block in plan.changed if hasattr(block.block, "module")}
-    before = [(module, type(module), {**vars(module), "_parameters": dict(module._parameters)}) for module in modules]
-    config = dict(vars(model.config))
+    for path in plan.removed:
+        modules |= set(layer_lists(model.base_model, path)[path].modules())
+    before = [
+        (module, type(module), {**vars(module), "_parameters": dict(module._parameters), "_modules": dict(module._modules)})
+        for module in modules
+    ]
+    own: list[Any] = [model, *(owner_of(model, path) for path in plan.removed)]
+    configs = [(module.config, dict(vars(module.config))) for module in own]
     try:
         yield
     except BaseException:
@@ -122,6 +134,7 @@ def _all_or_nothing(model: PreTrainedModel, plan: CondensePlan) -> Iterator[None
             module.__class__ = cls
             vars(module).clear()
             vars(module).update(state)
-        vars(model.config).clear()
-        vars(model.config).update(config)
+        for config, state in configs:
+            vars(config).clear()
+            vars(config).update(state)
         raise

@@ -1,17 +1,18 @@
-"""What could go: dead heads and neurons, read from the zeros in the weights."""
+"""What could go: dead heads and neurons, read from the zeros in the weights, and layers that have none left."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks
-from ..architectures.blocks import base_layer
+from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
+from ..architectures.blocks import base_layer, layer_lists
 from ..lora import adapter_of
+from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 
 
@@ -23,7 +24,8 @@ class BlockPlan:
         block: the block.
         dead: which heads or neurons would go, `[units]`.
         key_values: indices of the key and value heads that the heads that stay would read, see `keep_units`; None for neurons.
-        shift: what the dead units add to the block's output whatever the input, `[hidden]`, in float32 at least.
+        shift: what is to be added to the output bias, `[hidden]`, in float32 at least: what the dead units contribute whatever the
+            input, and what removed layers after this block do.
         adds_bias: the output projection gets a bias for `shift`, which it has not yet.
         heads: the numbers that the heads that stay have in the stock model, where the config has to name them.
         masked: how many heads are dead but have to stay, because others share their key and value head.
@@ -71,33 +73,50 @@ class BlockPlan:
 
 @dataclass(frozen=True, eq=False)
 class CondensePlan:
-    """What [`condense`] would do to a model, block by block."""
+    """What [`condense`] would do to a model, block by block.
+
+    Attributes:
+        blocks: every block, those of layers that go included.
+        removed: the layers that go as a whole: indices by the path of their list.
+        removed_parameters: how many parameters go with each of them besides those that its blocks lose, by the layer's name.
+    """
 
     blocks: tuple[BlockPlan, ...]
+    removed: dict[str, list[int]] = field(default_factory=dict)
+    removed_parameters: dict[str, int] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[BlockPlan]:
-        """The blocks that lose something."""
-        return [plan for plan in self.blocks if plan.dead.any()]
+        """The blocks that lose something or take over a constant."""
+        return [plan for plan in self.blocks if plan.dead.any() or plan.shift.any()]
 
     @property
     def parameters(self) -> int:
         """How many parameters would go."""
-        return sum(plan.parameters for plan in self.blocks)
+        return sum(plan.parameters for plan in self.blocks) + sum(self.removed_parameters.values())
 
     def entry(self, before: dict[str, Any] | None = None) -> dict[str, Any]:
         """The `config.hf_prune` of the model after this plan. `before`: its entry now; see `resize.py` for the format."""
-        layers = {name: dict(parts) for name, parts in (before or {}).get("layers", {}).items()}
+        before = before or {}
+        layers = {name: dict(parts) for name, parts in before.get("layers", {}).items()}
         for plan in self.changed:
-            parts = layers.setdefault(plan.block.layer, {})
-            key = block_key(plan.block)
-            parts[key] = parts.get(key, {}) | plan.sizes
-        return {"version": 1, "layers": layers}
+            if plan.dead.any() or plan.adds_bias:
+                parts = layers.setdefault(plan.block.layer, {})
+                key = block_key(plan.block)
+                parts[key] = parts.get(key, {}) | plan.sizes
+        gone = {path: list(indices) for path, indices in before.get("removed_layers", {}).items()}
+        for path, indices in self.removed.items():
+            layers = {new: parts for name, parts in layers.items() if (new := renumbered(name, path, indices)) is not None}
+            earlier = gone.get(path, [])
+            left = [index for index in range(max(indices) + len(earlier) + 1) if index not in earlier]
+            gone[path] = sorted(earlier + [left[index] for index in indices])
+        return {"version": 1, "layers": layers} | ({"removed_layers": gone} if gone else {})
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of
-        these are dead but share their key and value head with others (`masked`), `parameters` saved."""
-        return [
+        these are dead but share their key and value head with others (`masked`), `parameters` saved; then one a removed layer,
+        whose `parameters` are those that its blocks do not count."""
+        rows = [
             {
                 "layer": plan.block.layer,
                 "block": block_key(plan.block),
@@ -109,11 +128,13 @@ class CondensePlan:
             }
             for plan in self.blocks
         ]
+        layer = {"block": "", "unit": "layers", "before": 1, "after": 0, "masked": 0}
+        return rows + [{"layer": name, **layer, "parameters": count} for name, count in self.removed_parameters.items()]
 
     def __str__(self) -> str:
         rows = [
             (
-                f"{row['layer']}.{row['block']}",
+                f"{row['layer']}.{row['block']}".removesuffix("."),
                 f"{row['after']} of {row['before']} {row['unit']}{_reason(row)}",
                 f"-{row['parameters']:,}",
             )
@@ -148,7 +169,56 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
     for block in found:
         for part in (*inputs_of(block), output_of(block)):
             _check_plain(part)
-    return CondensePlan(tuple(_attention(block) if isinstance(block, AttentionBlock) else _ffn(block, multiple) for block in found))
+    plans = [_attention(block) if isinstance(block, AttentionBlock) else _ffn(block, multiple) for block in found]
+    removed = _without_layers(model, plans)
+    sizes = {}
+    for name in (f"{path}.{index}" for path, indices in removed.items() for index in indices):
+        layer = getattr(model, "base_model", model).get_submodule(name)
+        counted = sum(plan.parameters for plan in plans if plan.block.layer == name)
+        sizes[name] = sum(parameter.numel() for parameter in layer.parameters()) - counted
+    return CondensePlan(tuple(plans), removed, sizes)
+
+
+def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[int]]:
+    """Which layers go, by the path of their list; what they add is given, in `plans`, to the last block that stays before them."""
+    config: Any = model.config
+    spec, removed = spec_for(config.model_type), {}
+    for path in depths(model, spec):
+        layers = [layer for layers in layer_lists(getattr(model, "base_model", model), path).values() for layer in layers]
+        members = [[i for i, plan in enumerate(plans) if plan.block.layer == f"{path}.{index}"] for index in range(len(layers))]
+        constants = [_constant([plans[i] for i in places]) for places in members]
+        gone = removable(constants, [outline(layer) for layer in layers])
+        keeper = -1
+        for index, places in enumerate(members):
+            if index not in gone:
+                keeper = places[-1]
+                continue
+            constant = constants[index]
+            if constant is not None and constant.any():
+                shift = plans[keeper].shift + constant.to(plans[keeper].shift)
+                lacks = not has_bias(output_of(plans[keeper].block).module)
+                plans[keeper] = replace(plans[keeper], shift=shift, adds_bias=lacks)
+            for i in places:
+                plans[i] = replace(plans[i], shift=torch.zeros_like(plans[i].shift), adds_bias=False)
+        if gone:
+            removed[path] = gone
+    return removed
+
+
+def _constant(plans: list[BlockPlan]) -> Tensor | None:
+    """What a layer adds whatever it is given, `[hidden]`, if none of its blocks has a unit left, else None."""
+    if not plans or any(len(plan.kept) for plan in plans):
+        return None
+    return torch.stack([bias(output_of(plan.block)).to(plan.shift) + plan.shift.to(plans[0].shift) for plan in plans]).sum(0)
+
+
+def renumbered(name: str, path: str, removed: list[int]) -> str | None:
+    """A layer's name after the removal of layers from the list at `path`; None if it is one of them."""
+    start, _, number = name.rpartition(".")
+    if start != path:
+        return name
+    index = int(number)
+    return None if index in removed else f"{path}.{index - sum(gone < index for gone in removed)}"
 
 
 def _reason(row: dict[str, Any]) -> str:

@@ -20,6 +20,9 @@ became smaller is listed beside them, under the config key `hf_prune`:
 - `heads` lists which heads of the stock model are left, where the layers share a position bias with an entry for each of them.
 - `output_bias: true` says that the block's output projection has a bias, which it has not in the stock model.
 - A block that is not listed has its stock size.
+- `removed_layers`, beside `layers` and only where there are some, lists by the path of their list which layers of the stock model
+  are gone (`{"layers": [3, 7]}`). The config's own number of layers (and `layer_types`) is that of the layers left, and the names
+  under `layers` count these.
 
 Head size never changes. Apart from `heads`, which heads and neurons survived is not recorded: the weights beside the config are
 theirs.
@@ -32,6 +35,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import reprlib
 from collections.abc import Collection
 from typing import Any
 
@@ -53,8 +57,11 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     Raises:
         ValueError: the entry is malformed or asks for what the stock model does not have; nothing was changed.
     """
-    absent = [path for path in spec.layers if not layer_lists(model.base_model, path)]
-    for block, sizes in read_sizes(model.config.hf_prune, list(blocks(model, spec)), absent):
+    entry = model.config.hf_prune
+    lists = {path: layer_lists(model.base_model, path) for path in spec.layers}
+    found = read_sizes(entry, list(blocks(model, spec)), [path for path, found in lists.items() if not found])
+    check_removed(entry.get("removed_layers", {}), {path: sum(map(len, found.values())) for path, found in lists.items()})
+    for block, sizes in found:
         if sizes.get("output_bias"):
             add_bias(output_of(block).module)
         stock = stock_sizes(block)
@@ -79,10 +86,10 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
         known.setdefault(block.layer, {})[block_key(block)] = block
 
     where = "config.hf_prune"
-    check_keys(where, entry, ("version", "layers"))
+    check_keys(where, entry, ("version", "layers", "removed_layers"))
     version = entry.get("version")
     if type(version) is not int or version != 1:
-        raise ValueError(f"{where}['version'] is {version!r}; this code reads version 1. A newer hf_prune may read it.")
+        raise ValueError(f"{where}['version'] is {reprlib.repr(version)}; this code reads version 1. A newer hf_prune may read it.")
     layers = entry.get("layers", {})
     if isinstance(layers, dict):
         layers = {name: parts for name, parts in layers.items() if str(name).rpartition(".")[0] not in absent}
@@ -97,6 +104,23 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
     return found
 
 
+def check_removed(removed: Any, left: dict[str, int]) -> None:
+    """Check the entry's `removed_layers`, given how many layers each list has (0: this model is without it, and it is passed over).
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    where = "config.hf_prune['removed_layers']"
+    check_keys(where, removed, left)
+    for path, gone in removed.items():
+        whole = isinstance(gone, list) and all(type(index) is int for index in gone)
+        stock = left[path] + (len(gone) if whole else 0)
+        if not whole or (left[path] and gone != sorted(set(gone) & set(range(stock)))):
+            raise ValueError(
+                f"{where}[{path!r}] is {reprlib.repr(gone)}; allowed: a list of numbers from 0 to {stock - 1}, ascending."
+            )
+
+
 def check_sizes(field: str, sizes: Any, block: Block) -> None:
     """Check the sizes of one block.
 
@@ -109,17 +133,21 @@ def check_sizes(field: str, sizes: Any, block: Block) -> None:
     for name, limit in stock.items():
         size = sizes.get(name)
         if type(size) is not int or not 0 <= size <= limit:
-            raise ValueError(f"{field}[{name!r}] is {size!r}; allowed: a whole number from 0 to {limit}, the stock size.")
+            raise ValueError(
+                f"{field}[{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 0 to {limit}, the stock size."
+            )
     queries, shared = sizes[next(iter(stock))], sizes.get("num_key_value_heads")
     if shared is not None and (queries % max(shared, 1) or (queries > 0) != (shared > 0)):
-        raise ValueError(f"{field}['num_key_value_heads'] is {shared!r}; it must divide num_attention_heads, which is {queries}.")
+        raise ValueError(
+            f"{field}['num_key_value_heads'] is {reprlib.repr(shared)}; it must divide num_attention_heads, which is {queries}."
+        )
     if type(sizes.get("output_bias", True)) is not bool:
-        raise ValueError(f"{field}['output_bias'] is {sizes['output_bias']!r}; allowed: true or false.")
+        raise ValueError(f"{field}['output_bias'] is {reprlib.repr(sizes['output_bias'])}; allowed: true or false.")
     if shares_bias:
         heads, allowed = sizes.get("heads"), own_heads(block)
         numbers = isinstance(heads, list) and all(type(head) is int for head in heads)
         if not numbers or len(heads) != queries or heads != sorted(set(heads) & set(allowed)):
-            raise ValueError(f"{field}['heads'] is {heads!r}; allowed: {queries} of {allowed}, ascending.")
+            raise ValueError(f"{field}['heads'] is {reprlib.repr(heads)}; allowed: {queries} of {allowed}, ascending.")
 
 
 def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
@@ -129,12 +157,12 @@ def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
         ValueError: it is something else, or has another key; names the allowed key that comes closest.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{field} is {value!r}; it must be an object with keys among: {', '.join(allowed)}.")
+        raise ValueError(f"{field} is {reprlib.repr(value)}; it must be an object with keys among: {', '.join(allowed)}.")
     for key in value:
         if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=1)
+            close = difflib.get_close_matches(str(key)[:200], allowed, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{field} has an unknown key {key!r}; allowed: {', '.join(allowed)}.{hint}")
+            raise ValueError(f"{field} has an unknown key {reprlib.repr(key)}; allowed: {', '.join(allowed)}.{hint}")
 
 
 def block_key(block: Block) -> str:
@@ -263,6 +291,8 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
 
 class NoInputs(Conv1D):
     """A Conv1D without inputs: the stock `forward` cannot tell the shape of a tensor without elements."""
+
+    stock_class = Conv1D
 
     def forward(self, x: Tensor) -> Tensor:
         bias: Tensor = self.bias

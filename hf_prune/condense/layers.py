@@ -1,0 +1,105 @@
+"""Whole layers that do nothing: which of them can go, and their removal from a model and its config.
+
+A pre-norm layer without heads and neurons adds a constant to the residual stream. The layer after it cannot take that constant,
+since it normalises what comes in; the feed-forward block before it can, by its output bias. So a layer goes when it adds nothing,
+or when a layer stays before it. What then disappears from `hidden_states` is what the removed layer was given; every other entry is
+as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..architectures import ArchitectureSpec
+from ..architectures.blocks import layer_lists
+
+
+def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
+    """The lists whose layers can go, with the config attribute that counts each: `{"layers": "num_hidden_layers"}`."""
+    config: Any = getattr(model, "config", None)
+    if any(getattr(config, name, value) != value for name, value in spec.depths_when.items()):
+        return {}
+    return dict(zip(spec.layers, spec.depths))
+
+
+def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
+    """The config attribute that counts the layers of each list, whether or not they can go without a trace.
+
+    Raises:
+        ValueError: layers share their weights, so there is no list to take one from.
+    """
+    counts = dict(zip(spec.layers, spec.depths or ["num_hidden_layers"]))
+    if len(counts) < len(spec.layers) or any("*" in path for path in counts):
+        raise ValueError(f"layers: those of {', '.join(spec.layers)} cannot be counted one by one, so none can be removed.")
+    return counts
+
+
+def outline(layer: nn.Module) -> dict[str, type]:
+    """What a layer is made of: the stock classes of its modules by their names."""
+    return {name: getattr(module, "stock_class", type(module)) for name, module in layer.named_modules()}
+
+
+def removable(constants: Sequence[Tensor | None], outlines: Sequence[object]) -> list[int]:
+    """Which layers of a list can go, ascending.
+
+    Args:
+        constants: what each layer adds whatever it is given; None for a layer that computes something.
+        outlines: what each layer is made of. After the removal the n-th layer must be made as the n-th is now, for so the stock
+            model makes it when it is loaded: the first layers of T5 (its position bias) and of ModernBERT (without a norm) stay.
+    """
+    staying = list(range(len(constants)))
+    for index, constant in enumerate(constants):
+        rest = [other for other in staying if other != index]
+        same = [outlines[other] for other in rest] == list(outlines[: len(rest)])
+        if constant is not None and rest and same and (rest[0] < index or not constant.any()):
+            staying = rest
+    return sorted(set(range(len(constants))) - set(staying))
+
+
+def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[str, list[int]]) -> None:
+    """Remove layers, renumber the others (a cache finds them by `layer_idx`), and count them in the config.
+
+    Args:
+        model: changed in place.
+        spec: its family's.
+        removed: indices by the path of the list.
+    """
+    for path, indices in removed.items():
+        layers = layer_lists(model.base_model, path)[path]
+        for index in reversed(indices):
+            del layers[index]
+        for number, layer in enumerate(layers):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = number
+        setattr(model.config, layer_counts(spec)[path], len(layers))
+        stack: Any = owner_of(model, path)
+        if stack.config is not model.config:  # each stack of T5 has a copy of its own
+            stack.config.num_hidden_layers = len(layers)
+        if getattr(model.config, "layer_types", None) is not None:
+            types = list(enumerate(model.config.layer_types))
+            model.config.layer_types = [kind for index, kind in types if index not in indices]
+
+
+def owner_of(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module that has the list of layers at `path`."""
+    return model.base_model.get_submodule(path.rpartition(".")[0])
+
+
+def without_inputs(outputs: dict[str, Tensor], removed: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Outputs of a model by their dotted names, without the hidden states that removed layers were given, the others renumbered."""
+    for path, indices in removed.items():
+        own = f"{path.partition('.')[0]}_hidden_states"
+        key = own if any(f".{own}." in name for name in outputs) else "hidden_states"
+        renamed = {}
+        for name, value in outputs.items():
+            start, found, number = name.rpartition(f".{key}.")
+            if found and int(number) in indices:
+                continue
+            renamed[f"{start}{found}{int(number) - sum(i < int(number) for i in indices)}" if found else name] = value
+        outputs = renamed
+    return outputs

@@ -1,0 +1,134 @@
+"""Sparse kernels compute what the dense layer does, run only where they are faster, and leave checkpoints plain."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prune import sparse, to_sparse
+from hf_prune.sparse import SparseLinear
+
+#: Format → blocks of zeros that suit it.
+BLOCKS = {"csr": (4, 1), "bsr": (8, 8)}
+
+
+@torch.no_grad()
+def zero_blocks(weight: Tensor, block: tuple[int, int], share: float, seed: int = 0) -> None:
+    rows, columns = weight.shape[0] // block[0], weight.shape[1] // block[1]
+    kept = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) >= share
+    weight.mul_(kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("format", BLOCKS)
+@torch.no_grad()
+def test_sparse_linear(format: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(40, 64, bias=bias)
+    zero_blocks(dense.weight, BLOCKS[format], 0.7)
+    layer = SparseLinear(dense, format)
+    for shape in ((40,), (3, 40), (2, 3, 40)):
+        batch = torch.randn(shape)
+        torch.testing.assert_close(layer(batch), dense(batch))
+    assert layer.sparse_weight() is layer.sparse_weight()
+    assert layer.state_dict().keys() == dense.state_dict().keys()
+    dense.weight[0] += 1  # the same parameter
+    torch.testing.assert_close(layer(batch), dense(batch))
+    torch.testing.assert_close(copy.deepcopy(layer)(batch), dense(batch))
+    torch.testing.assert_close(layer.double()(batch.double()), dense(batch.double()))
+
+
+def test_training_is_dense() -> None:
+    dense = nn.Linear(16, 8)
+    zero_blocks(dense.weight, (4, 1), 0.5)
+    layer, batch = SparseLinear(dense, "csr"), torch.randn(3, 16, requires_grad=True)
+    layer(batch).square().sum().backward()
+    assert dense.weight.grad is not None
+    assert batch.grad is not None
+
+
+def pruned(share: float = 0.6) -> PreTrainedModel:
+    """A BERT of one layer, most of its FFN zero, its queries with a tenth of zeros."""
+    model = models.tiny("bert", num_hidden_layers=1)
+    layer = model.bert.encoder.layer[0]
+    for module in (layer.intermediate.dense, layer.output.dense):
+        zero_blocks(module.weight, (8, 8), share)
+    zero_blocks(layer.attention.self.query.weight, (1, 1), 0.1)
+    return model
+
+
+SPARSE = ["attention.self.query", "intermediate.dense", "output.dense"]
+
+
+def test_layers_are_decided_by_measuring() -> None:
+    for layer in to_sparse(pruned()).layers:
+        if layer.dense_ms is not None and layer.sparse_ms is not None:
+            assert (layer.kernel == "csr") == (layer.sparse_ms <= 0.95 * layer.dense_ms)
+            assert (layer.reason == "dense is as fast") == (layer.kernel == "dense")
+        assert (layer.dense_ms is None) == (layer.sparsity == 0)
+
+
+@pytest.mark.parametrize("format", BLOCKS)
+def test_sparse_model_is_equal_and_its_checkpoint_plain(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pruned()
+    batch, state = models.ragged_batch(model), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        before = model(**batch).logits
+        report = to_sparse(model, format, margin=-1e9)  # any speed will do
+        after = model(**batch).logits
+    rows = {row["name"].removeprefix("bert.encoder.layer.0."): row for row in report.to_dict()}
+    assert [name for name, row in rows.items() if row["kernel"] == format] == SPARSE
+    assert {row["reason"] for row in rows.values() if row["kernel"] == "dense"} == {"no zeros"}
+    assert "3 of 7 layers run a sparse kernel" in str(report)
+    assert "3 of 7 layers run a sparse kernel" in capsys.readouterr().out
+    swapped = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    assert swapped == [f"bert.encoder.layer.0.{name}" for name in SPARSE]
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == state.keys()
+    assert all(saved[name].equal(value) for name, value in state.items())
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not any(isinstance(module, SparseLinear) for module in loaded.modules())
+
+
+@pytest.mark.parametrize(
+    ("times", "kernel"), [({"dense": 1.0, "sparse": 0.96}, "dense"), ({"dense": 1.0, "sparse": 0.94}, "csr"), (None, "dense")]
+)
+def test_dense_stays_where_it_is_faster(times: dict[str, float] | None, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*args: Any) -> dict[str, float]:
+        if times is None:
+            raise RuntimeError("no such kernel")
+        return times
+
+    monkeypatch.setattr(sparse, "benchmark", measured)
+    report = to_sparse(pruned(), "csr")
+    assert {layer.kernel for layer in report.layers if layer.sparsity} == {kernel}
+    assert {layer.reason for layer in report.layers if layer.sparsity} == {
+        "no such kernel" if times is None else "" if kernel == "csr" else "dense is as fast"
+    }
+
+
+def test_what_no_kernel_takes() -> None:
+    model = pruned()
+    with pytest.raises(ValueError, match="format='coo': allowed are 'csr', 'bsr', 'semi_structured'"):
+        to_sparse(model, "coo")
+    reasons = {layer.reason for layer in to_sparse(model, "semi_structured").layers}
+    assert reasons == {"no zeros", "it is not 2:4 sparse"}
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight.view(-1, 4)[:, :2] = 0
+    if not torch.cuda.is_available():
+        assert to_sparse(model, "semi_structured").layers[5].reason == "the kernel for 2:4 needs CUDA"
+    odd = models.tiny("gpt2")
+    with torch.no_grad():
+        odd.transformer.h[0].mlp.c_fc.weight[0] = 0
+    assert {layer.kernel for layer in to_sparse(odd, "bsr").layers} == {"dense"}
