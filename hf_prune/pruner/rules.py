@@ -14,7 +14,7 @@ from ..allocation import most_removable
 from ..architectures import Block, find_blocks
 from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
 from ..criteria import CRITERIA, ActivationCriterion, Criterion
-from ..distributed import is_tensor_parallel
+from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline
 from ..targets import body_prefix, check_names, names_module, prunable_modules
@@ -164,6 +164,9 @@ def _groups(
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and is_sharded(target.parameter):
+            allowed = f"names {target.module_name!r}, which has an adapter and is sharded; train adapters with DDP, or one process."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
         frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
