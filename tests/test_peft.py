@@ -12,6 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import arguments, assert_equal, ragged_rows, snapshot, tiny_bert
 from peft import (
     AdaLoraConfig,
@@ -24,6 +25,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, sparsity_report
@@ -38,6 +40,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "bert": ("sequence-classification", ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]),
     "gpt2": ("causal-lm", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
 }
+#: For whole matrices: one family in the fast suite.
+FAMILIES = [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow) for family in CASES]
 #: Patterns whose units are whole rows and columns, and patterns whose units are not.
 STRUCTURED, UNSTRUCTURED = ["head", "neuron", "1xchannel", "channelx1"], ["4x1", "2:4", "1x1"]
 
@@ -249,7 +253,7 @@ def test_condense_refuses_an_attached_pruner_and_other_adapters() -> None:
 
 
 @pytest.mark.parametrize("pattern", [*STRUCTURED, *UNSTRUCTURED])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_leaves_exact_zeros_and_living_base_weights_alone(family: str, pattern: str) -> None:
     model, inputs = adapted(family), batch(family)
     before = {name: layer.base_layer.weight.detach().clone() for name, layer in lora_layers(model).items()}
@@ -339,7 +343,7 @@ def test_removed_rows_lose_every_bias() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "fpgm", "wanda", "apoz", "random"])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_units_are_chosen_by_the_merged_weight(family: str, criterion: str) -> None:
     """The same units go as from the merged model without adapters."""
     inputs = batch(family)
@@ -531,7 +535,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", FAMILIES[:2])
 def test_resumes_bit_for_bit(family: str, kind: str, tmp_path: Path) -> None:
     """Checkpoints hold adapters alone; the zeros of the base model come from the pruner's state."""
     overrides = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
@@ -703,6 +707,17 @@ def test_refused_on_a_tied_weight() -> None:
     with pytest.raises(PruningConfigError, match=r"'lm_head', whose weight another module shares"):
         Pruner(with_tied_head(), config("2:4", criterion="magnitude", target_modules=["lm_head"]), 1)
     Pruner(with_tied_head(), config("2:4", criterion="magnitude"), 1)
+
+
+def test_refused_on_sharded_weights(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = adapted()
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(PruningConfigError, match=r"'model.layers.0.self_attn.q_proj', which has an adapter and is sharded"):
+            Pruner(model, config("2:4", criterion="magnitude"), 1)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_other_adapters_may_stay_where_nothing_is_pruned() -> None:

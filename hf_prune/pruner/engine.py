@@ -40,7 +40,7 @@ class Pruner:
 
     Args:
         model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
-            renamed or wrapped. With LoRA adapters, the merged weights are pruned, see `lora.py`; other kinds are refused.
+            renamed or wrapped. Under LoRA the merged weights are pruned, see `lora.py`; other kinds of adapters are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
@@ -196,7 +196,7 @@ class Pruner:
 
     def unmasked_weights(self) -> dict[str, Tensor]:
         """By name, the parameters under a criterion that lets weights come back, with the values that masked ones left with."""
-        return {name: self._targets[name].parameter.detach() + away for name, away in self._values.items()}
+        return {name: self._targets[name].value() + away for name, away in self._values.items()}
 
     def figures(self) -> dict[str, float]:
         """What a log shall say: `sparsity`, `target_sparsity`, and what the criteria report, summed over the rules."""
