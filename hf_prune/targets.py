@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Target:
         """`tensor`, which has the parameter's shape, as `[out, in]`; a view unless `kernel_first`."""
         if self.transposed:
             return tensor.T
-        return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], -1)
+        return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """An `[out, in]` matrix in the parameter's shape; a view."""
