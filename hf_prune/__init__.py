@@ -4,9 +4,10 @@ Importing the package also lets `AutoModel….from_pretrained` load condensed mo
 """
 
 from .callback import PruningCallback
+from .checkpoints import last_complete_checkpoint, remember_folders
 from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
-from .distillation import DistillationConfig, DistillationTrainer
+from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
 from .hub import install_reload_hook
 from .legacy import convert_v4_pruned_heads
 from .pruner import Pruner
@@ -26,11 +27,15 @@ __all__ = [
     "PruningConfigError",
     "PruningRule",
     "SparsityReport",
+    "TeacherLogitsCollator",
+    "add_teacher_logits",
     "condense",
     "condense_plan",
     "convert_v4_pruned_heads",
+    "last_complete_checkpoint",
     "sparsity_report",
     "to_sparse",
 ]
 
 install_reload_hook()
+remember_folders()

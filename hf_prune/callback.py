@@ -2,62 +2,120 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import STATE_NAME, changed_files, folder_being_written, load_state, record_of, save_state, written
 from .config import PruningConfig
 from .pruner import Pruner
 
-STATE_NAME = "pruner.safetensors"
+logger = logging.getLogger(__name__)
+
+#: Part of an optimizer's name → why weights that it trains cannot be pruned.
+REFUSED_OPTIMIZERS = {
+    "8bit": "it keeps its state in blocks of 8 bits that pruned and kept weights share",
+    "4bit": "it keeps its state in blocks of 4 bits that pruned and kept weights share",
+    "lomo": "it steps inside backward, so no event sees the complete gradients",
+    "layerwise": "it steps inside backward, so no event sees the complete gradients",
+    "schedule_free": "it swaps the weights for an average that holds the values of pruned ones",
+}
+
+#: What of a rule decides which units it has and how they are scored.
+_SCORED_BY = ("pattern", "criterion", "reduction", "target_modules", "exclude_modules")
 
 
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains.
 
-    Adds `sparsity` (true zeros in the weights named by the rules) and `target_sparsity` (what the schedule asks for) to the
-    Trainer's logs, and writes its state and `pruning_config.json` into every checkpoint, from which it resumes.
+    Adds `sparsity` (true zeros in the weights named by the rules), `target_sparsity` (what the schedule asks for) and, in soft
+    movement pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to the Trainer's logs, and writes its state and
+    `pruning_config.json` into every checkpoint, from which it resumes: exactly, from any folder. From the checkpoint of a run
+    without the callback, pruning starts where the schedule is by then. A second `train()` on the same model keeps the masks that
+    are there.
 
     Args:
         config: a [`PruningConfig`] or a dictionary with its fields.
+        allow_config_change: resume from a checkpoint that was written with another config. What is pruned stays so; a rule with
+            another pattern, criterion, reduction or choice of modules starts with no scores.
     """
 
-    def __init__(self, config: PruningConfig | Mapping[str, Any]) -> None:
+    def __init__(self, config: PruningConfig | Mapping[str, Any], allow_config_change: bool = False) -> None:
         self.config = config if isinstance(config, PruningConfig) else PruningConfig.from_dict(config)
+        self.allow_config_change = allow_config_change
         self.pruner: Pruner | None = None
+        #: The files of the last checkpoint; see `record_of`.
+        self.written: dict[str, Any] = {}
+        #: Whether the Trainer made this callback from a checkpoint, in the place of the one that it was given.
+        self.restored = False
+        self._between_steps: tuple[TrainingArguments, TrainerState] | None = None
         self._best_competes = False
 
     def state(self) -> dict[str, Any]:
-        """What `ExportableState` stores in `trainer_state.json`; tensors go into files of their own."""
-        return {"args": {"config": self.config.to_dict()}, "attributes": {}}
+        """What `ExportableState` stores in `trainer_state.json`.
+
+        The Trainer asks for it when all else in a checkpoint is written and nothing older was deleted: the moment to write the
+        tensors. It asks at other times too, but never between two steps.
+        """
+        if self._between_steps is not None:
+            args, state = self._between_steps
+            folder = folder_being_written(Path(str(args.output_dir)), state.global_step, state.is_hyper_param_search)
+            if folder.is_dir():
+                self.config.save_pretrained(folder)
+                save_state(self._running.state_dict(), folder)
+                self.written = record_of(folder, state.global_step)
+        given = {"config": self.config.to_dict(), "allow_config_change": self.allow_config_change}
+        return {"args": given, "attributes": {"written": self.written, "restored": True}}
 
     # ---------------------------------------------------------------------------------------------------------------- events
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Restoring puts a callback with the checkpoint's config in the place of this one; it shall know what the user asked for.
+        args._pruning = (self.config.to_dict(), self.allow_config_change)  # type: ignore[attr-defined]
 
     def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if self.pruner is not None:
-            self.pruner.release()  # The run before may have been interrupted.
+        previous, self._between_steps = self.pruner, None
+        if previous is not None:
+            previous.release()  # The run before may have been interrupted.
+        if self.restored and hasattr(args, "_pruning"):
+            config, self.allow_config_change = args._pruning
+            self.config = PruningConfig.from_dict(config)
+        stored: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        _refuse(args, stored.get(type(self).__name__))
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.pruner = Pruner(model, self.config, total_steps=state.max_steps, steps_per_epoch=steps_per_epoch)
+        try:
+            if state.global_step > 0:
+                self._resume(state, stored.get(type(self).__name__))
+            elif previous is not None and previous.model is self.pruner.model:
+                self.pruner.load_state_dict({**previous.state_dict(), "steps": torch.tensor(0)})
+        except BaseException:
+            self.pruner.release()
+            raise
         # A checkpoint written without this callback has no entry for it, which the next save expects.
-        stored: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         stored.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0:
-            self._resume(_checkpoint(args, state.global_step))
         self._best_competes = (state.best_global_step or 0) >= self.pruner.last_update
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._between_steps = None
+
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._running.observe()
+        self._running.observe(scaled_loss=getattr(kwargs.get("optimizer"), "scaler", None) is not None)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running.step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._between_steps = args, state
 
     def on_log(
         self,
@@ -69,7 +127,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.pruner is None or logs is None:
             return
-        figures = {"sparsity": self.pruner.sparsity(), "target_sparsity": self.pruner.target_sparsity()}
+        figures = self.pruner.figures()
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
@@ -81,16 +139,22 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._best_competes = self.pruner.done
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = _checkpoint(args, state.global_step)
-            self.config.save_pretrained(folder)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self._running.state_dict().items()}
-            save_file(tensors, folder / STATE_NAME)
+        if not args.should_save:
+            # One process asked for the pruner's state while it wrote the checkpoint, and waits for what the others have of it.
+            self._running.state_dict()
+        elif self.written.get("step") != state.global_step:
+            raise RuntimeError(
+                f"The checkpoint of step {state.global_step} is not where the Trainer puts checkpoints, in {args.output_dir}, "
+                "so the pruner's state is not in it."
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._between_steps = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._resume(Path(state.best_model_checkpoint))
+            self._load(Path(state.best_model_checkpoint))
         self._running.finish()
+        if (shortfall := self._running.shortfall) is not None:
+            logger.warning(shortfall)
 
     # ----------------------------------------------------------------------------------------------------------- inner works
 
@@ -102,15 +166,69 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
         return self.pruner
 
-    def _resume(self, folder: Path) -> None:
-        """Load the state that a checkpoint holds."""
+    def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
+        """Go on from the checkpoint that the Trainer has read.
+
+        Raises:
+            ValueError: the checkpoint is not whole, or belongs to another config.
+        """
+        pruner = self._running
+        folder: Path = state.folder  # type: ignore[attr-defined]
+        files = written(entry, state.global_step)
+        if files is not None and (broken := changed_files(folder, {STATE_NAME: files[STATE_NAME]})):
+            raise ValueError(
+                f"{folder} is not complete: {broken[0]} is missing or not the one that was written with {TRAINER_STATE_NAME}; "
+                "last_complete_checkpoint(output_dir) finds the checkpoint before."
+            )
         if not (folder / STATE_NAME).is_file():
-            raise FileNotFoundError(f"{folder} holds no {STATE_NAME}: it was not written by a run with PruningCallback.")
-        self._running.load_state_dict(load_file(folder / STATE_NAME))
+            pruner.steps = state.global_step
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None  # it is not pruned
+            logger.warning(
+                "%s was written without PruningCallback: pruning starts at step %d, where the schedule is at a sparsity of %.4f; "
+                "its last mask update is at step %d.",
+                folder,
+                state.global_step,
+                pruner.target_sparsity(),
+                pruner.last_update,
+            )
+            return
+        differing = _differing_fields(PruningConfig.from_pretrained(folder), self.config)
+        if differing and not self.allow_config_change:
+            raise ValueError(
+                f"{folder} was written with another config: {'; '.join(differing)}. To go on from it with the new one, pass "
+                "PruningCallback(config, allow_config_change=True)."
+            )
+        self._load(folder)
+
+    def _load(self, folder: Path) -> None:
+        """Take over masks, scores and all else that belongs to the model of a checkpoint, as far as it fits the config."""
+        saved, state = PruningConfig.from_pretrained(folder), load_state(folder)
+        rules, before = self.config.resolved_rules(), saved.resolved_rules()
+        for name in before:
+            if name not in rules or any(getattr(rules[name], field) != getattr(before[name], field) for field in _SCORED_BY):
+                state = {key: value for key, value in state.items() if not key.startswith(f"{name}/")}
+        self._running.load_state_dict(state, strict=not _differing_fields(saved, self.config))
 
 
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:
+    """The fields in which two configs differ, with both values."""
+    old, new = saved.to_dict(), config.to_dict()
+    return [f"{name} was {old[name]!r}, is {new[name]!r}" for name in new if old[name] != new[name]]
+
+
+def _refuse(args: TrainingArguments, entry: Any) -> None:
+    """Raise if the Trainer is set up in a way that pruning cannot work with."""
+    if isinstance(entry, list):
+        raise ValueError("The Trainer has two PruningCallbacks; give one of them a config with `rules` instead.")
+    if args.deepspeed or args.deepspeed_plugin is not None:
+        raise ValueError(
+            "PruningCallback does not work with DeepSpeed, which steps inside backward, so no event sees the complete gradients; "
+            "use DDP or FSDP2."
+        )
+    optimizer = getattr(args.optim, "value", args.optim)
+    for part, reason in REFUSED_OPTIMIZERS.items():
+        if part in optimizer:
+            raise ValueError(f"optim={optimizer!r} does not work with PruningCallback: {reason}. Use a torch optimizer.")
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:

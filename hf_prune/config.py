@@ -22,7 +22,7 @@ CONFIG_NAME = "pruning_config.json"
 _T = TypeVar("_T")
 
 #: Structural patterns and the level at which they nest: a unit of a higher level contains units of lower ones.
-STRUCTURAL_PATTERNS: dict[str, int] = {"head": 2, "kv_group": 2, "neuron": 2, "block": 3, "layer": 4}
+STRUCTURAL_PATTERNS: dict[str, int] = {"auto": 0, "head": 2, "kv_group": 2, "neuron": 2, "block": 3, "layer": 4}
 #: Criteria, by name; the classes are in `criteria.py`.
 CRITERIA: set[str] = {
     "magnitude",
@@ -53,7 +53,7 @@ CONFLICTS: tuple[tuple[str, frozenset[str], str, frozenset[str], str], ...] = (
         "criterion",
         frozenset({"fpgm", "apoz", "mean_activation"}),
         "pattern",
-        frozenset({"NxM", "N:M", "channelx1", "block", "layer"}),
+        frozenset({"NxM", "N:M", "channelx1", "auto", "block", "layer"}),
         "scores output rows, so it needs a pattern whose units own some: 1xchannel, head, kv_group or neuron",
     ),
     (
@@ -131,8 +131,9 @@ class Pattern:
 
 _PATTERN_HELP = (
     "must be 'NxM' (a block of N outputs by M inputs, such as '1x1' or '4x1'), 'N:M' (N zeros in every M neighbouring inputs, "
-    "such as '2:4'), '1xchannel' (an output row), 'channelx1' (an input column), 'head', 'kv_group' (a key and value head with all "
-    "the heads that share it), 'neuron', 'block' (a whole attention or feed-forward sublayer) or 'layer'."
+    "such as '2:4'), '1xchannel' (an output row), 'channelx1' (an input column), 'auto' (tiles as high as a head in attention, "
+    "rows and columns in the feed-forward block), 'head', 'kv_group' (a key and value head with all the heads that share it), "
+    "'neuron', 'block' (a whole attention or feed-forward sublayer) or 'layer'."
 )
 
 
@@ -201,7 +202,7 @@ def _check_duration(name: str, value: object, whole: bool) -> None:
         raise PruningConfigError(name, value, allowed)
 
 
-def _from_dict(cls: type[_T], data: object) -> _T:
+def dataclass_from_dict(cls: type[_T], data: object) -> _T:
     """Build `cls` from plain data, with an error for a key that is not one of its fields."""
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, Mapping):
@@ -231,14 +232,27 @@ def _check_weight(name: str, value: object) -> None:
         raise PruningConfigError(name, value, "must be 0 or more.")
 
 
+def _check_regularization(name: str, value: object) -> None:
+    if value != "auto":
+        if isinstance(value, str):
+            raise PruningConfigError(name, value, "must be a number, 0 or more, or 'auto'.", closest(value, ("auto",)))
+        _check_weight(name, value)
+
+
+def _check_positive(name: str, value: object) -> None:
+    _check_number(name, value)
+    if float(value) <= 0:  # type: ignore[arg-type]
+        raise PruningConfigError(name, value, "must be greater than 0.")
+
+
 def _check_schedule(name: str, value: object) -> None:
     if not (isinstance(value, str) and re.fullmatch(r"polynomial\([1-9]\d*\)", value)):
         _check_name(name, value, SCHEDULES[:-2] + SCHEDULES[-1:] + ("polynomial(k) with a whole k",))
 
 
-def _check_frequency(name: str, value: object) -> None:
+def _check_frequency(name: str, value: object, unit: str = "steps") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PruningConfigError(name, value, "must be a whole number of steps, 1 or more.")
+        raise PruningConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")
 
 
 #: The check of each field that a config and a rule share.
@@ -250,7 +264,8 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "scope": partial(_check_name, known=SCOPES),
     "reduction": partial(_check_name, known=REDUCTIONS),
     "normalization": partial(_check_name, known=NORMALIZATIONS),
-    "regularization": _check_weight,
+    "regularization": _check_regularization,
+    "score_learning_rate": _check_positive,
     "threshold": _check_number,
     "schedule": _check_schedule,
     "warmup_steps": partial(_check_duration, whole=True),
@@ -258,6 +273,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "cooldown_steps": partial(_check_duration, whole=True),
     "cooldown_epochs": partial(_check_duration, whole=False),
     "frequency": _check_frequency,
+    "updates": partial(_check_frequency, unit="updates"),
     "target_modules": _check_modules,
     "exclude_modules": _check_modules,
     "min_sparsity_per_module": _check_share,
@@ -289,6 +305,9 @@ def _check_together(config: PruningConfig) -> None:
         raise PruningConfigError("regularization", config.regularization, allowed)
     if (config.scope == "threshold") != (config.threshold is not None):
         raise PruningConfigError("threshold", config.threshold, "must be given with scope 'threshold', and only with it.")
+    if config.regularization == "auto" and not (config.threshold is not None and 0 < config.threshold < 1):
+        allowed = "needs scope 'threshold' and a threshold between 0 and 1, below which σ(S) is brought by the end."
+        raise PruningConfigError("regularization", "auto", allowed)
     for name, values, other, others, reason in CONFLICTS:
         value, other_value = getattr(config, name), getattr(config, other)
         form = parse_pattern(other_value).form if other == "pattern" and other_value else other_value
@@ -326,7 +345,8 @@ class PruningRule:
     criterion: str | None = None
     reduction: str | None = None
     normalization: str | None = None
-    regularization: float | None = None
+    regularization: float | str | None = None
+    score_learning_rate: float | None = None
     scope: str | None = None
     threshold: float | None = None
     schedule: str | None = None
@@ -335,6 +355,7 @@ class PruningRule:
     cooldown_steps: float | None = None
     cooldown_epochs: float | None = None
     frequency: int | None = None
+    updates: int | None = None
     min_sparsity_per_module: float | None = None
     max_sparsity_per_module: float | None = None
 
@@ -351,13 +372,16 @@ class PruningConfig:
 
     Args:
         target_sparsity: share of zeros in the pruned weights at the end, in [0, 1).
-        pattern: what is removed together: `"NxM"`, `"N:M"`, `"1xchannel"`, `"channelx1"`, `"head"`, `"kv_group"` (a key and
-            value head with all the heads that share it), `"neuron"`, `"block"`, `"layer"`.
+        pattern: what is removed together: `"NxM"`, `"N:M"`, `"1xchannel"`, `"channelx1"`, `"auto"` (blocks by role, as in block
+            movement pruning: square tiles as high as a head in attention, rows and columns of neurons in the feed-forward block),
+            `"head"`, `"kv_group"` (a key and value head with all the heads that share it), `"neuron"`, `"block"`, `"layer"`.
         criterion: how units are scored, a name in `hf_prune.criteria.CRITERIA`.
         reduction: from elements to unit: `"mean"`, `"sum"`, `"l2"`, `"max"`. The mean makes units of different size comparable.
         normalization: of scores across modules before they are ranked together: `"none"`, or divided by their `"mean"` or `"l2"`
             norm.
         regularization: weight λ of the mean of σ(S) that `criterion="soft_movement"` adds to the loss; it rises with the schedule.
+            `"auto"`: λ is steered so that `target_sparsity` of the heads and neurons (or other units) end below `threshold`.
+        score_learning_rate: learning rate of movement scores, which Adam trains.
         scope: `"local"`: every module reaches the target; `"global"`: all modules of the rule are ranked together, counted in
             weights; `"threshold"`: units whose score is at most `threshold` go, and `target_sparsity` only shapes the schedule.
         threshold: the score at or below which units go at the end, under `scope="threshold"`; it rises with the schedule.
@@ -366,8 +390,10 @@ class PruningConfig:
         warmup_steps, warmup_epochs: nothing is pruned before. A steps value below 1 is a ratio of the run, as in transformers.
         cooldown_steps, cooldown_epochs: at the end, masks are frozen for so long and the model recovers.
         frequency: optimizer steps between mask updates.
+        updates: number of mask updates, spread evenly between warm-up and cool-down, in the place of `frequency`.
         target_modules: as in PEFT, a regular expression that matches whole module names or a list of names or suffixes.
-            Default: every linear layer of the model's body; the output head is left out unless named.
+            Default: every linear layer of the model's body; the output head is left out unless named. Under PEFT names are those of
+            the model without adapters.
         exclude_modules: modules left out, in the same form.
         min_sparsity_per_module, max_sparsity_per_module: floor and cap for each module under `scope="global"`. The floor rises with
             the schedule.
@@ -384,7 +410,8 @@ class PruningConfig:
     criterion: str = "snip_momentum"
     reduction: str = "mean"
     normalization: str = "none"
-    regularization: float = 0.0
+    regularization: float | str = 0.0
+    score_learning_rate: float = 1e-2
     scope: str = "global"
     threshold: float | None = None
     schedule: str = "cubic"
@@ -394,6 +421,7 @@ class PruningConfig:
     cooldown_steps: float = 0
     cooldown_epochs: float = 0
     frequency: int = 50
+    updates: int | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     min_sparsity_per_module: float = 0.0
@@ -407,7 +435,7 @@ class PruningConfig:
         rules = []
         for index, rule in enumerate(self.rules):
             try:
-                rules.append(rule if isinstance(rule, PruningRule) else _from_dict(PruningRule, rule))
+                rules.append(rule if isinstance(rule, PruningRule) else dataclass_from_dict(PruningRule, rule))
             except PruningConfigError as error:
                 raise error.within(f"rules[{index}].") from None
         self.rules = rules
@@ -453,7 +481,7 @@ class PruningConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
         """Build from plain data; unknown keys are errors."""
-        return _from_dict(cls, data)
+        return dataclass_from_dict(cls, data)
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the config to a JSON file."""
@@ -489,7 +517,7 @@ class PruningArguments:
         metadata={"help": "A JSON file with a PruningConfig, rules included; arguments given beside it win over it."},
     )
     pruning_pattern: str | None = field(
-        default=None, metadata={"help": "NxM (4x1), N:M (2:4), 1xchannel, channelx1, head, kv_group, neuron, block or layer."}
+        default=None, metadata={"help": "NxM (4x1), N:M (2:4), 1xchannel, channelx1, auto, head, kv_group, neuron, block or layer."}
     )
     target_sparsity: float | None = field(default=None, metadata={"help": "Share of zeros at the end, in [0, 1)."})
     initial_sparsity: float | None = field(default=None, metadata={"help": "Share of zeros at the first update."})

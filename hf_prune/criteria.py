@@ -22,6 +22,7 @@ register_criterion("sensitivity", Sensitivity, reads_gradients=True)
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,38 +32,37 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import config
-from .targets import Target
-from .units import UnitGroup, View
+from .architectures.blocks import base_layer
+from .config import PruningConfig
+from .distributed import rank, summed
+from .targets import Target, named_layers
+from .units import UnitGroup, View, whole_scores
 
 
 def weight(target: Target) -> Tensor:
-    """The weight as `[out, in]`."""
-    return target.matrix(target.parameter.detach())
+    """The weight as `[out, in]`; under LoRA the merged one."""
+    return target.weight()
 
 
 def gradient(target: Target) -> Tensor:
-    """The gradient as `[out, in]`; zero where a parameter took no part in the loss."""
-    parameter = target.parameter
-    return target.matrix(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    """The gradient as `[out, in]`; see [`Target.gradient`]."""
+    return target.gradient()
 
 
 class Criterion:
     """Base class. `state` maps names to tensors that accumulate over steps.
 
     Args:
-        reduction: how elements become units: `"mean"`, `"sum"`, `"l2"`, `"max"`.
-        regularization: weight of the criterion's own penalty, for those that have one.
+        settings: the rule's complete settings; `reduction` says how elements become units.
     """
 
     #: Whether masked weights may come back, so that their values must be kept.
     regrows = False
 
-    def __init__(self, reduction: str = "mean", regularization: float = 0.0) -> None:
-        self.reduction = reduction
-        self.regularization = regularization
+    def __init__(self, settings: PruningConfig) -> None:
+        self.settings = settings
+        self.reduction = settings.reduction
         self.state: dict[str, Tensor] = {}
-        #: How far the schedule is at this step, from 0 to 1 at the target; the pruner keeps it true.
-        self.progress = 0.0
 
     def reduce(self, group: UnitGroup, elements: Callable[[Target], Tensor]) -> Tensor:
         """Reduce elements of a group's weights to units, `[units]`."""
@@ -74,8 +74,14 @@ class Criterion:
     def detach(self) -> None:
         """Called when no update is left."""
 
+    def begin_step(self, progress: float) -> None:
+        """Called before the groups of an optimizer step are observed. `progress`: how far the schedule is, 0 to 1 at the target."""
+
     def observe(self, group: UnitGroup) -> None:
         """Take note of weights and gradients, once an optimizer step."""
+
+    def discard(self) -> None:
+        """Called in place of `observe` when the optimizer skips the step: forget what was seen since the last one."""
 
     def scores(self, group: UnitGroup) -> Tensor:
         """The score of each unit, `[units]`, float32."""
@@ -83,6 +89,10 @@ class Criterion:
 
     def updated(self) -> None:
         """Called after each mask update."""
+
+    def figures(self) -> dict[str, float]:
+        """What the logs shall say about it."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly."""
@@ -199,10 +209,11 @@ class Movement(_Gradient):
     """
 
     regrows = True
-    learning_rate, betas, epsilon = 1e-2, (0.9, 0.999), 1e-8
+    betas, epsilon = (0.9, 0.999), 1e-8
 
-    def __init__(self, reduction: str = "sum", regularization: float = 0.0) -> None:
-        super().__init__("sum", regularization)
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        self.reduction = "sum"
         #: Parameter name → values of masked weights; the pruner keeps it true.
         self.values: dict[str, Tensor] = {}
 
@@ -217,7 +228,8 @@ class Movement(_Gradient):
         second = second.lerp(step.square(), 1 - self.betas[1])
         count = count + 1
         corrected = (second / (1 - self.betas[1] ** int(count))).sqrt() + self.epsilon
-        self.state[group.name] = score - self.learning_rate * (first / (1 - self.betas[0] ** int(count))) / corrected
+        direction = (first / (1 - self.betas[0] ** int(count))) / corrected
+        self.state[group.name] = score - self.settings.score_learning_rate * direction
         for key, value in (("exp_avg", first), ("exp_avg_sq", second), ("step", count)):
             self.state[f"{group.name}.{key}"] = value
 
@@ -235,32 +247,92 @@ class SoftMovement(Movement):
     """Movement scored by σ(S), with λ·r·mean σ(S) added to the loss, where r says how far the schedule is (Sanh et al. 2020,
     section 4.2).
 
-    With `scope="threshold"` a unit goes when σ(S) is at most τ·r, so λ decides how many do.
+    With `scope="threshold"` a unit goes when σ(S) is at most τ·r, so λ decides how many do. Under `regularization="auto"` λ is
+    steered: the score halfway between the last head (neuron, unit) that shall go and the first that shall stay is brought down to
+    logit(τ), where it arrives when r is 0.9. Adam moves a score by about its learning rate at most, whatever the gradient, so a
+    proportional and integral controller works on that scale: with e = gap/(10·rate), the drift wanted is e plus 0.03 of its sum
+    over the steps, in shares of the rate, and λ makes the penalty that many times as large as the root mean square of the score
+    gradients. λ is negative while scores have to be held up.
     """
 
+    proportional, integral, largest, settle = 0.1, 0.03, 3.0, 0.9
+
     def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
-        self._units = sum(group.num_units for group in groups)
+        self._groups = list(groups)
+        self._units = sum(group.num_units for group in self._groups)
+        self._progress = 0.0
+
+    def begin_step(self, progress: float) -> None:
+        self._progress = progress
+        if self.settings.regularization == "auto":
+            self._steer()
+
+    @property
+    def regularization(self) -> float:
+        """λ at this step."""
+        given = self.settings.regularization
+        return float(self.state.get("regularization", 0.0)) if given == "auto" else float(given)
 
     def penalty_gradient(self, score: Tensor) -> Tensor:
         probability = score.sigmoid()
-        return self.regularization * self.progress * probability * (1 - probability) / self._units
+        return self.regularization * self._progress * probability * (1 - probability) / self._units
 
     def scores(self, group: UnitGroup) -> Tensor:
         return super().scores(group).sigmoid()
+
+    def figures(self) -> dict[str, float]:
+        if not self.state:
+            return {}
+        mean = sum(float(self.scores(group).sum()) for group in self._groups) / self._units
+        return {"regularization": self.regularization, "penalty": self.regularization * self._progress * mean}
+
+    def _steer(self) -> None:
+        """Set λ for the step at hand."""
+        names = [group.name for group in self._groups]
+        if self._progress == 0 or names[0] not in self.state:
+            return
+        threshold, rate = float(self.settings.threshold or 0), self.settings.score_learning_rate
+        boundary = _boundary(*whole_scores(self._groups, [self.state[name] for name in names]), self.settings.target_sparsity)
+        reference = math.log(threshold / (1 - threshold)) * min(self._progress / self.settle, 1.0)
+        gap = (boundary - reference) / rate * self.proportional
+        summed = _clipped(float(self.state.get("gaps", 0.0)) + self.integral * gap, self.largest)
+        drift = _clipped(gap + summed, self.largest)
+        squares = sum(float(self.state[f"{name}.exp_avg_sq"].sum()) for name in names) / self._units
+        scale = math.sqrt(squares / (1 - self.betas[1] ** int(self.state[f"{names[0]}.step"])))
+        slope = 1 / (2 + 2 * math.cosh(boundary))
+        self.state["gaps"] = torch.tensor(summed, dtype=torch.float64)
+        self.state["regularization"] = torch.tensor(drift * scale * self._units / slope / self._progress, dtype=torch.float64)
+
+
+def _clipped(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))
+
+
+def _boundary(scores: Tensor, sizes: Tensor, share: float) -> float:
+    """The score halfway between the lowest ones that make up `share` of the sizes, as nearly as can be, and the others."""
+    ordered, order = scores.double().sort()
+    spent = torch.cat([sizes.new_zeros(1), sizes[order]]).double().cumsum(0)
+    count = int((spent - share * spent[-1]).abs().argmin())
+    margin = ordered.new_tensor(0.1)
+    padded = torch.cat([ordered[:1] - margin, ordered, ordered[-1:] + margin])
+    return float(padded[count : count + 2].mean())
 
 
 # -------------------------------------------------------------------------------------------------------------- activations
 
 
-class _Activation(Criterion):
+class ActivationCriterion(Criterion):
     """Base of criteria that read what flows through a layer while the model trains.
 
-    Padding does not count, evaluation and the recomputation of gradient checkpointing are ignored. Statistics are sums, merged over
-    processes when scores are asked for, and start anew after each update.
+    Padding does not count, evaluation and the recomputation of gradient checkpointing are ignored. `state` holds, by weight,
+    sums over the tokens that this process has seen since the last update, and last their number: `[channels + 1]`. They are summed
+    over processes, so that each token counts once, when scores or `state_dict` are asked for, which all have to do together.
     """
 
-    def __init__(self, reduction: str = "mean", regularization: float = 0.0) -> None:
-        super().__init__(reduction, regularization)
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        #: The state as of the last optimizer step that was not skipped.
+        self._observed: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
         self._tokens: Tensor | None = None
@@ -269,6 +341,10 @@ class _Activation(Criterion):
         """What a batch of tokens adds. `inputs`: `[tokens, in]`, `outputs`: `[tokens, out]`. Returns a vector."""
         raise NotImplementedError
 
+    def channels(self, target: Target) -> int:
+        """The length of that vector."""
+        return target.shape[0]
+
     def views(self, group: UnitGroup) -> tuple[View, ...]:
         """The views whose layers are watched: those that own output rows."""
         return tuple(view for view in group.weights if view.owns_rows)
@@ -276,27 +352,43 @@ class _Activation(Criterion):
     def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
         self._handles.append(model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._forward_ends))
-        for name in {view.target.module_name for group in groups for view in self.views(group)}:
-            module = model.get_submodule(name)
-            self._handles.append(module.register_forward_hook(self._hook(f"{name}.weight")))
+        targets = {view.target.module_name: view.target for group in groups for view in self.views(group)}
+        for name, module in named_layers(model):
+            if (target := targets.get(name)) is not None:
+                self.state[target.name] = torch.zeros(self.channels(target) + 1, device=target.parameter.device)
+                self._handles.append(module.register_forward_hook(self._hook(target.name)))
+        self._observed = dict(self.state)
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
+    def observe(self, group: UnitGroup) -> None:
+        self._observed = dict(self.state)
+
+    def discard(self) -> None:
+        self.state = dict(self._observed)
+
     def updated(self) -> None:
-        self.state.clear()
+        self.state = {name: torch.zeros_like(sums) for name, sums in self.state.items()}
+        self._observed = dict(self.state)
 
     def merged(self, name: str) -> Tensor:
         """The mean over all tokens seen, on all processes."""
-        if f"{name}.sum" not in self.state:
+        sums = summed(self.state[name])
+        if not sums[-1]:
             raise RuntimeError(f"{name!r} has seen no training batch since the last update, so it has no activation score.")
-        total, count = self.state[f"{name}.sum"].clone(), self.state[f"{name}.count"].clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(count)
-        return total / count.clamp(min=1)
+        return sums[:-1] / sums[-1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums over all processes."""
+        return {name: summed(sums) for name, sums in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from the sums over all processes: the first one takes them."""
+        self.state = {name: sums if rank() == 0 else torch.zeros_like(sums) for name, sums in state.items()}
+        self._observed = dict(self.state)
 
     def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._recording = model.training
@@ -312,20 +404,18 @@ class _Activation(Criterion):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not self._recording:
                 return
-            channels = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
+            channels = 1 if isinstance(base_layer(module), (nn.Conv1d, nn.Conv2d)) else -1
             inputs, outputs = args[0].detach().movedim(channels, -1), output.detach().movedim(channels, -1)
             tokens = self._tokens
             if tokens is not None and inputs.shape[:-1] == tokens.shape:
                 inputs, outputs = inputs[tokens], outputs[tokens]
             inputs, outputs = inputs.flatten(0, -2).float(), outputs.flatten(0, -2).float()
-            seen, count = self.statistic(inputs, outputs), torch.tensor(float(len(outputs)), device=outputs.device)
-            self.state[f"{name}.sum"] = self.state[f"{name}.sum"] + seen if f"{name}.sum" in self.state else seen
-            self.state[f"{name}.count"] = self.state[f"{name}.count"] + count if f"{name}.count" in self.state else count
+            self.state[name] = self.state[name] + torch.cat([self.statistic(inputs, outputs), outputs.new_tensor([len(outputs)])])
 
         return hook
 
 
-class APoZ(_Activation):
+class APoZ(ActivationCriterion):
     """1 − the average share of zeros in an output: how often it is positive, so a ReLU would let it pass (Hu et al. 2016,
     https://arxiv.org/abs/1607.03250, eq. 1)."""
 
@@ -343,11 +433,14 @@ class MeanActivation(APoZ):
         return outputs.abs().sum(dim=0)
 
 
-class Wanda(_Activation):
+class Wanda(ActivationCriterion):
     """|w|·‖x‖₂, with ‖x‖₂ over the tokens of an input (Sun et al. 2024, https://arxiv.org/abs/2306.11695, eq. 1)."""
 
     def views(self, group: UnitGroup) -> tuple[View, ...]:
         return group.weights
+
+    def channels(self, target: Target) -> int:
+        return target.inputs
 
     def statistic(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         return inputs.square().sum(dim=0)

@@ -11,23 +11,21 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .distributed import whole
 from .targets import Target
 
 
 @torch.no_grad()
 def apply_masks(targets: Mapping[str, Target], masks: Mapping[str, Tensor], gradients: bool = False) -> None:
-    """Zero the masked elements of the parameters, or of their gradients, in place."""
+    """Zero the masked elements of the weights and biases, or of their gradients, in place."""
     for name, mask in masks.items():
-        parameter = targets[name].parameter
-        tensor = parameter.grad if gradients else parameter
-        if tensor is not None:
-            tensor.mul_(mask)
+        targets[name].mask(mask, lambda tensor: tensor, adapted=True, gradients=gradients)
 
 
 def count_zeros(targets: Iterable[Target]) -> tuple[int, int]:
-    """`(zeros, elements)` over parameters, counted from the values."""
+    """`(zeros, elements)` over weights and biases, counted from the values; under LoRA those of the merged weight."""
     zeros = elements = 0
     for target in targets:
         elements += target.parameter.numel()
-        zeros += target.parameter.numel() - int(torch.count_nonzero(target.parameter.detach()))
+        zeros += target.parameter.numel() - int(whole(torch.count_nonzero(target.value())))
     return zeros, elements

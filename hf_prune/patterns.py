@@ -25,6 +25,8 @@ def build_groups(
     blocks = [block for block in blocks if block.name not in left_out]
     if pattern.kind == "neuron":
         groups = [_neuron_group(block) for block in blocks if isinstance(block, FeedForwardBlock)]
+    elif pattern.kind == "auto":
+        groups = [group for block in blocks for group in _role_groups(block)]
     elif pattern.kind in ("head", "kv_group"):
         groups = [_head_group(block, pattern.kind == "kv_group") for block in blocks if isinstance(block, AttentionBlock)]
     elif pattern.kind in ("block", "layer"):
@@ -51,9 +53,8 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
     if pattern.kind == "N:M":
         assert pattern.n
         assert pattern.m
-        inputs = columns // target.parameter[0, 0].numel()
-        if inputs % pattern.m:
-            return None, f"its {inputs} inputs are not divisible by {pattern.m}"
+        if target.inputs % pattern.m:
+            return None, f"its {target.inputs} inputs are not divisible by {pattern.m}"
         return UnitGroup(name, (View(target, 1, 1, 0, rows),), cell=(pattern.n, pattern.m)), ""
     height, width = pattern.n or rows, pattern.m or columns
     if rows % height or columns % width:
@@ -72,7 +73,7 @@ def _neuron_group(block: FeedForwardBlock) -> UnitGroup:
     """The neurons of a feed-forward block: their rows of up and gate, their column of down."""
     rows = [part for part in (block.up, block.gate) if part is not None]
     weights = (*(_row_view(part, 1) for part in rows), _column_view(block.down, 1))
-    return UnitGroup(block.name, weights, tuple(_bias_view(part, 1) for part in rows if part.module.bias is not None))
+    return UnitGroup(block.name, weights, tuple(bias for part in rows for bias in _biases(part, 1)))
 
 
 def _head_group(block: AttentionBlock, whole_groups: bool) -> UnitGroup:
@@ -86,15 +87,37 @@ def _head_group(block: AttentionBlock, whole_groups: bool) -> UnitGroup:
     if whole_groups or block.heads_per_group == 1:
         sizes |= {block.key: block.head_size, block.value: block.head_size}
     weights = (*(_row_view(part, size) for part, size in sizes.items()), _column_view(block.output, sizes[block.query]))
-    return UnitGroup(
-        block.name, weights, tuple(_bias_view(part, size) for part, size in sizes.items() if part.module.bias is not None)
-    )
+    return UnitGroup(block.name, weights, tuple(bias for part, size in sizes.items() for bias in _biases(part, size)))
+
+
+def _role_groups(block: Block) -> list[UnitGroup]:
+    """A group for each projection, its blocks shaped by role (Lagunas et al. 2021, https://arxiv.org/abs/2109.04838, section 3.2).
+
+    Attention: square tiles as high as a head, or as long as the matrix where a tile does not divide it. Feed-forward: rows and
+    columns. A head goes with its values or with its columns of the output, never with its queries or keys alone.
+    """
+    if isinstance(block, FeedForwardBlock):
+        rows = {name: part for name, part in (("up", block.up), ("gate", block.gate)) if part is not None}
+        return [
+            *(
+                UnitGroup(f"{block.name}.{name}", (_row_view(part, 1),), _biases(part, 1), None, block.name, "rows")
+                for name, part in rows.items()
+            ),
+            UnitGroup(f"{block.name}.down", (_column_view(block.down, 1),), (), None, block.name, "columns"),
+        ]
+    size, shared = block.head_size, block.heads_per_group > 1
+    roles = {"query": block.query, "key": block.key, "value": block.value, "output": block.output}
+    lines = {"value": "" if shared else "rows", "output": "columns"}
+    return [
+        UnitGroup(f"{block.name}.{role}", (_tile_view(part, size),), (), None, block.name, lines.get(role, ""))
+        for role, part in roles.items()
+    ]
 
 
 def _whole_group(name: str, blocks: Iterable[Block]) -> UnitGroup:
     """Blocks that go as one unit, with everything they add to the residual stream: output biases too."""
     sizes = [(part, part.stop - part.start) for block in blocks for part in block.projections]
-    biases = tuple(_bias_view(part, rows) for part, rows in sizes if part.module.bias is not None)
+    biases = tuple(bias for part, rows in sizes for bias in _biases(part, rows))
     return UnitGroup(name, tuple(_row_view(part, rows) for part, rows in sizes), biases)
 
 
@@ -106,6 +129,16 @@ def _row_view(part: Projection, height: int) -> View:
 def _column_view(part: Projection, width: int) -> View:
     target = weight_target(part.name, part.module)
     return View(target, target.shape[0], width, 0, target.shape[0])
+
+
+def _tile_view(part: Projection, size: int) -> View:
+    target = weight_target(part.name, part.module)
+    height, width = (size if length % size == 0 else length for length in (part.stop - part.start, target.shape[1]))
+    return View(target, height, width, part.start, part.stop)
+
+
+def _biases(part: Projection, height: int) -> tuple[View, ...]:
+    return () if part.module.bias is None else (_bias_view(part, height),)
 
 
 def _bias_view(part: Projection, height: int) -> View:

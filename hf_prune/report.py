@@ -13,8 +13,10 @@ from rich.table import Table
 from torch import nn
 
 from .architectures import AttentionBlock, Block, blocks
+from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
 from .masks import count_zeros
+from .pruner import Pruner
 from .tables import as_text
 from .targets import body_prefix, prunable_modules, weight_target
 
@@ -51,6 +53,8 @@ class SparsityReport:
     modules: tuple[ModuleSparsity, ...]
     blocks: tuple[BlockSize, ...]
     parameters: int
+    #: What the model lacks because its pruning ended early, if it did.
+    shortfall: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -65,10 +69,14 @@ class SparsityReport:
             "parameters": self.parameters,
             "modules": [{**asdict(module), "sparsity": module.sparsity} for module in self.modules],
             "blocks": [asdict(block) for block in self.blocks],
+            "shortfall": self.shortfall,
         }
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all")
+        table = Table(
+            title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all",
+            caption=self.shortfall,
+        )
         for column in ("module", "shape", "parameters", "zeros", "sparsity"):
             table.add_column(column, justify="left" if column == "module" else "right")
         for module in self.modules:
@@ -88,8 +96,18 @@ class SparsityReport:
         return as_text(self.__rich__())
 
 
-def sparsity_report(model: nn.Module) -> SparsityReport:
-    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known."""
+def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityReport:
+    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
+
+    Under LoRA, the zeros of the merged weights count.
+
+    Args:
+        model: the model.
+        pruner: what pruned it, asked whether it came to its end.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
+    """
     prefix = body_prefix(model)
     modules = []
     for name, module in prunable_modules(model):
@@ -97,10 +115,10 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
             target = weight_target(name, module)
             zeros, parameters = count_zeros([target])
             modules.append(ModuleSparsity(name, target.shape, parameters, zeros))
-    spec = SPECS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
     sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
     total = sum(parameter.numel() for parameter in model.parameters())
-    return SparsityReport(tuple(modules), sizes, total)
+    return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
 
 
 def _block_size(block: Block) -> BlockSize:
@@ -110,8 +128,7 @@ def _block_size(block: Block) -> BlockSize:
         if isinstance(block, AttentionBlock)
         else (block.down, 1, "neurons", block.num_neurons)
     )
-    columns = weight_target(projection.name, projection.module)
-    matrix = columns.matrix(columns.parameter.detach())
+    matrix = weight_target(projection.name, projection.module).weight()
     alive = int((matrix.view(matrix.shape[0], units, size) != 0).any(dim=2).any(dim=0).sum()) if units else 0
     return BlockSize(block.name, kind, units, alive)
 

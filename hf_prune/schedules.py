@@ -72,14 +72,14 @@ class Timeline:
     Attributes:
         begin: last step of warm-up; the first update follows it (at step 1 without warm-up).
         end: step of the last update; masks are frozen after it.
-        frequency: steps between updates.
+        frequency: steps between updates, 1 or more; a fraction spreads them as evenly as whole steps allow.
         schedule: a name that `schedule()` knows.
         initial, target: sparsity at the two ends.
     """
 
     begin: int
     end: int
-    frequency: int
+    frequency: float
     schedule: str
     initial: float
     target: float
@@ -93,7 +93,20 @@ class Timeline:
         """Whether masks change right after optimizer step `step`."""
         if step == self.last_update:
             return True
-        return max(self.begin, 1) <= step < self.last_update and (step - self.begin) % self.frequency == 0
+        return max(self.begin, 1) <= step < self.last_update and self._latest(step) == step
+
+    def last_due(self, step: int) -> int:
+        """The latest step up to `step` right after which masks change, 0 if none has come."""
+        if step >= self.last_update:
+            return self.last_update
+        latest = self._latest(step)
+        return latest if latest >= max(self.begin, 1) else 0
+
+    def _latest(self, step: int) -> int:
+        """The latest multiple of `frequency` after `begin`, in whole steps, up to `step`."""
+        count = math.floor((step - self.begin + 0.5) / self.frequency)
+        found = self.begin + math.floor(count * self.frequency + 0.5)
+        return found if found <= step else self.begin + math.floor((count - 1) * self.frequency + 0.5)
 
     def sparsity(self, step: int) -> float:
         """The sparsity asked for at `step`."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .architectures.blocks import active_copy, base_layer, is_adapted, unwrapped
 from .config import PruningConfigError, closest
+from .distributed import placed_like, whole
+from .lora import Adapter, adapter_of
 
 #: Layer types whose weights can be pruned. GPT-2's Conv1D stores `[in, out]`; convolutions are flattened to `[out, in·kernel]`.
 PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
@@ -23,12 +27,13 @@ class Target:
     """A parameter seen as a matrix: a weight as `[out, in]`, a bias as `[out, 1]`.
 
     Attributes:
-        name: the parameter's name in the model.
+        name: the parameter's name in the model, without what PEFT adds to it.
         module_name: the name of its module.
-        parameter: the parameter itself.
+        parameter: the parameter itself; under LoRA that of the base layer.
         transposed: the parameter is stored `[in, out]`.
         kernel_first: a convolution is flattened to `[out, kernel·in]` instead of `[out, in·kernel]`, so that neighbouring columns
             are neighbouring inputs.
+        adapter: the LoRA adapter that adds to the parameter.
     """
 
     name: str
@@ -36,31 +41,86 @@ class Target:
     parameter: nn.Parameter
     transposed: bool = False
     kernel_first: bool = False
+    adapter: Adapter | None = None
+
+    def value(self) -> Tensor:
+        """What the layer computes with, in the parameter's shape: the parameter, or under LoRA the merged weight."""
+        return self.parameter.detach() if self.adapter is None else self.adapter.merged()
+
+    def weight(self) -> Tensor:
+        """`value()` as `[out, in]`."""
+        return self.matrix(self.value())
+
+    def gradient(self) -> Tensor:
+        """Its gradient as `[out, in]`: under LoRA with a frozen parameter an estimate; zero where it took no part in the loss."""
+        if self.adapter is not None and not self.parameter.requires_grad:
+            return self.matrix(self.adapter.gradient())
+        gradient = self.parameter.grad
+        return self.matrix(torch.zeros_like(self.parameter) if gradient is None else gradient)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether training changes it."""
+        return self.parameter.requires_grad or (self.adapter is not None and self.adapter.requires_grad)
+
+    @torch.no_grad()
+    def mask(self, kept: Tensor, part: Callable[[Tensor], Tensor], adapted: bool, gradients: bool = False) -> None:
+        """Zero the value, or the parameter's gradient, in place where `kept` is False.
+
+        Args:
+            kept: bool, of a shape that broadcasts to that of the part.
+            part: from a tensor of the parameter's shape to a view of what is masked.
+            adapted: whether the adapter adds something there.
+            gradients: mask the gradient.
+        """
+        tensor = self.parameter.grad if gradients else self.parameter
+        if tensor is None:
+            return
+        part(tensor).mul_(kept)
+        if self.adapter is not None and adapted and not gradients:
+            part(tensor).sub_(part(self.adapter.delta()).mul_(~kept))
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which has the parameter's shape, as `[out, in]`; a view unless `kernel_first`."""
+        """`tensor`, which has the parameter's shape, as `[out, in]`; a view unless `kernel_first` or gathered from its shards."""
+        tensor = whole(tensor)
         if self.transposed:
             return tensor.T
         return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """An `[out, in]` matrix in the parameter's shape; a view."""
-        if self.transposed:
-            return matrix.T
+        """An `[out, in]` matrix in the parameter's shape; a view, or this rank's part where the parameter is sharded."""
         rows, inputs, *kernel = (*self.parameter.shape, 1)[: max(self.parameter.ndim, 2)]
-        return matrix.reshape(rows, *kernel, inputs).movedim(-1, 1) if self.kernel_first else matrix.reshape(self.parameter.shape)
+        if self.transposed:
+            tensor = matrix.T
+        elif self.kernel_first:
+            tensor = matrix.reshape(rows, *kernel, inputs).movedim(-1, 1)
+        else:
+            tensor = matrix.reshape(self.parameter.shape)
+        return placed_like(tensor, self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        rows, columns = self.matrix(self.parameter).shape
-        return rows, columns
+        first = self.parameter.shape[0]
+        rest = self.parameter.numel() // first
+        return (rest, first) if self.transposed else (first, rest)
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the layer: columns, without the positions of a convolution's kernel."""
+        return self.shape[1] // math.prod(self.parameter.shape[2:])
 
 
 def weight_target(name: str, module: nn.Module, kernel_first: bool = False) -> Target:
-    """The weight of a layer."""
-    weight = module.get_parameter("weight")
-    return Target(f"{name}.weight", name, weight, isinstance(module, Conv1D), kernel_first and weight.ndim > 2)
+    """The weight of a layer.
+
+    Raises:
+        ValueError: the layer has an adapter other than a plain LoRA one.
+    """
+    layer = base_layer(module)
+    weight = layer.get_parameter("weight")
+    transposed, adapter = isinstance(layer, Conv1D), adapter_of(name, module)
+    return Target(f"{name}.weight", name, weight, transposed, kernel_first and weight.ndim > 2, adapter)
 
 
 def bias_target(name: str, module: nn.Module) -> Target | None:
@@ -68,17 +128,40 @@ def bias_target(name: str, module: nn.Module) -> Target | None:
     return Target(f"{name}.bias", name, module.get_parameter("bias")) if module.bias is not None else None
 
 
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, with PEFT seen through.
+
+    Names are those of the model without adapters. A layer comes together with its adapters, as one module, and what
+    `modules_to_save` names as its active copy.
+    """
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = active_copy(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        if not is_adapted(module):
+            for key, child in module.named_children():
+                yield from walk(child, f"{name}.{key}" if name else key)
+
+    yield from walk(unwrapped(model), "")
+
+
 def prunable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield `(name, module)` for every layer whose weight can be pruned; a weight that layers share is yielded once."""
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, PRUNABLE) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
+    for name, module in named_layers(model):
+        layer = base_layer(module)
+        if isinstance(layer, PRUNABLE) and id(layer.weight) not in seen:
+            seen.add(id(layer.weight))
             yield name, module
 
 
 def body_prefix(model: nn.Module) -> str:
     """The name prefix of the modules that make up the model's body, `""` when the model is a bare body."""
+    model = unwrapped(model)
     base = getattr(model, "base_model", model)
     return next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
 

@@ -7,13 +7,15 @@ Criteria, allocation and masks know units only; which units a pattern makes is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .targets import Target
+from .distributed import is_sharded
+from .targets import Target, bias_target, weight_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +45,49 @@ class View:
         """Whether a unit holds whole rows of the target, that is outputs of its own."""
         return self.width == self.target.shape[1]
 
-    @torch.no_grad()
-    def apply(self, kept: Tensor, tensor: Tensor) -> None:
-        """Zero the blocks of units that are not kept, in place.
+    @cached_property
+    def adapters(self) -> tuple[View, ...]:
+        """The views of LoRA matrices whose units go with these: rows of B with whole rows, columns of A with whole columns.
 
-        Nothing of the size of the parameter is made: `kept` is broadcast over the blocks.
+        Where a unit holds neither, the matrices stay as they are, and there is none.
+        """
+        adapter, name = self.target.adapter, self.target.module_name
+        if adapter is None:
+            return ()
+        if self.owns_rows:
+            targets = (weight_target(f"{name}.lora_B", adapter.lora_B), bias_target(f"{name}.lora_B", adapter.lora_B))
+            return tuple(View(target, self.height, target.shape[1], self.start, self.stop) for target in targets if target)
+        if self.height == self.target.shape[0]:
+            target = weight_target(f"{name}.lora_A", adapter.lora_A)
+            return (View(target, target.shape[0], self.width, 0, target.shape[0]),)
+        return ()
+
+    @torch.no_grad()
+    def apply(self, kept: Tensor, gradients: bool = False) -> None:
+        """Zero the blocks of units that are not kept, in place, in the target or in its gradient.
+
+        Nothing of the size of the parameter is made, except for convolutions, shards and under LoRA: `kept` is broadcast over the
+        blocks.
 
         Args:
             kept: bool `[units]`.
-            tensor: the parameter, its gradient, or anything else of its shape.
+            gradients: zero the gradient, if there is one.
         """
+        for view in self.adapters:
+            view.apply(kept, gradients)
         rows, height, columns, width = self.grid
-        factors = kept.view(rows, 1, columns, 1)
-        if tensor.ndim <= 2:
-            self.target.matrix(tensor)[self.start : self.stop].view(self.grid).mul_(factors)
-        else:
-            # The matrix of a convolution may be a copy, so the factors are brought into its shape instead.
-            matrix = factors.expand(self.grid).reshape(rows * height, columns * width)
-            tensor[self.start : self.stop].mul_(self.target.from_matrix(matrix))
+        factors, parameter = kept.view(rows, 1, columns, 1), self.target.parameter
+        in_blocks = parameter.ndim <= 2 and not is_sharded(parameter)
+        if not in_blocks:
+            # The matrix of a convolution may be a copy, that of shards is one: the factors are brought into their shape instead.
+            matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
+            matrix[self.start : self.stop] = factors.expand(self.grid).reshape(rows * height, columns * width)
+            factors = self.target.from_matrix(matrix)
+
+        def blocks(tensor: Tensor) -> Tensor:
+            return self.target.matrix(tensor)[self.start : self.stop].view(self.grid) if in_blocks else tensor
+
+        self.target.mask(factors, blocks, adapted=not self.adapters, gradients=gradients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +99,16 @@ class UnitGroup:
         weights: views whose elements count, in score and in sparsity.
         biases: views that follow: the bias of a removed row goes with it.
         cell: `(n, m)` when at most n of every m neighbouring units may go (N:M), else None.
+        block: the block whose heads or neurons these units are parts of; `""` when each unit stands for itself.
+        lines: `"rows"` or `"columns"` when a head or neuron is gone as soon as all units in its row or column of this grid are.
     """
 
     name: str
     weights: tuple[View, ...]
     biases: tuple[View, ...] = ()
     cell: tuple[int, int] | None = None
+    block: str = ""
+    lines: str = ""
 
     @property
     def num_units(self) -> int:
@@ -93,9 +124,7 @@ class UnitGroup:
     def apply(self, kept: Tensor, gradients: bool = False) -> None:
         """Zero the units that are not kept (bool `[units]`) in the parameters, biases included, or in their gradients."""
         for view in (*self.weights, *self.biases):
-            parameter = view.target.parameter
-            if (tensor := parameter.grad if gradients else parameter) is not None:
-                view.apply(kept, tensor)
+            view.apply(kept, gradients)
 
     @property
     def size(self) -> int:
@@ -113,7 +142,7 @@ class UnitGroup:
         return self.num_units * self.cell[0] // self.cell[1] if self.cell else self.num_units
 
     def reduce(self, elements: Callable[[Target], Tensor], how: str, views: Iterable[View] | None = None) -> Tensor:
-        """From elements to units: one number a unit over all its views. Returns `[units]`, float32.
+        """From elements to units: one number a unit over all its views. Returns `[units]`, float32 at least.
 
         Args:
             elements: the quantity of a target, `[out, in]`, or `[out, 1]` where it belongs to whole rows.
@@ -130,9 +159,34 @@ class UnitGroup:
                 part = parts.amax(dim=(1, 3))
             else:
                 part = (parts.square() if how == "l2" else parts).sum(dim=(1, 3))
-            part = part.flatten().float()
+            part = part.flatten().to(torch.promote_types(part.dtype, torch.float32))
             total = part if total is None else torch.maximum(total, part) if how == "max" else total + part
         assert total is not None
         if how == "l2":
             return total.sqrt()
         return total / size if how == "mean" and size > 1 else total
+
+
+def whole_scores(groups: Sequence[UnitGroup], scores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores and sizes of what can go as a whole: heads and neurons where units are parts of them, else the units themselves.
+
+    The largest score of a line decides when all of it is gone, and the first line to go takes the head with it.
+
+    Args:
+        groups: the groups of one rule.
+        scores: unit scores, `[units]` each.
+
+    Returns:
+        Scores and weights held, `[heads and neurons]` each.
+    """
+    whole: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for group, score in zip(groups, scores):
+        name = group.block or group.name
+        sizes[name] = sizes.get(name, 0) + group.size
+        if group.lines or not group.block:
+            rows, _, columns, _ = group.weights[0].grid
+            line = score.view(rows, columns).amax(dim=1 if group.lines == "rows" else 0) if group.lines else score
+            whole[name] = torch.minimum(whole[name], line) if name in whole else line
+    counts = [torch.full_like(line, sizes[name] / line.numel()) for name, line in whole.items()]
+    return torch.cat(list(whole.values())), torch.cat(counts)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import tiny
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_prune import Pruner, PruningCallback, PruningConfig
 
 VOCABULARY, LENGTH = 64, 12
 
@@ -52,6 +55,41 @@ def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
         "learning_rate": 1e-3,
     }
     return TrainingArguments(**settings | overrides)
+
+
+#: Twelve steps: 2 of warm-up, updates after steps 2, 4, 6, 8, 10, and 2 of cool-down.
+SCHEDULED: dict[str, Any] = {"warmup_steps": 2, "cooldown_steps": 2, "frequency": 2}
+
+ROWS = ragged_rows(48)
+
+
+def trainer_for(
+    folder: Path,
+    config: PruningConfig | PruningCallback | dict[str, Any],
+    model: PreTrainedModel | None = None,
+    kind: type[Trainer] = Trainer,
+    **overrides: Any,
+) -> Trainer:
+    """A Trainer for two epochs of six steps, with pruning. `overrides`: arguments of `Trainer` and of `TrainingArguments`."""
+    extra = {name: overrides.pop(name) for name in set(inspect.signature(Trainer).parameters) & set(overrides)}
+    callback = config if isinstance(config, PruningCallback) else PruningCallback(config)
+    callbacks = [callback, *extra.pop("callbacks", [])]
+    if "model_init" not in extra:
+        extra["model"] = tiny_bert() if model is None else model
+    args = arguments(folder, **{"num_train_epochs": 2} | overrides)
+    return kind(args=args, callbacks=callbacks, **{"train_dataset": ROWS} | extra)
+
+
+def pruner_of(trainer: Trainer) -> Pruner:
+    """The pruner of the callback that is at work, which is another one after states were restored."""
+    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, PruningCallback))
+    assert callback.pruner is not None
+    return callback.pruner
+
+
+def with_dropout(seed: int) -> PreTrainedModel:
+    """A tiny BERT with dropout."""
+    return tiny_bert(seed=seed, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 
 
 class Gradients(TrainerCallback):

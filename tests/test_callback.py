@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from helpers import ROWS, SCHEDULED, Gradients, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     BertForSequenceClassification,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -27,12 +26,7 @@ from transformers import (
 )
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError
-from hf_prune.callback import STATE_NAME
-
-ROWS = ragged_rows(48)
-
-#: Twelve steps: 2 of warm-up, updates after steps 2, 4, 6, 8, 10, and 2 of cool-down.
-SCHEDULED: dict[str, Any] = {"warmup_steps": 2, "cooldown_steps": 2, "frequency": 2}
+from hf_prune.checkpoints import STATE_NAME
 
 #: Pattern → ends of the names of the modules it is about, and target sparsity.
 PATTERNS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -43,27 +37,6 @@ PATTERNS: dict[str, tuple[tuple[str, ...], float]] = {
     "head": (("query", "key", "value", "attention.output.dense"), 0.5),
     "neuron": (("intermediate.dense", "output.dense"), 0.5),
 }
-
-
-def trainer_for(
-    folder: Path, config: PruningConfig | dict[str, Any], model: PreTrainedModel | None = None, **overrides: Any
-) -> Trainer:
-    """A Trainer for two epochs of six steps, with pruning."""
-    extra = {name: overrides.pop(name) for name in ("compute_metrics", "eval_dataset") if name in overrides}
-    return Trainer(
-        tiny_bert() if model is None else model,
-        arguments(folder, num_train_epochs=2, **overrides),
-        train_dataset=ROWS,
-        callbacks=[PruningCallback(config)],
-        **extra,
-    )
-
-
-def pruner_of(trainer: Trainer) -> Pruner:
-    """The pruner of the callback that is at work, which is another one after states were restored."""
-    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, PruningCallback))
-    assert callback.pruner is not None
-    return callback.pruner
 
 
 def logs_of(trainer: Trainer) -> dict[int, dict[str, float]]:
@@ -263,11 +236,6 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return config, folder, trainer
 
 
-def with_dropout(seed: int) -> PreTrainedModel:
-    """A tiny BERT with dropout."""
-    return tiny_bert(seed=seed, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-
-
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("step", [1, 5, 11])
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -292,21 +260,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     keys = ("loss", "sparsity", "target_sparsity")
     resumed, expected = ({at: [log[key] for key in keys] for at, log in logs_of(run).items()} for run in (trainer, whole))
     assert resumed == expected
-
-
-def test_resuming_where_no_pruning_was_is_an_error(tmp_path: Path) -> None:
-    plain = Trainer(tiny_bert(), arguments(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=6), train_dataset=ROWS)
-    plain.train()
-    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"))
-    with pytest.raises(FileNotFoundError, match=rf"checkpoint-6 holds no {STATE_NAME}"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-
-
-def test_resuming_with_another_config_is_an_error(uninterrupted: tuple[PruningConfig, Path, Trainer], tmp_path: Path) -> None:
-    shutil.copytree(uninterrupted[1] / "checkpoint-4", tmp_path / "checkpoint-4")
-    trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"), with_dropout(seed=9))
-    with pytest.raises(ValueError, match="belongs to another config or model"):
-        trainer.train(resume_from_checkpoint=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------- best model

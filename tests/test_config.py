@@ -213,7 +213,7 @@ MODULES = "must be a regular expression that matches whole module names, or a li
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     # keys
     ({"target_sparsty": 0.5}, "target_sparsty=0.5: is not a field of PruningConfig; known are *. Did you mean 'target_sparsity'?"),
-    ({"learning_rate": 1}, "learning_rate=1: is not a field of PruningConfig; known are *."),
+    ({"lr": 1}, "lr=1: is not a field of PruningConfig; known are *."),
     (
         {"rules": [{"patern": "head"}]},
         "rules[0].patern='head': is not a field of PruningRule; known are *. Did you mean 'pattern'?",

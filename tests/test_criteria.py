@@ -19,7 +19,7 @@ from hf_prune.criteria import CRITERIA, Criterion, Movement, SnipMomentum, regis
 from hf_prune.units import UnitGroup
 
 STEPS = 3
-PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "head", "neuron", "block", "layer"]
+PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "auto", "head", "neuron", "block", "layer"]
 ROW_PATTERNS = ["1xchannel", "head", "neuron"]
 
 
@@ -61,7 +61,7 @@ class Recorded:
             scope=scope,
             threshold=0.0 if scope == "threshold" else None,
             warmup_steps=STEPS + 1,
-            target_modules=None if pattern in ("head", "neuron", "block", "layer") else r".*(query|intermediate\.dense)",
+            target_modules=None if pattern in ("auto", "head", "neuron", "block", "layer") else r".*(query|intermediate\.dense)",
         )
         pruner = Pruner(self.model, settings, total_steps=STEPS + 2)
         self.rule = pruner._rules[0]
@@ -151,7 +151,7 @@ def test_movement_scores_follow_adam_on_the_straight_through_gradient(pattern: s
     run = Recorded("movement", pattern)
     for group in run.rule.groups:
         score = torch.zeros(group.num_units, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.Adam([score], lr=Movement.learning_rate, betas=Movement.betas, eps=Movement.epsilon)
+        optimizer = torch.optim.Adam([score], lr=1e-2, betas=Movement.betas, eps=Movement.epsilon)
         for step in range(STEPS):
             score.grad = by_unit(group, products(run, step), "sum")
             optimizer.step()
@@ -168,7 +168,7 @@ def test_soft_movement_adds_the_gradient_of_its_penalty(pattern: str) -> None:
     pruner = Pruner(model, config, total_steps=20)
     rule = pruner._rules[0]
     scores = {group.name: torch.zeros(group.num_units, dtype=torch.float64, requires_grad=True) for group in rule.groups}
-    optimizer = torch.optim.Adam(scores.values(), lr=Movement.learning_rate, betas=Movement.betas, eps=Movement.epsilon)
+    optimizer = torch.optim.Adam(scores.values(), lr=1e-2, betas=Movement.betas, eps=Movement.epsilon)
     for step in range(1, STEPS + 1):
         model.zero_grad()
         model(**ragged_batch(model, seed=step), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
@@ -345,4 +345,4 @@ def test_a_criterion_of_ones_own() -> None:
 
 def test_scores_before_any_observation_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="no score yet"):
-        SnipMomentum().scores(Recorded("magnitude", "head").rule.groups[0])
+        SnipMomentum(PruningConfig(pattern="head")).scores(Recorded("magnitude", "head").rule.groups[0])

@@ -3,167 +3,45 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LENGTH, VOCABULARY, Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer
+from distillation_cases import (
+    ALL_LOSSES,
+    EVERY_LOSS,
+    TASKS,
+    WIDE,
+    distiller,
+    in_float64,
+    sequence_task,
+    slow_attention,
+    slow_closest,
+    slow_divergence,
+    slow_losses,
+    token_task,
+    train,
+    training_logs,
+)
+from helpers import LENGTH, Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from launch_distillation import CASES, LAYERED, main
+from models import prune_randomly, tiny
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_prune import DistillationConfig, DistillationTrainer
-from hf_prune.distillation import hidden_loss, logits_loss
-
-Rows = list[dict[str, Any]]
-
-ALL_LOSSES = DistillationConfig(temperature=2.0, alpha_task=0.3, alpha_logits=0.5, alpha_hidden=0.7)
-
-
-# ----------------------------------------------------------------------------------------------------------------------- tasks
-
-
-def sequence_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Three classes."""
-    rows = ragged_rows(count)
-    return tiny_bert(seed=seed, num_labels=3), [row | {"labels": index % 3} for index, row in enumerate(rows)]
-
-
-def regression_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """One output, labels that are floats."""
-    rows = ragged_rows(count)
-    return tiny_bert(seed=seed, num_labels=1), [row | {"labels": math.sin(index)} for index, row in enumerate(rows)]
-
-
-def token_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Three classes; padding and every third token are ignored, and the second row and the last two rows as a whole."""
-    rows = ragged_rows(count)
-    for index, row in enumerate(rows):
-        ignored = index in (1, count - 2, count - 1)
-        row["labels"] = [
-            -100 if ignored or not real or position % 3 == 0 else token % 3
-            for position, (token, real) in enumerate(zip(row["input_ids"], row["attention_mask"]))
-        ]
-    return tiny_bert("token-classification", seed=seed, num_labels=3), rows
-
-
-def question_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Answers within the row."""
-    rows = ragged_rows(count)
-    for index, row in enumerate(rows):
-        del row["labels"]
-        row |= {"start_positions": index % 3, "end_positions": 2 + index % 2}
-    return tiny_bert("question-answering", seed=seed), rows
-
-
-def causal_task(seed: int, count: int) -> tuple[PreTrainedModel, Rows]:
-    """Next tokens; padding is ignored."""
-    rows = ragged_rows(count)
-    for row in rows:
-        row["labels"] = [token if real else -100 for token, real in zip(row["input_ids"], row["attention_mask"])]
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config), rows
-
-
-TASKS = {
-    "sequence": sequence_task,
-    "regression": regression_task,
-    "token": token_task,
-    "question": question_task,
-    "causal": causal_task,
-}
-
-
-# ------------------------------------------------------------------------------------------------------------------- references
-
-
-def slow_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·Σ p·log(p/q) of one item, written out; squared error of a single output."""
-    if student.numel() == 1:
-        return (student - teacher).square().sum()
-    p, q = (teacher / temperature).softmax(0), (student / temperature).softmax(0)
-    return temperature**2 * sum(p[i] * (p[i].log() - q[i].log()) for i in range(len(p)))
-
-
-def slow_losses(
-    student: PreTrainedModel, teacher: PreTrainedModel, rows: Rows, temperature: float, smoothing: float = 0.0
-) -> dict[str, Tensor]:
-    """The three losses of one optimizer step, row by row and item by item."""
-    task, logits, hidden = [], [], []
-    for row in rows:
-        inputs = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
-        ours = student(**inputs, output_hidden_states=True)
-        with torch.no_grad():
-            theirs = teacher(**inputs, output_hidden_states=True)
-        for position in range(LENGTH):
-            if row["attention_mask"][position]:
-                difference = ours.hidden_states[-1][0, position] - theirs.hidden_states[-1][0, position]
-                hidden.append(difference.square().mean())
-        if "labels" not in row:
-            for name in ("start", "end"):
-                mine, its = ours[f"{name}_logits"][0], theirs[f"{name}_logits"][0]
-                task.append(F.cross_entropy(mine, torch.tensor(row[f"{name}_positions"])))
-                logits.append(slow_divergence(mine, its, temperature))
-            continue
-        labels, mine, its = row["labels"], ours.logits[0], theirs.logits[0]
-        if not isinstance(labels, list):
-            items = [(labels, mine, its)]
-        elif isinstance(student, GPT2LMHeadModel):
-            items = list(zip(labels[1:], mine, its))
-        else:
-            items = list(zip(labels, mine, its))
-        for label, one, other in items:
-            if label == -100:
-                continue
-            if isinstance(label, float):
-                task.append((one - label).square().sum())
-            else:
-                task.append(F.cross_entropy(one, torch.tensor(label), label_smoothing=smoothing))
-            logits.append(slow_divergence(one, other, temperature))
-    return {name: torch.stack(values).mean() for name, values in (("task", task), ("logits", logits), ("hidden", hidden))}
-
-
-def train(
-    folder: Path,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    rows: Rows,
-    settings: DistillationConfig = ALL_LOSSES,
-    **overrides: Any,
-) -> tuple[DistillationTrainer, list[dict[str, Tensor]]]:
-    """Train in the order of the rows. Returns the trainer and the gradients of each step."""
-    gradients = Gradients()
-    trainer = DistillationTrainer(
-        student,
-        arguments(folder, train_sampling_strategy="sequential", max_grad_norm=0.0, **overrides),
-        train_dataset=rows,
-        callbacks=[gradients],
-        teacher=teacher,
-        distillation=settings,
-    )
-    trainer.train()
-    return trainer, gradients.steps
-
-
-def training_logs(trainer: Trainer) -> list[dict[str, float]]:
-    """The log of each optimizer step."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
+from hf_prune import DistillationConfig, DistillationTrainer, PruningConfigError, condense
+from hf_prune.distillation.layers import closest_layers, layer_pairs
+from hf_prune.distillation.losses import attention_loss, hidden_loss, logits_loss
 
 # ----------------------------------------------------------------------------------------------------------------- the losses
 
@@ -192,43 +70,112 @@ def test_hidden_loss_leaves_padding_out() -> None:
     assert not torch.equal(hidden_loss(student, teacher, mask), loss)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_accumulation_changes_nothing_and_all_is_as_the_reference_says(task: str, tmp_path: Path) -> None:
-    teacher, rows = TASKS[task](seed=1, count=21)
+#: Settings and what the teacher's config changes, by name; each with the task it is tried on in the fast tests.
+LOSSES: dict[str, tuple[DistillationConfig, dict[str, Any]]] = {
+    "task, logits, hidden": (ALL_LOSSES, {}),
+    "hidden, wider": (DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_hidden=0.7), WIDE),
+    "layers, uniform": (DistillationConfig(alpha_hidden_layers=0.7), WIDE),
+    "layers, last": (DistillationConfig(alpha_hidden_layers=0.7, layer_map="last"), {}),
+    "layers, pairs": (DistillationConfig(alpha_hidden_layers=0.7, alpha_attention=0.3, layer_map=[[0, 2], [2, 0]]), {}),
+    "layers, dynamic": (DistillationConfig(alpha_hidden_layers=0.7, alpha_attention=0.3, layer_map="dynamic"), WIDE),
+    "attention": (DistillationConfig(alpha_attention=5.0), {}),
+    "attention, more heads": (DistillationConfig(alpha_attention=5.0), WIDE),
+    "simkd": (DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_simkd=3.0), {}),
+    "every loss, wider": (EVERY_LOSS, WIDE),
+}
+
+
+def check_accumulation(task: str, settings: DistillationConfig, changes: dict[str, Any], folder: Path, seed: int = 1) -> None:
+    """Batches of 1×16, 2×8 and 4×4, and a ragged one of 5, give the losses and gradients of the reference in float64."""
+    teacher, rows = TASKS[task](seed=seed, count=21, **changes)
     reference = TASKS[task](seed=0, count=21)[0]
     runs = {}
     for size in (16, 8, 4):
-        student = copy.deepcopy(reference)
         # Nothing moves at a learning rate of 0, so both steps can be compared.
-        runs[size] = train(
-            tmp_path,
-            student,
-            teacher,
-            rows,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=16 // size,
-            learning_rate=0.0,
-        )
-    reference.train()
+        accumulation = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
+        runs[size] = train(folder, copy.deepcopy(reference), teacher, rows, settings, learning_rate=0.0, **accumulation)
+    trainer = runs[16][0]
+    projections = {
+        name.removesuffix(".weight"): weight.detach().double().requires_grad_()
+        for name, weight in trainer.projections.named_parameters()
+    }
+    student, teacher = in_float64(reference).train(), in_float64(teacher).eval()
+    if settings.alpha_simkd:
+        take_classifier(student, teacher, projections)
+    depths = {stack: [len(part) for part in parts] for stack, parts in layer_lists(student, teacher).items()}
+    pairs = {stack: layer_pairs(settings.layer_map, *each) for stack, each in depths.items()}
     for step, batch in enumerate((rows[:16], rows[16:])):
-        losses = slow_losses(reference, teacher, batch, temperature=2.0)
-        total = 0.3 * losses["task"] + 0.5 * losses["logits"] + 0.7 * losses["hidden"]
-        reference.zero_grad()
+        losses = slow_losses(student, teacher, batch, settings, pairs, projections)
+        total = sum(weight * losses[name] for name, weight in settings.weights().items() if weight)
+        student.zero_grad()
+        for weight in projections.values():
+            weight.grad = None
         total.backward()
-        expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+        expected = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+        expected |= {f"projections.{name}.weight": weight.grad for name, weight in projections.items()}
         for size, (trainer, gradients) in runs.items():
             assert len(gradients) == 2
-            assert gradients[step].keys() == expected.keys()
-            for name, gradient in expected.items():
-                torch.testing.assert_close(gradients[step][name], gradient, rtol=1e-4, atol=1e-6, msg=f"{name}, batch {size}")
+            assert expected.keys() <= gradients[step].keys()
+            for name, gradient in gradients[step].items():
+                wanted = expected.get(name, torch.zeros_like(gradient)).float()
+                torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=2e-6, msg=lambda text: f"{name}, {size}: {text}")  # noqa: B023
+                torch.testing.assert_close(gradient, runs[16][1][step][name], rtol=1e-5, atol=1e-6)
             log = training_logs(trainer)[step]
             assert log["loss"] == pytest.approx(total.item(), rel=1e-5)
-            for name, value in losses.items():
-                assert log[f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
-    for step in (0, 1):
-        for name, gradient in runs[16][1][step].items():
-            for size in (8, 4):
-                torch.testing.assert_close(runs[size][1][step][name], gradient, rtol=1e-5, atol=1e-6)
+            for name in {"task"} | {name for name, weight in settings.weights().items() if weight}:
+                assert log[f"{name}_loss"] == pytest.approx(losses[name].item(), rel=1e-5)
+        if settings.layer_map == "dynamic":
+            pairs = slow_closest(student, teacher, batch, projections)
+
+
+def take_classifier(student: nn.Module, teacher: nn.Module, projections: dict[str, Tensor]) -> None:
+    weight = teacher.classifier.weight.detach()
+    weight = weight @ projections["simkd"].detach() if "simkd" in projections else weight
+    student.classifier.load_state_dict({"weight": weight, "bias": teacher.classifier.bias})
+    student.classifier.requires_grad_(False)
+
+
+def layer_lists(*trained: nn.Module) -> dict[str, list[Any]]:
+    """The layers of each stack of BERT, GPT-2 and T5."""
+    if hasattr(trained[0], "bert"):
+        return {"layers": [model.bert.encoder.layer for model in trained]}
+    if hasattr(trained[0], "transformer"):
+        return {"layers": [model.transformer.h for model in trained]}
+    return {name: [getattr(model, name).block for model in trained] for name in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulation_changes_nothing_and_all_is_as_the_reference_says(task: str, tmp_path: Path) -> None:
+    check_accumulation(task, ALL_LOSSES, {}, tmp_path)
+
+
+@pytest.mark.parametrize("losses", list(LOSSES)[1:])
+def test_every_loss_is_as_the_reference_says(losses: str, tmp_path: Path) -> None:
+    check_accumulation("sequence", *LOSSES[losses], tmp_path)
+
+
+def test_micro_batches_share_a_dynamic_map(tmp_path: Path) -> None:
+    """Here the last four or eight rows alone would choose another map than all 16."""
+    check_accumulation("sequence", LOSSES["layers, dynamic"][0], {"num_hidden_layers": 6}, tmp_path, seed=19)
+
+
+@pytest.mark.parametrize("task", ["token", "causal", "translation"])
+def test_losses_by_layer_on_tokens(task: str, tmp_path: Path) -> None:
+    check_accumulation(task, LAYERED, {"num_layers" if task == "translation" else "num_hidden_layers": 4}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_loss_on_every_task(task: str, losses: str, tmp_path: Path) -> None:
+    settings, changes = LOSSES[losses]
+    if settings.alpha_simkd and task not in ("sequence", "multi-label", "regression", "token", "question"):
+        pytest.skip("a language model has no classifier of its own")
+    if task == "question" and settings.alpha_simkd:
+        pytest.skip("the reference knows only classifiers by that name")
+    renamed = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    changes = {renamed[name] if task == "translation" else name: value for name, value in changes.items()}
+    check_accumulation(task, settings, changes, tmp_path)
 
 
 def test_logs_are_means_over_the_steps_since_the_last_log(tmp_path: Path) -> None:
@@ -294,24 +241,41 @@ def test_tokens_at_padded_positions_change_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(left[embeddings][1:], right[embeddings][1:], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["sequence", "token", "causal"])
+@pytest.mark.parametrize("task", ["sequence", "token", "causal", "masked"])
 def test_label_smoothing(task: str, tmp_path: Path) -> None:
     teacher, rows = TASKS[task](seed=1, count=12)
-    reference = TASKS[task](seed=0, count=12)[0].train()
-    losses = slow_losses(reference, teacher, rows, temperature=2.0, smoothing=0.1)
+    student = TASKS[task](seed=0, count=12)[0]
+    losses = slow_losses(in_float64(student), in_float64(teacher), rows, ALL_LOSSES, smoothing=0.1)
     for size in (12, 4):
-        trainer, _ = train(
-            tmp_path,
-            copy.deepcopy(reference),
-            teacher,
-            rows,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=12 // size,
-            label_smoothing_factor=0.1,
-        )
+        accumulation = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
+        trainer, _ = train(tmp_path, copy.deepcopy(student), teacher, rows, label_smoothing_factor=0.1, **accumulation)
         (log,) = training_logs(trainer)
         for name, value in losses.items():
             assert log[f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_compute_loss_func_is_the_task_loss(tmp_path: Path) -> None:
+    """As in the plain Trainer, accumulation and ignored labels included."""
+
+    def doubled(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        loss = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+        return 2 * loss / num_items_in_batch
+
+    teacher, rows = token_task(seed=1, count=12)
+    gradients = []
+    for distils in (True, False):
+        student, seen = token_task(seed=0, count=12)[0], Gradients()
+        settings: dict[str, Any] = {"train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}
+        plain = {"args": arguments(tmp_path, per_device_train_batch_size=4, learning_rate=0.0, **settings), "train_dataset": rows}
+        plain |= {"callbacks": [seen], "compute_loss_func": doubled}
+        losses = DistillationConfig(alpha_task=1.0, alpha_logits=0.0)
+        (
+            DistillationTrainer(student, teacher=teacher, distillation=losses, **plain) if distils else Trainer(student, **plain)
+        ).train()
+        gradients.append(seen.steps)
+    for ours, theirs in zip(*gradients):
+        assert any(gradient.abs().max() > 0.01 for gradient in theirs.values())
+        assert_equal(ours, theirs)
 
 
 def test_a_step_without_any_label_is_harmless(tmp_path: Path) -> None:
@@ -322,6 +286,25 @@ def test_a_step_without_any_label_is_harmless(tmp_path: Path) -> None:
     assert log["task_loss"] == log["logits_loss"] == 0
     assert log["hidden_loss"] > 0
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
+def test_images_have_no_padding(tmp_path: Path) -> None:
+    """A row counts as one, whatever the number of its patches."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    teacher, student = (tiny("vit", seed=seed, **dropout) for seed in (1, 0))
+    torch.manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 12, 12), "labels": index % 3} for index in range(8)]
+    settings = DistillationConfig(alpha_hidden=0.5, alpha_hidden_layers=0.5, layer_map="last")
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    with torch.no_grad():
+        one, two = (model(pixels, output_hidden_states=True) for model in (student, teacher))
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    (log,) = training_logs(trainer)
+    expected = float((one.hidden_states[-1] - two.hidden_states[-1]).square().mean())
+    assert log["hidden_loss"] == pytest.approx(expected, rel=1e-5)
+    assert log["hidden_layers_loss"] == pytest.approx(expected, rel=1e-5)
+    items = [slow_divergence(mine, its, 2.0) for mine, its in zip(one.logits, two.logits)]
+    assert log["logits_loss"] == pytest.approx(float(sum(items)) / 8, rel=1e-5)
 
 
 def test_multiple_choice(tmp_path: Path) -> None:
@@ -347,6 +330,33 @@ def test_evaluation_is_that_of_the_plain_trainer(tmp_path: Path) -> None:
     assert (trainer.predict(rows).predictions == plain.predict(rows).predictions).all()
 
 
+@pytest.mark.parametrize("task", ["token", "multi-label", "translation"])
+def test_evaluation_reports_the_plain_loss_whatever_the_losses(task: str, tmp_path: Path) -> None:
+    teacher, rows = TASKS[task](seed=1, count=8)
+    student = TASKS[task](seed=0, count=8)[0]
+    trainer, _ = train(tmp_path, student, teacher, rows, LAYERED)
+    assert trainer.evaluate(rows)["eval_loss"] == Trainer(student, arguments(tmp_path)).evaluate(rows)["eval_loss"]
+
+
+def test_a_student_made_by_model_init(tmp_path: Path) -> None:
+    """`train` makes another model than `__init__` did."""
+    teacher, rows = sequence_task(seed=1, count=16, **WIDE)
+    trainer = DistillationTrainer(
+        model_init=lambda: sequence_task(seed=0, count=1)[0],
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        teacher=teacher,
+        distillation=EVERY_LOSS,
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert training_logs(trainer)[0].keys() >= {f"{name}_loss" for name in EVERY_LOSS.weights()}
+    torch.testing.assert_close(
+        trainer.model.classifier.weight, teacher.classifier.weight @ trainer.projections["simkd"].weight, rtol=0, atol=0
+    )
+
+
 def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) -> None:
     rows = ragged_rows(16)
     teacher = tiny_bert(seed=1, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
@@ -360,10 +370,230 @@ def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) 
     assert not any("teacher" in name for name in trainer.model.state_dict())
 
 
-def test_a_teacher_of_another_width_may_teach_logits(tmp_path: Path) -> None:
-    teacher = tiny_bert(seed=1, hidden_size=16, num_attention_heads=2)
-    trainer, _ = train(tmp_path, tiny_bert(seed=0), teacher, ragged_rows(8), DistillationConfig())
-    assert training_logs(trainer)[0]["logits_loss"] > 0
+def test_a_teacher_by_path_is_loaded_for_the_task_of_the_student(tmp_path: Path) -> None:
+    """Also one of another family, and with PEFT around the student."""
+    teacher = tiny("distilbert", "sequence-classification", seed=1)
+    teacher.save_pretrained(tmp_path / "teacher")
+    logs = []
+    for given in (teacher, str(tmp_path / "teacher"), tmp_path / "teacher"):
+        trainer, _ = train(tmp_path, tiny_bert(), given, ragged_rows(8), DistillationConfig())
+        assert type(trainer.accelerator.unwrap_model(trainer.teacher)) is type(teacher)
+        logs.append(training_logs(trainer)[0]["logits_loss"])
+    assert logs[0] == logs[1] == logs[2]
+
+
+def test_a_student_in_peft_learns_as_its_base_model_would(tmp_path: Path) -> None:
+    """A fresh adapter changes nothing, so the losses are those of the base model: shifted labels, hidden states, attention."""
+    teacher, rows = TASKS["causal"](seed=1, count=8)
+    logs = []
+    for adapts in (False, True):
+        student = TASKS["causal"](seed=0, count=8)[0]
+        if adapts:
+            student = get_peft_model(student, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+        trainer, _ = train(tmp_path, student, teacher, rows, LAYERED)
+        logs.append(training_logs(trainer)[0])
+    for name in ("loss", "task_loss", "logits_loss", "hidden_loss", "hidden_layers_loss", "attention_loss"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+
+
+def test_a_condensed_student_is_just_another_student(tmp_path: Path) -> None:
+    """Narrower by different numbers of heads and neurons in each layer, one without any head."""
+    teacher, rows = sequence_task(seed=1, count=8)
+    student = sequence_task(seed=0, count=8)[0]
+    left = prune_randomly(student)
+    condense(student)
+    assert 0 in left.values()
+    settings = DistillationConfig(alpha_hidden=0.5, alpha_hidden_layers=0.5, alpha_attention=5.0)
+    pairs = {"layers": [(0, 0), (1, 1), (2, 2)]}
+    losses = slow_losses(in_float64(student), in_float64(teacher), rows, settings, pairs)
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, num_train_epochs=3)
+    logs = training_logs(trainer)
+    for name, value in losses.items():
+        assert logs[0][f"{name}_loss"] == pytest.approx(value.item(), rel=1e-5)
+    assert logs[0]["attention_loss"] > 0.01
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+# ------------------------------------------------------------------------------------------- projections, layer maps, classifier
+
+
+def test_layer_maps() -> None:
+    assert layer_pairs("uniform", 3, 3) == [(0, 0), (1, 1), (2, 2)]
+    assert layer_pairs("uniform", 3, 6) == [(0, 1), (1, 3), (2, 5)]
+    assert layer_pairs("uniform", 4, 6) == [(0, 1), (1, 2), (2, 4), (3, 5)]
+    assert layer_pairs("uniform", 3, 2) == [(0, 0), (1, 1), (2, 1)]
+    assert layer_pairs("last", 3, 12) == [(2, 11)]
+    assert layer_pairs([[1, 0], [0, 5]], 2, 6) == [(1, 0), (0, 5)]
+    assert layer_pairs("dynamic", 3, 6) == layer_pairs("uniform", 3, 6)
+
+
+def test_the_dynamic_map_never_goes_down() -> None:
+    distances = torch.tensor([[3.0, 1.0, 2.0, 4.0], [0.0, 3.0, 2.0, 5.0], [0.0, 0.0, 1.0, 1.0]])
+    assert closest_layers(distances) == [(0, 1), (1, 2), (2, 2)]
+
+
+def test_the_dynamic_map_is_found_in_the_batch_before(tmp_path: Path) -> None:
+    """A student that is the teacher without its last layer."""
+    teacher, rows = sequence_task(seed=1, count=24, num_hidden_layers=4)
+    student = copy.deepcopy(teacher)
+    del student.bert.encoder.layer[3]
+    student.config.num_hidden_layers = 3
+    settings = DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_hidden_layers=1.0, layer_map="dynamic")
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, learning_rate=0.0)
+    first, second, _ = (log["hidden_layers_loss"] for log in training_logs(trainer))
+    # The first step maps uniformly: 0, 1, 2 → 1, 2, 3.
+    uniform = slow_losses(in_float64(student), in_float64(teacher), rows[:8], settings, {"layers": [(0, 1), (1, 2), (2, 3)]})
+    assert first == pytest.approx(uniform["hidden_layers"].item(), rel=1e-5)
+    # It then finds itself.
+    assert first > 0.1
+    assert second == pytest.approx(0, abs=1e-9)
+
+
+class StopAt(TrainerCallback):
+    """Ends training after some steps, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
+def test_projections_are_trained_saved_and_resumed_and_the_student_stays_plain(tmp_path: Path) -> None:
+    settings = DistillationConfig(
+        alpha_task=0.1, alpha_hidden=1.0, alpha_hidden_layers=1.0, alpha_simkd=1.0, alpha_attention=0.5, layer_map="dynamic"
+    )
+    teacher, rows = sequence_task(seed=1, count=32, **WIDE)
+    ends = {}
+    for name in ("straight", "resumed"):
+        kept = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 1, "optim": "adamw_torch", "weight_decay": 0.1}
+        student = sequence_task(seed=0, count=32)[0]
+        trainer = distiller(tmp_path / name, student, teacher, rows, settings, [StopAt(1)] if name == "resumed" else [], **kept)
+        start = snapshot(trainer.projections)
+        assert start.keys() == {"hidden.weight", "hidden_layers_layers.weight", "simkd.weight"}
+        trainer.train()
+        if name == "resumed":
+            torch.manual_seed(123)
+            trainer = distiller(tmp_path / name, sequence_task(seed=5, count=32)[0], teacher, rows, settings, [], **kept)
+            with torch.no_grad():
+                for parameter in trainer.projections.parameters():
+                    parameter.zero_()
+            trainer.train(resume_from_checkpoint=True)
+        ends[name] = snapshot(trainer.model), snapshot(trainer.projections), training_logs(trainer)[1:]
+    assert not any(torch.equal(start[name], ends["straight"][1][name]) for name in start)
+    assert_equal(ends["straight"][0], ends["resumed"][0])
+    assert_equal(ends["straight"][1], ends["resumed"][1])
+    for one, other in zip(ends["straight"][2], ends["resumed"][2]):
+        assert {name: one[name] for name in one if name.endswith("loss")} == {
+            name: other[name] for name in one if name.endswith("loss")
+        }
+    folder = tmp_path / "straight" / "checkpoint-4"
+    assert load_file(folder / "model.safetensors").keys() == student.state_dict().keys()
+    assert_equal(snapshot(AutoModelForSequenceClassification.from_pretrained(folder)), ends["straight"][0])
+
+
+def test_a_checkpoint_without_the_projections_is_refused(tmp_path: Path) -> None:
+    teacher, rows = sequence_task(seed=1, count=16)
+    kept = {"save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, sequence_task(seed=0, count=16)[0], teacher, rows, ALL_LOSSES, **kept)
+    wide = sequence_task(seed=1, count=16, **WIDE)[0]
+    trainer = distiller(tmp_path, sequence_task(seed=0, count=16)[0], wide, rows, ALL_LOSSES, **kept)
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint-2 holds no distillation.safetensors: it was not written by a run with"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("changes", [{}, WIDE], ids=["equal", "wider"])
+def test_the_reused_classifier_is_the_teachers_in_a_plain_student(changes: dict[str, int], tmp_path: Path) -> None:
+    teacher, rows = sequence_task(seed=1, count=16, **changes)
+    student = sequence_task(seed=0, count=16)[0]
+    settings = DistillationConfig(alpha_task=0.0, alpha_logits=0.0, alpha_simkd=1.0)
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, num_train_epochs=20, weight_decay=0.1)
+    logs = training_logs(trainer)
+    assert logs[-1]["simkd_loss"] < 0.5 * logs[0]["simkd_loss"]
+    weight = teacher.classifier.weight
+    weight = weight @ trainer.projections["simkd"].weight if changes else weight
+    torch.testing.assert_close(student.classifier.weight, weight, rtol=0, atol=0)
+    assert torch.equal(student.classifier.bias, teacher.classifier.bias)
+    assert student.classifier.weight.requires_grad
+    # Logits are the teacher's classifier of the projected features, in any plain copy.
+    trainer.save_model(tmp_path / "saved")
+    assert sorted(os.listdir(tmp_path / "saved")) == ["config.json", "model.safetensors", "training_args.bin"]
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    inputs = {name: torch.tensor([rows[0][name]]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        features = student.eval().bert(**inputs).pooler_output
+        features = trainer.projections["simkd"](features) if changes else features
+        torch.testing.assert_close(loaded(**inputs).logits, teacher.classifier(features))
+
+
+def test_attention_maps_switch_to_eager_attention(tmp_path: Path) -> None:
+    teacher, rows = sequence_task(seed=1, count=8)
+    student = sequence_task(seed=0, count=8)[0]
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    trainer, _ = train(tmp_path, student, teacher, rows, DistillationConfig(alpha_attention=1.0))
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "eager"
+    assert training_logs(trainer)[0]["attention_loss"] > 0.01
+
+
+def test_attention_loss_equals_its_formula() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5)
+    student[..., 4:], teacher[..., 4:] = -math.inf, -math.inf  # a key that is padding
+    student, teacher = student.softmax(-1), teacher.softmax(-1)
+    weights = torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    for heads in (3, 2):
+        expected = sum(slow_attention(student[i, :, j], teacher[i, :heads, j]) for i, j in weights.nonzero().tolist())
+        torch.testing.assert_close(attention_loss(student, teacher[:, :heads], weights), expected)
+    assert attention_loss(student, student, weights) == pytest.approx(0, abs=1e-6)
+    # Keys that are dropped out are left out.
+    dropped = student.clone()
+    dropped[..., 1] = 0
+    kept = [0, 2, 3, 4]
+    expected = sum(slow_attention(student[i, :, j][:, kept], teacher[i, :, j][:, kept]) for i, j in weights.nonzero().tolist())
+    torch.testing.assert_close(attention_loss(dropped, teacher, weights), expected)
+
+
+def test_attention_dropout_leaves_the_gradient_right_on_average() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(1, 1, 1, 6, requires_grad=True)
+    teacher, weights = torch.randn(1, 1, 1, 6).softmax(-1), torch.ones(1, 1)
+    attention = scores.softmax(-1)
+    (plain,) = torch.autograd.grad(attention_loss(attention, teacher, weights), attention, retain_graph=True)
+    drawn = torch.stack([F.dropout(attention, 0.25) for _ in range(8000)], dim=1)[0]
+    loss = attention_loss(drawn, teacher.expand(8000, -1, -1, -1), weights.expand(8000, -1))
+    (dropped,) = torch.autograd.grad(loss, attention)
+    torch.testing.assert_close(dropped / 8000 / 0.75, plain, rtol=0.03, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    folders = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for folder in folders.values():
+        folder.mkdir()
+    main(folders[1])
+    script = Path(__file__).with_name("launch_distillation.py")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, str(script), str(folders[2])], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for case in CASES:
+        one, two = (load_file(folder / f"{case}.safetensors") for folder in folders.values())
+        assert one.keys() == two.keys()
+        start = TASKS[case](seed=0, count=1)[0].state_dict()
+        assert any((one[name] - start[name]).abs().max() > 1e-3 for name in start.keys() & one.keys())
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{case} {name}: {text}")  # noqa: B023
+        left, right = (json.loads((folder / f"{case}.json").read_text()) for folder in folders.values())
+        assert (left["processes"], right["processes"]) == (1, 2)
+        for before, after in zip(left["logs"], right["logs"]):
+            assert after == pytest.approx(before, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -371,13 +601,14 @@ def test_a_teacher_of_another_width_may_teach_logits(tmp_path: Path) -> None:
     [
         ({"num_labels": 3}, DistillationConfig(), "teacher: has num_labels=3, the student 2; they must be equal."),
         (
-            {"hidden_size": 16, "num_attention_heads": 2},
-            ALL_LOSSES,
-            "alpha_hidden=0.7: the teacher's hidden_size=16 must equal the student's 32.",
+            {"id2label": {0: "LABEL_1", 1: "LABEL_0"}, "label2id": {"LABEL_1": 0, "LABEL_0": 1}},
+            DistillationConfig(),
+            "teacher: has label2id={'LABEL_1': 0, 'LABEL_0': 1}, the student {'LABEL_0': 0, 'LABEL_1': 1}; "
+            "their order must be equal.",
         ),
     ],
 )
-def test_a_teacher_that_does_not_fit(overrides: dict[str, int], settings: DistillationConfig, message: str, tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_fit(overrides: dict[str, Any], settings: DistillationConfig, message: str, tmp_path: Path) -> None:
     student, teacher = tiny_bert(), tiny_bert(seed=1, **overrides)
     with pytest.raises(ValueError, match=r"must (be )?equal") as error:
         DistillationTrainer(student, arguments(tmp_path), teacher=teacher, distillation=settings)
@@ -401,7 +632,8 @@ def test_the_student_cannot_be_its_own_teacher(tmp_path: Path) -> None:
         ({"alpha_hidden": math.nan}, "alpha_hidden=nan: must be 0 or more."),
         (
             {"alpha_task": 0.0, "alpha_logits": 0.0},
-            "alpha_task, alpha_logits, alpha_hidden=(0.0, 0.0, 0.0): at least one must be greater than 0.",
+            "alpha_task, alpha_logits, alpha_hidden, alpha_hidden_layers, alpha_attention, alpha_simkd="
+            "(0.0, 0.0, 0.0, 0.0, 0.0, 0.0): at least one must be greater than 0.",
         ),
     ],
 )
@@ -411,21 +643,73 @@ def test_bad_settings(settings: dict[str, float], message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"alpha_logit": 0.5}, "alpha_logit=0.5: is not a field of DistillationConfig; .* Did you mean 'alpha_logits'"),
+        ({"layer_map": "unifrom"}, "layer_map='unifrom': must be 'uniform', 'last', 'dynamic' or .* Did you mean 'uniform'"),
+        ({"layer_map": [[0]]}, r"layer_map=\[\[0\]\]: must be"),
+        ({"layer_map": [[0, -1]]}, r"layer_map=\[\[0, -1\]\]: must be"),
+        ({"layer_map": []}, r"layer_map=\[\]: must be"),
+        ({"alpha_task": "much"}, "alpha_task='much': must be 0 or more"),
+        ({"alpha_simkd": math.inf}, "alpha_simkd=inf: must be 0 or more"),
+        ({"alpha_attention": 1.0, "layer_map": "dynamic"}, "layer_map='dynamic': needs alpha_hidden_layers greater than 0"),
+    ],
+)
+def test_bad_plain_data(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(PruningConfigError, match=message):
+        DistillationConfig.from_dict(data)
+
+
+def test_the_config_survives_json() -> None:
+    for settings in (DistillationConfig(), EVERY_LOSS, DistillationConfig(alpha_hidden_layers=1.0, layer_map=[(0, 1), (2, 3)])):
+        assert DistillationConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("sequence", {"alpha_hidden_layers": 1.0, "layer_map": [[0, 3]]}, "the teacher has layers 0 to 2, so no layer 3"),
+        ("sequence", {"alpha_attention": 1.0, "layer_map": [[4, 0]]}, "the student has layers 0 to 2, so no layer 4"),
+        (
+            "causal",
+            {"alpha_simkd": 1.0},
+            "alpha_simkd='GPT2LMHeadModel': needs a model that ends in a linear classifier of its own",
+        ),
+    ],
+)
+def test_losses_that_the_models_cannot_have(task: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    teacher, rows = TASKS[task](seed=1, count=8)
+    student = TASKS[task](seed=0, count=8)[0]
+    with pytest.raises(PruningConfigError, match=message):
+        distiller(tmp_path, student, teacher, rows, DistillationConfig(**settings))
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_of_another_vocabulary(tmp_path: Path) -> None:
+    teacher, rows = TASKS["causal"](seed=1, count=8, vocab_size=70)
+    with pytest.raises(ValueError, match=r"teacher: gives logits \[8, 12, 70\], the student \[8, 12, 99\]; they must be equal"):
+        train(tmp_path, TASKS["causal"](seed=0, count=8)[0], teacher, rows, DistillationConfig())
+
+
 def test_rows_without_labels_are_an_error_that_says_so(tmp_path: Path) -> None:
     rows = [{name: value for name, value in row.items() if name != "labels"} for row in ragged_rows(8)]
     with pytest.raises(ValueError, match=r"no loss for the inputs input_ids, attention_mask; do they hold labels\?"):
         train(tmp_path, tiny_bert(), tiny_bert(seed=1), rows)
 
 
-@pytest.mark.parametrize("task", ["sequence", "token"])
-def test_bf16_trains_and_stays_close(task: str, tmp_path: Path) -> None:
-    teacher, rows = TASKS[task](seed=1, count=16)
+@pytest.mark.parametrize(
+    ("task", "settings", "changes"),
+    [("sequence", EVERY_LOSS, WIDE), ("token", ALL_LOSSES, {}), ("multi-label", ALL_LOSSES, {}), ("question", ALL_LOSSES, {})],
+)
+def test_bf16_trains_and_stays_close(task: str, settings: DistillationConfig, changes: dict[str, int], tmp_path: Path) -> None:
+    teacher, rows = TASKS[task](seed=1, count=16, **changes)
     logs = []
     for bf16 in (False, True):
         student = TASKS[task](seed=0, count=16)[0]
-        trainer, _ = train(tmp_path, student, teacher, rows, bf16=bf16, gradient_accumulation_steps=2)
+        trainer, _ = train(tmp_path, student, teacher, rows, settings, bf16=bf16, gradient_accumulation_steps=2)
         assert student.dtype == torch.float32
         logs.append(training_logs(trainer)[0])
-    for name in ("loss", "task_loss", "logits_loss", "hidden_loss"):
+    for name in (name for name in logs[0] if name.endswith("loss")):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05)
         assert logs[1][name] != logs[0][name]

@@ -22,11 +22,11 @@ from hf_prune.units import UnitGroup, View
 def test_view_sums_blocks_and_spreads_units(height: int, width: int, rows: int, columns: int, skip: int, seed: int) -> None:
     torch.manual_seed(seed)
     matrix = torch.randn(skip + rows * height, columns * width)
-    view = View(Target("w", "m", nn.Parameter(matrix)), height, width, skip, matrix.shape[0])
+    masked = nn.Parameter(matrix.clone())
+    view = View(Target("w", "m", masked), height, width, skip, matrix.shape[0])
     kept = torch.rand(rows * columns) < 0.5
     sums = UnitGroup("m", (view,)).reduce(lambda target: matrix, "sum")
-    masked = matrix.clone()
-    view.apply(kept, masked)
+    view.apply(kept)
     assert torch.equal(masked[:skip], matrix[:skip])
     for unit in range(rows * columns):
         top, left = skip + unit // columns * height, unit % columns * width
@@ -166,3 +166,28 @@ def test_levels_nest() -> None:
     levels = [parse_pattern(text).level for text in ("4x1", "2:4", "1xchannel", "channelx1", "head", "kv_group", "neuron")]
     assert levels == [0, 0, 1, 1, 2, 2, 2]
     assert Pattern("N:M", 2, 4).max_sparsity == 0.5
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "modernbert", "llama"])
+def test_blocks_by_role_are_tiles_rows_and_columns(family: str) -> None:
+    """Together they hold every weight of the blocks once; a living head or neuron needs a tile in each line that decides."""
+    model = tiny(family, "bare")
+    found = find_blocks(model)
+    groups, left_out = build_groups(parse_pattern("auto"), [], found)
+    assert not left_out
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+    for group in groups:
+        (view,) = group.weights
+        role = group.name.rsplit(".", 1)[1]
+        expected = {"up": (1, view.target.shape[1]), "gate": (1, view.target.shape[1]), "down": (view.target.shape[0], 1)}
+        assert (view.height, view.width) == expected.get(role, (8, 8))
+        shared = family == "llama" and role == "value"
+        assert group.lines == {"down": "columns", "output": "columns", "query": "", "key": ""}.get(role, "" if shared else "rows")
+        assert bool(group.biases) == (role in ("up", "gate") and family in ("bert", "gpt2"))
+        assert group.block in [block.name for block in found]
+        group.apply(torch.zeros(group.num_units, dtype=torch.bool))
+    names = {part.name for block in found for part in block.projections}
+    for name, module in model.named_modules():
+        if name in names:
+            assert not module.weight.any()

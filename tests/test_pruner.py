@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_prune import Pruner, PruningConfig, PruningConfigError, condense
 from hf_prune.config import CONFLICTS, CRITERIA, parse_pattern
 
-PATTERNS = ["1x1", "4x1", "8x8", "2:4", "1:4", "1xchannel", "channelx1", "head", "kv_group", "neuron", "block", "layer"]
+PATTERNS = ["1x1", "4x1", "8x8", "2:4", "1:4", "1xchannel", "channelx1", "auto", "head", "kv_group", "neuron", "block", "layer"]
 SCHEDULES = ["constant", "linear", "cubic", "exp", "cos", "cube", "polynomial(2)", "lottery"]
 SCOPES = ["local", "global"]
 STEPS = 8

@@ -47,3 +47,17 @@ def test_every_update(name: str, begin: int, end: int, frequency: int) -> None:
     assert timeline.sparsity(updates[-1]) == 0.9
     values = [timeline.sparsity(step) for step in range(201)]
     assert values == sorted(values)
+
+
+@pytest.mark.parametrize(("begin", "end", "updates"), [(46, 598, 12), (0, 7, 3), (5, 30, 4)])
+def test_updates_are_as_many_as_asked_for_and_evenly_spread(begin: int, end: int, updates: int) -> None:
+    timeline = Timeline(begin, end, (end - begin) / updates, "exp", 0.0, 0.8)
+    due = [step for step in range(begin + 1, end + 10) if timeline.is_due(step)]
+    assert (len(due), due[-1]) == (updates, end)
+    gaps = {later - earlier for earlier, later in zip([begin, *due], due)}
+    assert max(gaps) - min(gaps) <= 1
+    assert [timeline.last_due(step) for step in due] == due
+    # geometric: each update removes as large a share of what is left, to within the rounding of steps
+    left = [1 - timeline.sparsity(step) for step in [max(begin, 1), *due]]
+    for number, share in enumerate(left[1:], start=1):
+        assert share == pytest.approx((1 - 0.8) ** (number / updates), rel=0.25)

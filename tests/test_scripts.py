@@ -159,6 +159,29 @@ def test_errors_say_which_argument(start: Path, tmp_path: Path, changes: dict[st
         run_glue.main(flags(job(start, tmp_path, "jsonl") | changes))
 
 
+def test_pipeline_with_a_recipe(start: Path, tmp_path: Path) -> None:
+    recipe = {
+        "metric": "accuracy",
+        "training": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+        "stages": [
+            {"name": "fine-tune"},
+            {"name": "heads", "pruning": {"pattern": "head", "cooldown_steps": 1, "frequency": 1}, "distillation": {}},
+        ],
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    given = {name: value for name, value in job(start, tmp_path, "jsonl").items() if name not in ("max_steps", "save_steps")}
+    command = [sys.executable, str(SCRIPTS / "prune_pipeline.py"), f"--recipe={tmp_path / 'recipe.json'}", *flags(given)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert printed.returncode == 0, printed.stdout + printed.stderr
+    rows = json.loads((tmp_path / "out" / "pipeline_results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["fine-tune", "heads"]
+    assert all(row["name"] in printed.stdout and f"{row['parameters']:,}" in printed.stdout for row in rows)
+    assert sum(rows[1]["heads"]) == sum(rows[0]["heads"]) / 2
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "02-heads")
+    assert again.num_parameters() == rows[1]["parameters"] < rows[0]["parameters"]
+
+
 def test_quickstart_task_needs_word_order() -> None:
     train, validation = quickstart.make_rows(2000, seed=0), quickstart.make_rows(1000, seed=1)
     assert 0.45 < quickstart.bag_of_words_accuracy(train, validation) < 0.56

@@ -13,15 +13,45 @@ from .families import spec_for
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a `PeftModel`; any other model as it is."""
+    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return found
+
+
+def active_copy(module: Any) -> Any:
+    """What computes in the place of a module that PEFT's `modules_to_save` names: its active copy. Any other module as it is."""
+    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+        return module
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active else module.original_module
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module is a layer of PEFT around a layer of the model."""
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
+def base_layer(module: Any) -> Any:
+    """The layer of the model under its adapters, if it has any."""
+    while is_adapted(module):
+        module = module.base_layer
+    return module
+
+
 def out_features(module: nn.Module) -> int:
     """Number of outputs of a Linear or of GPT-2's Conv1D (whose weight is stored `[in, out]`)."""
-    weight = module.get_parameter("weight")
-    return weight.shape[1 if isinstance(module, Conv1D) else 0]
+    layer = base_layer(module)
+    size: int = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+    return size
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection of a block: the module, its name in the model, and the range of output rows that belongs to it."""
+    """A projection of a block: the module, its name in the model, and the range of output rows that belongs to it.
+
+    Under PEFT the module is the layer with its adapters, and the name is the one without them.
+    """
 
     name: str
     module: nn.Module
@@ -94,12 +124,14 @@ Block = AttentionBlock | FeedForwardBlock
 def _get(root: Any, path: str) -> Any:
     """The attribute at a dotted path, or None."""
     for step in path.split("."):
-        root = getattr(root, step, None)
+        root = active_copy(getattr(root, step, None))
     return root
 
 
 def _projection(layer: nn.Module, layer_name: str, part: Part) -> Projection:
     module = _get(layer, part.path)
+    if module is None:
+        raise ValueError(f"{layer_name} has no {part.path}, which the architecture spec of its family names.")
     size = out_features(module) // part.parts
     return Projection(f"{layer_name}.{part.path}", module, part.index * size, (part.index + 1) * size)
 
@@ -118,7 +150,12 @@ def layer_lists(base: nn.Module, path: str) -> dict[str, Any]:
 
 
 def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
-    """Yield every block of `model` that `spec` describes, layer by layer."""
+    """Yield every block of `model` that `spec` describes, layer by layer; adapters of PEFT are seen through.
+
+    Raises:
+        ValueError: a block lacks a projection.
+    """
+    model = unwrapped(model)
     base: Any = getattr(model, "base_model", model)
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
     for path in spec.layers:
@@ -156,7 +193,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """The blocks of a transformers model, by its `config.model_type`.
 
     Raises:
-        ValueError: the family has no spec.
+        ValueError: the family has no spec, or the model is not what its spec describes.
     """
+    model = unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return list(blocks(model, spec_for(str(model_type))))

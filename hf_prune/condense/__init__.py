@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import spec_for
-from ..architectures.blocks import layer_lists
+from ..architectures import Projection, spec_for
+from ..architectures.blocks import base_layer, layer_lists, unwrapped
+from ..lora import adapter_of
 from .layers import owner_of, remove_layers, without_inputs
 from .plan import BlockPlan, CondensePlan, condense_plan
 from .resize import add_bias, inputs_of, keep_units, output_of, set_own_heads, shrink
@@ -22,7 +23,7 @@ from .verify import compare, observe
 
 __all__ = ["BlockPlan", "CondensePlan", "condense", "condense_plan", "shrink"]
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None = None) -> Model:
@@ -37,8 +38,11 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     A layer that has nothing left and only adds to what it is given (pre-norm) goes too, where that is exact; see `layers.py`.
     `output_hidden_states` then has an entry less: what the removed layer was given. A post-norm layer keeps its LayerNorms.
 
+    Under LoRA the merged weights say what is dead, and base model and adapters are cut alongside. Adapters saved from then on load
+    onto the condensed base model (`model.unload()`), which is saved like any other.
+
     Args:
-        model: a transformers model; it is changed in place, all or nothing.
+        model: a transformers model, or a `PeftModel` of one; it is changed in place, all or nothing.
         verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch.
         pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this. Matrix kernels are
             slow on odd sizes: 16 makes unevenly pruned models faster than none, for few parameters more.
@@ -51,27 +55,31 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         RuntimeError: a `Pruner` is attached, or verification failed (differences above 1e-5 in float32; see `verify.tolerance`).
         ValueError: see [`condense_plan`].
     """
-    if not isinstance(model, PreTrainedModel):
+    body = unwrapped(model)
+    if not isinstance(body, PreTrainedModel):
         raise TypeError(
-            f"model is a {type(model).__name__}; allowed: a transformers PreTrainedModel. "
-            "Merge adapters (`merge_and_unload()`) and unwrap distributed wrappers first."
+            f"model is a {type(body).__name__}; allowed: a transformers PreTrainedModel, or a PeftModel of one. "
+            "Unwrap distributed wrappers first."
         )
-    if getattr(model, "_hf_prune_attached", False):
+    if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise ValueError("model learns keys and values for every head (prefix tuning), so none can go; condense it without.")
+    if getattr(body, "_hf_prune_attached", False):
         raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` before condensing it.")
-    plan = condense_plan(model, pad_to_multiple_of)
+    plan = condense_plan(body, pad_to_multiple_of)
     if not plan.changed and not plan.removed:
         return model
-    before = observe(model) if verify else None
-    with _all_or_nothing(model, plan):
-        for block in plan.changed:
-            _fold(block)
-            if block.dead.any():
-                keep_units(block.block, block.kept, block.key_values)
-                set_own_heads(block.block, block.heads)
-        remove_layers(model, spec_for(model.config.model_type), plan.removed)
-        model.config.hf_prune = plan.entry(getattr(model.config, "hf_prune", None))
+    before = observe(body) if verify else None
+    with _all_or_nothing(body, plan):
+        with _zeros_held(plan):
+            for block in plan.changed:
+                _fold(block)
+                if block.dead.any():
+                    keep_units(block.block, block.kept, block.key_values)
+                    set_own_heads(block.block, block.heads)
+        remove_layers(body, spec_for(body.config.model_type), plan.removed)
+        body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
         if before is not None:
-            compare(without_inputs(before, plan.removed), observe(model), model.dtype)
+            compare(without_inputs(before, plan.removed), observe(body), body.dtype)
     return model
 
 
@@ -79,17 +87,37 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
 def _fold(plan: BlockPlan) -> None:
     """Add what the dead units contribute whatever the input to the output bias, in float32 at least."""
     if plan.shift.any():
-        output = output_of(plan.block).module
+        output = base_layer(output_of(plan.block).module)
         add_bias(output)
-        bias = output.get_parameter("bias")
+        bias = output.bias
         shifted = (bias.to(plan.shift.dtype) + plan.shift).to(bias.dtype)
         output.bias = nn.Parameter(shifted, requires_grad=bias.requires_grad)
 
 
 @contextmanager
+def _zeros_held(plan: CondensePlan) -> Iterator[None]:
+    """Weights that are zero together with their LoRA adapter stay so when both are cut, however the smaller product is rounded."""
+    parts = {part.module: part.name for part in _parts(plan)}
+    adapters = [adapter for module, name in parts.items() if (adapter := adapter_of(name, module)) is not None]
+    for adapter in adapters:
+        adapter.keep_exact()
+        base_layer(adapter.layer).zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
+    yield
+    for adapter in adapters:
+        layer = base_layer(adapter.layer)
+        layer.weight.data = torch.where(layer.zeros, -adapter.delta(), layer.weight.data)
+        del layer.zeros
+
+
+def _parts(plan: CondensePlan) -> list[Projection]:
+    """The projections that lose something."""
+    return [part for block in plan.changed for part in (*inputs_of(block.block), output_of(block.block))]
+
+
+@contextmanager
 def _all_or_nothing(model: PreTrainedModel, plan: CondensePlan) -> Iterator[None]:
     """If the body raises, put back every changed module and the config: not equal values but the very same parameters."""
-    modules = {part.module for block in plan.changed for part in (*inputs_of(block.block), output_of(block.block))}
+    modules = {module for part in _parts(plan) for module in part.module.modules()}
     modules |= {block.block.module for block in plan.changed if hasattr(block.block, "module")}
     for path in plan.removed:
         modules |= set(layer_lists(model.base_model, path)[path].modules())

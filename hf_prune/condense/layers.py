@@ -26,6 +26,18 @@ def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
     return dict(zip(spec.layers, spec.depths))
 
 
+def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
+    """The config attribute that counts the layers of each list, whether or not they can go without a trace.
+
+    Raises:
+        ValueError: layers share their weights, so there is no list to take one from.
+    """
+    counts = dict(zip(spec.layers, spec.depths or ["num_hidden_layers"]))
+    if len(counts) < len(spec.layers) or any("*" in path for path in counts):
+        raise ValueError(f"layers: those of {', '.join(spec.layers)} cannot be counted one by one, so none can be removed.")
+    return counts
+
+
 def outline(layer: nn.Module) -> dict[str, type]:
     """What a layer is made of: the stock classes of its modules by their names."""
     return {name: getattr(module, "stock_class", type(module)) for name, module in layer.named_modules()}
@@ -64,7 +76,7 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = number
-        setattr(model.config, depths(model, spec)[path], len(layers))
+        setattr(model.config, layer_counts(spec)[path], len(layers))
         stack: Any = owner_of(model, path)
         if stack.config is not model.config:  # each stack of T5 has a copy of its own
             stack.config.num_hidden_layers = len(layers)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
-from ..architectures.blocks import layer_lists
+from ..architectures.blocks import base_layer, layer_lists
+from ..lora import adapter_of
 from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 
@@ -158,8 +159,8 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
         pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this (or zero).
 
     Raises:
-        ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, or
-            `pad_to_multiple_of` is not a positive whole number.
+        ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, its
+            adapter is not a plain LoRA one, or `pad_to_multiple_of` is not a positive whole number.
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
@@ -294,16 +295,21 @@ def _shift(block: Block, dead: Tensor, constant: Tensor) -> tuple[Tensor, bool]:
 
 
 def matrix(part: Projection) -> Tensor:
-    """The part's weight as `[out, in]`."""
-    weight: Tensor = part.module.get_parameter("weight").detach()
-    return (weight.T if isinstance(part.module, Conv1D) else weight)[part.start : part.stop]
+    """The part's weight as `[out, in]`; under LoRA the merged one."""
+    layer, adapter = base_layer(part.module), adapter_of(part.name, part.module)
+    weight: Tensor = layer.weight.detach() if adapter is None else adapter.merged()
+    return (weight.T if isinstance(layer, Conv1D) else weight)[part.start : part.stop]
 
 
 def bias(part: Projection) -> Tensor:
-    """The part's bias, zeros if it has none, `[out]`."""
+    """The part's bias, zeros if it has none, `[out]`; under LoRA the merged one."""
     if not has_bias(part.module):
         return matrix(part).new_zeros(part.stop - part.start)
-    return part.module.get_parameter("bias").detach()[part.start : part.stop]
+    layer, adapter = base_layer(part.module), adapter_of(part.name, part.module)
+    total: Tensor = layer.bias.detach()
+    if adapter is not None and has_bias(adapter.lora_B):
+        total = total + adapter.lora_B.get_parameter("bias").detach() * adapter.layer.scaling[adapter.name]
+    return total[part.start : part.stop]
 
 
 def _zero_rows(part: Projection) -> Tensor:
@@ -315,11 +321,11 @@ def _zero_columns(part: Projection) -> Tensor:
 
 
 def _check_plain(part: Projection) -> None:
-    module: Any = part.module
+    module = base_layer(part.module)
     if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
         raise ValueError(
             f"{part.name} is a {type(module).__name__}; condensing rewrites plain floating-point Linear and Conv1D layers. "
-            "Merge adapters (`merge_and_unload()`) and dequantize first."
+            "Dequantize it first."
         )
     if "weight" not in module._parameters:
         raise ValueError(

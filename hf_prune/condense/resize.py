@@ -45,7 +45,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
-from ..architectures.blocks import layer_lists, out_features
+from ..architectures.blocks import base_layer, is_adapted, layer_lists, out_features
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -249,8 +249,8 @@ def set_own_heads(block: Block, heads: list[int] | None) -> None:
 def add_bias(module: nn.Module) -> None:
     """Give a projection without a bias one of zeros."""
     if not has_bias(module):
-        weight = module.get_parameter("weight")
-        module.bias = nn.Parameter(weight.detach().new_zeros(out_features(module)), requires_grad=weight.requires_grad)
+        layer = base_layer(module)
+        layer.bias = nn.Parameter(layer.weight.detach().new_zeros(out_features(layer)), requires_grad=layer.weight.requires_grad)
 
 
 def has_bias(module: Any) -> bool:
@@ -266,8 +266,16 @@ def set_attribute(module: Any, name: str, value: Any) -> None:
 def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
     """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay.
 
-    A projection that has no inputs left returns its bias, see [`NoInputs`]; parameters without elements are frozen.
+    LoRA adapters of the layer, active or not, lose the same outputs of B (inputs of A). A projection that has no inputs left
+    returns its bias, see [`NoInputs`]; parameters without elements are frozen.
     """
+    size = "out_features" if outputs else "in_features"
+    if is_adapted(module):
+        layer: Any = module
+        for part in (layer.base_layer, *(layer.lora_B if outputs else layer.lora_A).values()):
+            keep_features(part, features, outputs)
+        set_attribute(layer, size, len(features))
+        return
     stored_in_out = isinstance(module, Conv1D)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if name == "bias" and not outputs:
@@ -277,10 +285,8 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
         # one without elements never gets a gradient, which distributed training takes for an error
         setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad and kept.numel() > 0))
     if stored_in_out:
-        attribute = "nf" if outputs else "nx"
-    else:
-        attribute = "out_features" if outputs else "in_features"
-    setattr(module, attribute, len(features))
+        size = "nf" if outputs else "nx"
+    set_attribute(module, size, len(features))
     if not outputs and len(features) == 0:
         module.__class__ = NoInputsConv1D if stored_in_out else NoInputsLinear
 

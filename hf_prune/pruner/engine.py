@@ -18,25 +18,29 @@ pruner.finish()
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import allocate, normalize
+from ..architectures.blocks import unwrapped
 from ..config import PruningConfig
+from ..distributed import bare_model, differing, is_sharded, local, placed_like, summed, whole
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
 from .plan import PruningPlan, make_plan
-from .rules import Rule, match_rules
+from .rules import Rule, alive_units, match_rules
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class Pruner:
     """Prunes a model while any loop trains it.
 
     Args:
-        model: the model; its parameters are changed in place, never renamed or wrapped.
+        model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
+            renamed or wrapped. With LoRA adapters, the merged weights are pruned, see `lora.py`; other kinds are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
@@ -46,12 +50,18 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
-        if getattr(model, "_hf_prune_attached", False):
-            raise RuntimeError("A Pruner is attached to this model already; call its finish() first.")
+        model = bare_model(model)
+        if getattr(unwrapped(model), "_hf_prune_attached", False):
+            raise RuntimeError(
+                "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
+            )
         self.model = model
         self.config = config
-        #: Optimizer steps seen.
+        #: Optimizer steps of the run that are over. Set it to begin with pruning late in a run: the first step then catches up.
         self.steps = 0
+        self._skipped = False
+        #: Parameter name → norm of its gradient as backward left it; clipping spreads what is not finite to all of them.
+        self._norms: dict[str, Tensor] = {}
         self._rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch)
         views = [view for rule in self._rules for group in rule.groups for view in (*group.weights, *group.biases)]
         self._targets: dict[str, Target] = {view.target.name: view.target for view in views}
@@ -66,44 +76,77 @@ class Pruner:
         self._rewind: dict[str, Tensor] = {}
         for rule in self._rules:
             if rule.criterion.regrows:
-                self._values |= {name: torch.zeros_like(self._targets[name].parameter) for name in rule.weight_names}
+                views = [view for group in rule.groups for view in (*group.weights, *group.biases)]
+                self._values |= {view.target.name: torch.zeros_like(view.target.parameter) for view in views}
                 rule.criterion.values = self._values  # type: ignore[attr-defined]
             rule.criterion.attach(model, rule.groups)
         self._keep_for_rewind()
-        model._hf_prune_attached = True  # type: ignore[assignment]
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
+            for name, parameter in trained
+        ]
+        for target in self._targets.values():
+            if target.adapter is not None:
+                target.adapter.keep_exact()
+        unwrapped(model)._hf_prune_attached = True  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------ the three moments
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Read gradients, complete, unscaled and clipped, before `optimizer.step()`; drop those of masked weights."""
+    def observe(self, scaled_loss: bool = False) -> None:
+        """Read gradients, complete, unscaled and clipped, before `optimizer.step()`; drop those of masked weights.
+
+        Args:
+            scaled_loss: a `GradScaler` is at work (fp16). It skips the step when a gradient is not finite; such a step counts as a
+                step of the schedule, and is no observation.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
+            RuntimeError: the model has no gradient at all, or other parameters than when the pruner was made.
+        """
+        self._check_parameters()
+        broken = _not_finite({name: item.grad for name, item in self.model.named_parameters() if item.grad is not None})
+        if broken and not scaled_loss:
+            raise FloatingPointError(self._overflow(broken))
+        self._skipped = bool(broken)
+        self._norms.clear()
         for rule in self._rules:
-            if self.steps < rule.timeline.last_update:
-                rule.criterion.progress = rule.progress(self.steps + 1)
-                for group in rule.groups:
-                    rule.criterion.observe(group)
+            if rule.over(self.steps):
+                continue
+            if self._skipped:
+                rule.criterion.discard()
+                continue
+            rule.criterion.begin_step(rule.progress(self.steps + 1))
+            for group in rule.groups:
+                rule.criterion.observe(group)
         self._apply(gradients=True)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change masks if an update is due, and apply them; right after `optimizer.step()`."""
+        """Change masks if an update is due, and apply them; right after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: several processes train together and came to different masks.
+        """
         self.steps += 1
-        due = [rule for rule in self._rules if rule.timeline.is_due(self.steps)]
+        due = [rule for rule in self._rules if not self._skipped and rule.due(self.steps)]
         self._apply()  # momentum moves masked weights too, and scores are read from masked values
         self._keep_for_rewind()
         if not due:
             return
         for rule in due:
             self._update(rule)
+        self._check_ranks(due)
         for rule in due:
             if rule.settings.schedule == "lottery":
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(self._rewind[name])
         self._exchange_values()
         for rule in due:
-            if self.steps >= rule.timeline.last_update:
+            if rule.over(self.steps):
                 rule.criterion.detach()
-        if all(self.steps >= rule.timeline.last_update for rule in self._rules if rule.settings.schedule == "lottery"):
+        if not self._lotteries():
             self._rewind.clear()
 
     def finish(self) -> None:
@@ -124,7 +167,9 @@ class Pruner:
         """Remove hooks and let go of the model as it is, after a run that was cut short."""
         for rule in self._rules:
             rule.criterion.detach()
-        self.model._hf_prune_attached = False  # type: ignore[assignment]
+        for handle in self._handles:
+            handle.remove()
+        unwrapped(self.model)._hf_prune_attached = False  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------------- reporting
 
@@ -137,16 +182,29 @@ class Pruner:
         zeros, elements = count_zeros(self._weights.values())
         return zeros / elements
 
-    def target_sparsity(self) -> float:
-        """The sparsity that the schedules ask for at the current step, over the same weights."""
+    def target_sparsity(self, step: int | None = None) -> float:
+        """The sparsity that the schedules ask for at `step`, by default the current one, over the same weights."""
+        step = self.steps if step is None else step
         density = {name: 1.0 for name in self._weights if name not in self._locked}
-        density |= {name: float(mask.float().mean()) for name, mask in self._locked.items() if name in self._weights}
+        density |= {name: int(whole(mask.sum())) / mask.numel() for name, mask in self._locked.items() if name in self._weights}
         for rule in self._rules:
             if rule.settings.scope != "threshold":
                 for name in rule.weight_names:
-                    density[name] = min(density[name], 1.0) * (1 - rule.timeline.sparsity(self.steps))
+                    density[name] = min(density[name], 1.0) * (1 - max(rule.asked, rule.timeline.sparsity(step)))
         sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
         return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    def unmasked_weights(self) -> dict[str, Tensor]:
+        """By name, the parameters under a criterion that lets weights come back, with the values that masked ones left with."""
+        return {name: self._targets[name].parameter.detach() + away for name, away in self._values.items()}
+
+    def figures(self) -> dict[str, float]:
+        """What a log shall say: `sparsity`, `target_sparsity`, and what the criteria report, summed over the rules."""
+        figures = {"sparsity": self.sparsity(), "target_sparsity": self.target_sparsity()}
+        for rule in self._rules:
+            for name, value in rule.criterion.figures().items():
+                figures[name] = figures.get(name, 0.0) + value
+        return figures
 
     @property
     def last_update(self) -> int:
@@ -156,55 +214,87 @@ class Pruner:
     @property
     def done(self) -> bool:
         """Whether the last mask update of every rule has happened."""
-        return self.steps >= self.last_update
+        return all(rule.over(self.steps) for rule in self._rules)
+
+    @property
+    def shortfall(self) -> str | None:
+        """What a model lacks whose pruning ended here, or None if it has its final masks."""
+        if self.done:
+            return None
+        return (
+            f"Pruning is not finished: the model is that of step {self.steps}, its last mask update was due at step "
+            f"{self.last_update}. {self.sparsity():.2%} of the weights are zero and {self.target_sparsity(self.last_update):.2%} "
+            "were asked for."
+        )
 
     # ----------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen."""
+        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen.
+
+        The state of all processes together, the same on each: all of them have to ask for it, and one may save it.
+        """
         state = {"steps": torch.tensor(self.steps), "version": torch.tensor(_STATE_VERSION)}
         for rule in self._rules:
+            state[f"{rule.name}/asked"] = torch.tensor(rule.asked, dtype=torch.float64)
             state |= {f"{rule.name}/kept/{group.name}": kept for group, kept in zip(rule.groups, rule.kept)}
             state |= {f"{rule.name}/criterion/{key}": value for key, value in rule.criterion.state_dict().items()}
         for kind, buffers in (("locked", self._locked), ("values", self._values), ("rewind", self._rewind)):
-            state |= {f"{kind}/{name}": value for name, value in buffers.items()}
-        return state
+            state |= {f"{kind}/{name}": whole(value) for name, value in buffers.items()}
+        return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._regrown_bases().items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` returned, for a pruner of the same config and model.
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Go on from what `state_dict` returned.
+
+        Args:
+            state: the state of a pruner, for a model that holds the weights of the same moment.
+            strict: the pruner had the same config and model. Otherwise a rule that `state` does not hold, or holds for other units,
+                begins with no scores; its units that are all zero are gone.
 
         Raises:
-            ValueError: the state is of another version, config or model. Nothing was changed.
+            ValueError: the state is of another version, or strictly of another config or model. Nothing was changed.
         """
         if int(state.get("version", torch.tensor(-1))) != _STATE_VERSION:
             raise ValueError(f"The pruner state has version {state.get('version')}, this hf_prune reads {_STATE_VERSION}.")
         expected = {f"{rule.name}/kept/{group.name}": group.num_units for rule in self._rules for group in rule.groups}
         found = {key: value.numel() for key, value in state.items() if "/kept/" in key}
-        if expected != found:
-            differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        if differing and strict:
             raise ValueError(f"The pruner state belongs to another config or model; it differs in {', '.join(differing[:5])}.")
         self.steps = int(state["steps"])
         for rule in self._rules:
-            rule.keep([state[f"{rule.name}/kept/{group.name}"].to(group.device) for group in rule.groups])
-            rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
-            if self.steps >= rule.timeline.last_update:
+            if any(key.startswith(f"{rule.name}/") for key in differing):
+                rule.keep(alive_units(rule.groups))
+                rule.asked = sum(int((~kept).sum()) * group.unit_size for group, kept in zip(rule.groups, rule.kept)) / rule.size
+            else:
+                rule.keep([state[f"{rule.name}/kept/{group.name}"].to(group.device) for group in rule.groups])
+                rule.asked = float(state[f"{rule.name}/asked"])
+                rule.criterion.load_state_dict(_under(state, f"{rule.name}/criterion/", rule.groups[0].device))
+            if rule.over(self.steps):
                 rule.criterion.detach()
-        device = next(self.model.parameters()).device
-        self._locked = _under(state, "locked/", device)
-        self._values |= _under(state, "values/", device)
-        self._rewind = _under(state, "rewind/", device)
+        parameters = {name: target.parameter for name, target in self._targets.items()}
+        self._locked = _placed(state, "locked/", parameters)
+        self._values |= {name: value for name, value in _placed(state, "values/", parameters).items() if name in self._values}
+        self._rewind = _placed(state, "rewind/", dict(self.model.named_parameters())) if self._lotteries() else {}
+        with torch.no_grad():
+            for name, parameter in self._regrown_bases().items():
+                if f"base/{name}" in state:
+                    parameter.copy_(state[f"base/{name}"])
+            self._apply()  # a checkpoint of adapters holds no base weights, so their zeros come from here
 
     # ------------------------------------------------------------------------------------------------------------ inner works
 
     def _update(self, rule: Rule) -> None:
-        settings, progress = rule.settings, rule.progress(self.steps)
+        step = rule.timeline.last_due(self.steps)
+        settings, progress = rule.settings, rule.progress(step)
+        rule.asked = max(rule.asked, rule.timeline.sparsity(step))
         scores = [rule.criterion.scores(group) for group in rule.groups]
         comes_back = rule.criterion.regrows
         removed = allocate(
             rule.groups,
             normalize(scores, settings.normalization),
             [torch.zeros_like(kept) if comes_back else ~kept for kept in rule.kept],
-            rule.timeline.sparsity(self.steps),
+            rule.asked,
             settings.scope,
             floor=settings.min_sparsity_per_module * progress,
             cap=settings.max_sparsity_per_module,
@@ -224,11 +314,17 @@ class Pruner:
     def _exchange_values(self) -> None:
         """Bring back the values of weights whose mask was lifted, mask, and put aside what that takes away."""
         for name, away in self._values.items():
-            away += self._targets[name].parameter
-            self._targets[name].parameter.copy_(away)
+            target = self._targets[name]
+            restored = target.parameter + away
+            away += target.value()
+            target.parameter.copy_(restored)
         self._apply()
         for name, away in self._values.items():
-            away -= self._targets[name].parameter
+            away *= self._targets[name].value() == 0
+
+    def _regrown_bases(self) -> dict[str, Tensor]:
+        """Weights under an adapter that may have come back with another value than the base model's."""
+        return {name: self._targets[name].parameter for name in self._values if self._targets[name].adapter is not None}
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""
@@ -239,22 +335,84 @@ class Pruner:
                 continue
             target, bias = weight_target(name, module), bias_target(name, module)
             self._weights.setdefault(target.name, target)
-            matrix = target.matrix(target.parameter.detach()) != 0
+            matrix = target.weight() != 0
             if bool(matrix.all()):
                 continue
             self._targets.setdefault(target.name, target)
             self._locked[target.name] = target.from_matrix(matrix)
             if bias is not None:
                 self._targets.setdefault(bias.name, bias)
-                self._locked[bias.name] = matrix.any(dim=1) | (bias.parameter.detach() != 0)
+                kept = matrix.any(dim=1, keepdim=True) | (bias.matrix(bias.parameter.detach()) != 0)
+                self._locked[bias.name] = bias.from_matrix(kept)
+
+    def _check_parameters(self) -> None:
+        """Raise if the optimizer trains other parameters than those that will be masked."""
+        present = {id(parameter) for parameter in self.model.parameters()}
+        for name, target in self._targets.items():
+            # What FSDP2 gathers for a forward pass stands in for the shards, which stay the parameters.
+            if id(target.parameter) not in present and not is_sharded(target.parameter):
+                raise RuntimeError(
+                    f"{name!r} is another parameter than when the Pruner was made; make it after whatever replaces parameters, "
+                    "such as `fully_shard`."
+                )
+
+    def _check_ranks(self, rules: list[Rule]) -> None:
+        """Raise on all ranks if the masks of some rules are not the same everywhere."""
+        masks = {f"{rule.name}/{group.name}": kept for rule in rules for group, kept in zip(rule.groups, rule.kept)}
+        if names := differing(masks):
+            raise RuntimeError(
+                f"Ranks disagree at step {self.steps} about the masks of {len(names)} of {len(masks)} modules, first {names[0]!r}: "
+                "their weights or gradients differ. They must start from the same weights, and observe() must see gradients that "
+                "are averaged over ranks, as DDP and FSDP2 do in backward."
+            )
 
     def _keep_for_rewind(self) -> None:
-        """At the start of a lottery schedule, keep every parameter's value."""
-        starts = {rule.timeline.begin for rule in self._rules if rule.settings.schedule == "lottery"}
-        if self.steps in starts:
+        """At the start of a lottery schedule, or at the first step of a run that began later, keep every parameter's value."""
+        starts = [rule.timeline.begin for rule in self._lotteries()]
+        if self.steps in starts or (starts and not self._rewind and self.steps > min(starts)):
             self._rewind = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._norms[name] = torch.linalg.vector_norm(local(parameter.grad.detach()))
+
+    def _overflow(self, broken: list[str]) -> str:
+        """The message about gradients that are not finite: where backward met the first of them."""
+        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
+        others = f", as are those of {len(more)} more parameters" if more else ""
+        cause = ". All gradients are, so the loss seems to be" if len(more) + 1 == len(self._norms) else ""
+        return f"Step {self.steps + 1}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
+
+    def _lotteries(self) -> list[Rule]:
+        """The rules that have lottery tickets to draw."""
+        return [rule for rule in self._rules if rule.settings.schedule == "lottery" and not rule.over(self.steps)]
+
+
+def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
+    """The names of the gradients that hold NaN or infinity; in one pass and with one synchronisation if there are none.
+
+    Raises:
+        RuntimeError: there is no gradient.
+    """
+    if not gradients:
+        raise RuntimeError(
+            "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
+            "backward cannot be used."
+        )
+    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients.values()])
+    if any(is_sharded(gradient) for gradient in gradients.values()):
+        norm = summed(norm)
+    if bool(torch.isfinite(norm)):
+        return []
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(whole(gradient)).all())]
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
     """The entries of a state whose names start with `prefix`, without it."""
     return {key.removeprefix(prefix): value.to(device) for key, value in state.items() if key.startswith(prefix)}
+
+
+def _placed(state: Mapping[str, Tensor], prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that belong to parameters, where those are."""
+    named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in named.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from ..allocation import most_removable
 from ..architectures import Block, find_blocks
 from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
-from ..criteria import CRITERIA, Criterion
+from ..criteria import CRITERIA, ActivationCriterion, Criterion
+from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline
 from ..targets import body_prefix, check_names, names_module, prunable_modules
@@ -30,6 +33,7 @@ class Rule:
         timeline: when its masks change, and to what sparsity.
         kept: bool `[units]` for each group, the units left.
         removed_any: whether a unit is gone, so that masking has something to do.
+        asked: the sparsity asked for at the last mask update; it never falls.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Rule:
     timeline: Timeline
     kept: list[Tensor] = field(default_factory=list)
     removed_any: bool = False
+    asked: float = 0.0
 
     def keep(self, kept: list[Tensor]) -> None:
         """Set the units left."""
@@ -48,6 +53,23 @@ class Rule:
     def progress(self, step: int) -> float:
         """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
         return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
+
+    def behind(self, step: int) -> bool:
+        """Whether the last mask update that was due up to `step` did not happen: the step was skipped, or the run began later."""
+        return self.asked < self.timeline.sparsity(self.timeline.last_due(step))
+
+    def due(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only where more is pruned."""
+        return self.behind(step) or (self.timeline.is_due(step) and self.settings.schedule != "lottery")
+
+    def over(self, step: int) -> bool:
+        """Whether the last mask update has happened."""
+        return step >= self.timeline.last_update and not self.behind(step)
+
+    @property
+    def size(self) -> int:
+        """Weights of its groups."""
+        return sum(group.size for group in self.groups)
 
     @property
     def weight_names(self) -> list[str]:
@@ -73,6 +95,8 @@ def match_rules(
     structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
     blocks = find_blocks(model) if structural else []
     prefix = body_prefix(model)
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    tied = {parameter for parameter, count in owners.items() if count > 1}
     rules: list[Rule] = []
     left_out: dict[str, str] = {}
     named: dict[str, dict[int, str]] = {}
@@ -83,7 +107,10 @@ def match_rules(
         known = [*modules, *(block.name for block in blocks)]
         check_names(settings.target_modules, known, f"{name}.target_modules")
         check_names(settings.exclude_modules, known, f"{name}.exclude_modules")
-        groups, reasons = _groups(name, settings, selected, chosen)
+        if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
+            allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
+            raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
+        groups, reasons = _groups(name, settings, selected, chosen, tied)
         left_out |= reasons
         if not groups and name == "config" and taken:
             continue
@@ -107,21 +134,42 @@ def match_rules(
 
 def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline: Timeline) -> Rule:
     _check_reachable(name, settings, groups)
+    _check_score_rate(name, settings, timeline)
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
-        kept = [group.reduce(lambda target: target.matrix(target.parameter.detach() != 0), "max") > 0 for group in groups]
-    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings.reduction, settings.regularization), timeline)
+        kept = alive_units(groups)
+    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings), timeline)
     rule.keep(kept)
     return rule
 
 
+def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
+    """The units that have a weight which is not zero, bool `[units]` for each group."""
+    return [group.reduce(lambda target: target.weight() != 0, "max") > 0 for group in groups]
+
+
 def _groups(
-    name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block]
+    name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block], tied: set[int]
 ) -> tuple[list[UnitGroup], dict[str, str]]:
-    """The unit groups of a rule, and what it leaves out."""
-    groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    """The unit groups of a rule, and what it leaves out. `tied`: ids of the parameters that several modules share."""
+    try:
+        groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+    except ValueError as error:
+        raise PruningConfigError(
+            f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}"
+        ) from None
+    for target in (view.target for group in groups for view in group.weights):
+        if not target.parameter.is_floating_point():
+            allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and is_sharded(target.parameter):
+            allowed = f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; do one of the two."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and id(target.parameter) in tied:
+            allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
-        frozen = [group for group in groups if not all(view.target.parameter.requires_grad for view in group.weights)]
+        frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
     if left_out and settings.target_modules is not None:
@@ -179,7 +227,7 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
     return Timeline(
         begin=begin,
         end=end,
-        frequency=settings.frequency,
+        frequency=max((end - begin) / settings.updates, 1) if settings.updates else settings.frequency,
         schedule=settings.schedule,
         initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
         target=settings.target_sparsity,
@@ -199,3 +247,13 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
             f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
         )
         raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+
+
+def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) -> None:
+    """Raise if movement scores, which start at 0 and change by their learning rate a step, cannot come down to the threshold."""
+    if settings.regularization != "auto" or settings.threshold is None:
+        return
+    way, steps = abs(math.log(settings.threshold / (1 - settings.threshold))), timeline.last_update - timeline.begin
+    if steps * settings.score_learning_rate < 2 * way:
+        allowed = f"must be at least {2 * way / steps:.2g} to bring scores to threshold={settings.threshold} in {steps} steps."
+        raise PruningConfigError(f"{name}.score_learning_rate", settings.score_learning_rate, allowed)

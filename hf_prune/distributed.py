@@ -1,0 +1,107 @@
+"""Many processes: models in wrappers, parameters that live in parts on several ranks, and what ranks have to agree about.
+
+Under DDP every rank holds the whole model and the same gradients, so every rank decides the same. Under FSDP2 (`fully_shard`) and
+tensor parallelism parameters are DTensors: scores are read from whole tensors, gathered one at a time, so a unit that lies across
+shards is decided once, and each rank masks its own part.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import TypeGuard
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from .config import PruningConfigError
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def num_ranks() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, 0 for the first or only one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------- models
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside DDP and `torch.compile`, where modules have their own names; shards are put back in place.
+
+    Raises:
+        PruningConfigError: the model is in a wrapper that hides weights or gradients.
+    """
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise PruningConfigError(
+            "model", "DeepSpeedEngine", "is trained by DeepSpeed, which shows gradients to no one; use DDP or FSDP2."
+        )
+    if dist.is_available() and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        allowed = "holds weights as flat pieces without rows and columns (FSDP1); use FSDP2 (`fully_shard`, `fsdp_version=2`)."
+        raise PruningConfigError("model", "FullyShardedDataParallel", allowed)
+    bare: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    for module in bare.modules():
+        if dist.is_available() and isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the root's parameters are still gathered
+    return bare
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether layers see a part of their inputs or outputs: weights are sharded, and not by FSDP2 alone."""
+    places = [weight.placements for weight in model.parameters() if is_sharded(weight)]
+    shardings = [sum(not place.is_replicate() for place in placements) for placements in places]
+    return any(shardings) and (max(shardings) > 1 or not any(isinstance(module, FSDPModule) for module in model.modules()))
+
+
+# --------------------------------------------------------------------------------------------------------------------- tensors
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this process may hold a part of the tensor only."""
+    return dist.is_available() and isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered from all ranks, which must ask for it together; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor placed as `other` is: this rank keeps its own part. Nothing is sent."""
+    if not is_sharded(other):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over ranks of a tensor that each has its own of."""
+    if num_ranks() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def differing(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not the same on all ranks, told by their checksums in one exchange."""
+    if num_ranks() == 1:
+        return []
+    checksums = torch.tensor([zlib.crc32(tensor.cpu().numpy().data) for tensor in tensors.values()])
+    extremes = torch.stack([checksums, -checksums]).to(next(iter(tensors.values())).device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    highest, lowest = extremes[0], -extremes[1]
+    return [name for name, differs in zip(tensors, (highest != lowest).tolist()) if differs]

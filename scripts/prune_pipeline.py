@@ -1,0 +1,74 @@
+"""Run a recipe on a GLUE task or on your own files: fine-tune, prune attention, distil, prune the feed-forward blocks, distil.
+
+    python scripts/prune_pipeline.py --recipe scripts/recipes/mrpc_half.json --task_name mrpc --train_file train.jsonl \\
+        --validation_file validation.jsonl --model_name_or_path bert-base-uncased --output_dir runs/mrpc_half --bf16
+
+A run that was stopped goes on where it was when the same command is given again. At the end a table is printed, and
+`pipeline_results.json` lies in `output_dir`, each stage's model in a folder below.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import rich
+from glue_data import label_names, load_raw_datasets, metrics_for, text_columns, tokenize
+from run_glue import DataTrainingArguments, ModelArguments, load_model, select_splits, splits_of
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+
+from hf_prune.pipeline import Pipeline, PipelineResult, Recipe
+
+
+@dataclass
+class PipelineArguments:
+    """Which recipe, and how much of it."""
+
+    recipe: str = field(metadata={"help": "A JSON file; see hf_prune.pipeline.Recipe."})
+    stages: list[str] | None = field(
+        default=None, metadata={"help": "Only these stages, for example all after `fine-tune` for a model that is fine-tuned."}
+    )
+    no_distillation: bool = field(default=False, metadata={"help": "Train every stage on the task loss alone, to compare with."})
+
+
+def main(arguments: Sequence[str] | None = None) -> PipelineResult:
+    """Run the pipeline that the arguments (by default the command line's) describe."""
+    parser = HfArgumentParser((PipelineArguments, ModelArguments, DataTrainingArguments, TrainingArguments))
+    parsed = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else list(arguments))
+    pipeline_args, model_args, data_args, training_args = parsed
+    recipe = Recipe.from_json_file(pipeline_args.recipe)
+    if pipeline_args.stages:
+        recipe = recipe.only(pipeline_args.stages)
+    if pipeline_args.no_distillation:
+        recipe = recipe.without_distillation()
+    training_args.do_train = training_args.do_eval = True
+
+    start, task = model_args.model_name_or_path, data_args.task_name
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or start)
+    raw = load_raw_datasets(task, data_args.files())
+    example = next(iter(raw.values()))
+    names = label_names(task, example)
+    splits = select_splits(raw, data_args, training_args)
+    data = tokenize(splits, tokenizer, text_columns(task, example), names, data_args.max_seq_length, pad_to_max_length=False)
+    set_seed(training_args.seed)  # of a classifier that is new
+    result = Pipeline(
+        recipe=recipe,
+        model=load_model(start, names, model_args.dropout),
+        args=training_args,
+        train_dataset=data["train"],
+        eval_dataset=splits_of(data, "validation")[""],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=metrics_for(task, regression=names is None),
+    ).run()
+    rich.print(result)
+    path = Path(str(training_args.output_dir), "pipeline_results.json")
+    path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Recipes: stages run, go on after a kill at any of them, and leave what they should; heads from tiles, layers that are dropped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import arguments, assert_equal, ragged_rows, tiny_bert
+from models import ragged_batch
+from transformers import AutoModelForSequenceClassification, EvalPrediction, default_data_collator
+
+from hf_prune import PruningConfig, PruningConfigError, condense, condense_plan
+from hf_prune.architectures import AttentionBlock, find_blocks
+from hf_prune.pipeline import Pipeline, PipelineResult, Recipe, drop_layers, neuron_sparsity, recover
+
+RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+TEACH = {"alpha_task": 0.1, "alpha_logits": 0.9}
+
+
+def recipe(**changes: Any) -> Recipe:
+    """All kinds of stages, a few steps each."""
+    stages: list[dict[str, Any]] = [
+        {"name": "fine-tune"},
+        {
+            "name": "attention",
+            "pruning": {
+                "pattern": "auto",
+                "target_modules": ".*attention.*",
+                "criterion": "movement",
+                "target_sparsity": 0.7,
+                "max_sparsity_per_module": 1.0,
+                "frequency": 2,
+                "schedule": "linear",
+            },
+            "recover": "trained",
+            "dropout": 0.0,
+        },
+        {"name": "distil", "distillation": TEACH},
+        {
+            "name": "ffn",
+            "pruning": {"criterion": "taylor", "schedule": "exp", "updates": 3},
+            "neurons_per_head": 0.5,
+            "distillation": {**TEACH, "alpha_hidden": 1.0},
+            "pad_to_multiple_of": None,
+        },
+        {"name": "last", "distillation": TEACH, "training": {"max_steps": 4}},
+    ]
+    for stage in stages:
+        stage.update(changes.get(stage["name"], {}))
+    return Recipe(stages, metric="accuracy", training={"max_steps": 8, "save_strategy": "steps", "save_steps": 2})  # type: ignore[arg-type]
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(np.argmax(prediction.predictions, -1) == prediction.label_ids))}
+
+
+def pipeline(folder: Path, plan: Recipe | None = None) -> Pipeline:
+    return Pipeline(
+        recipe=plan or recipe(),
+        model=tiny_bert(hidden_dropout_prob=0.1),
+        args=arguments(folder, learning_rate=5e-3, logging_steps=100),
+        train_dataset=Dataset.from_list(ragged_rows(64)),
+        eval_dataset=Dataset.from_list(ragged_rows(32, seed=1)),
+        data_collator=default_data_collator,
+        compute_metrics=accuracy,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PipelineResult]:
+    """The whole recipe, run without a break."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    return folder, pipeline(folder).run()
+
+
+def loaded(folder: Path, name: str) -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(next(folder.glob(f"*-{name}")))
+
+
+def test_every_stage_is_smaller_and_counted(finished: tuple[Path, PipelineResult]) -> None:
+    folder, result = finished
+    assert [row.name for row in result.rows] == ["fine-tune", "attention", "distil", "ffn", "last"]
+    dense = loaded(folder, "fine-tune")
+    weights = {name: p.numel() for name, p in dense.named_parameters() if "layer." in name and p.ndim == 2}
+    for row in result.rows:
+        model = loaded(folder, row.name)
+        left = sum(int((p != 0).sum()) for name, p in model.named_parameters() if name in weights)
+        assert row.sparsity == pytest.approx(1 - left / sum(weights.values()))
+        assert row.parameters == sum(p.numel() for p in model.parameters())
+        assert row.heads == [block.num_heads for block in find_blocks(model) if isinstance(block, AttentionBlock)]
+    by_name = {row.name: row for row in result.rows}
+    assert by_name["fine-tune"].sparsity == 0
+    assert sum(by_name["attention"].heads) < sum(by_name["fine-tune"].heads)
+    neurons = by_name["fine-tune"].neurons[0]
+    asked = [round((1 - min(1 - 0.5 * heads / 4, 0.98)) * neurons) for heads in by_name["attention"].heads]
+    assert by_name["ffn"].neurons == asked
+    assert by_name["last"].heads == by_name["attention"].heads
+    assert not list(folder.glob("*/checkpoint-*"))
+    assert loaded(folder, "attention").config.hidden_dropout_prob == 0.1
+
+
+def test_the_table_has_a_row_a_stage(finished: tuple[Path, PipelineResult]) -> None:
+    _, result = finished
+    lines = [line for line in str(result).splitlines() if "%" in line]
+    assert len(lines) == 5
+    for line, row in zip(lines, result.rows):
+        drop = row.metrics["accuracy"] - result.rows[0].metrics["accuracy"]
+        for part in (row.name, f"{row.sparsity:.2%}", f"{row.metrics['accuracy']:.4f}", f"{drop:+.4f}", f"{row.parameters:,}"):
+            assert part in line
+    json.dumps(result.to_dict())
+
+
+def test_a_finished_pipeline_is_not_run_again(finished: tuple[Path, PipelineResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, result = finished
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
+    assert pipeline(folder).run() == result
+    with pytest.raises(PruningConfigError, match="stage='distil': was run with other settings for distillation"):
+        pipeline(folder, recipe(distil={"distillation": {"alpha_task": 1.0}})).run()
+
+
+def killed(folder: Path, at_step: int) -> None:
+    """Run the pipeline in a process of its own that dies as the optimizer has made so many steps."""
+
+    def work() -> None:
+        step: Callable[..., Any] = torch.optim.AdamW.step
+        count = 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args, **kwargs)
+
+        torch.optim.AdamW.step = counted  # type: ignore[method-assign,assignment]
+        pipeline(folder).run()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_at_every_stage_it_ends_with_the_same_table_and_model(finished: tuple[Path, PipelineResult], tmp_path: Path) -> None:
+    folder, expected = finished
+    # fine-tune, attention, distil, ffn and last; counted from the step that each process starts with
+    for at_step in (6, 8, 11, 8, 7):
+        killed(tmp_path, at_step)
+    done = [path.parent.name for path in sorted(tmp_path.glob("*/stage_result.json"))]
+    assert done == ["01-fine-tune", "02-attention", "03-distil", "04-ffn"]
+    result = pipeline(tmp_path).run()
+    assert [{**vars(row), "latency_ratio": 0} for row in result.rows] == [
+        {**vars(row), "latency_ratio": 0} for row in expected.rows
+    ]
+    assert_equal(loaded(tmp_path, "last").state_dict(), loaded(folder, "last").state_dict())
+
+
+def test_a_pruning_recipe_compares_with_the_model_it_is_given(tmp_path: Path) -> None:
+    result = pipeline(tmp_path, recipe().only(["attention", "last"]).without_distillation()).run()
+    assert [row.name for row in result.rows] == ["start", "attention", "last"]
+    assert result.rows[0].sparsity == 0
+    assert_equal(loaded(tmp_path, "start").state_dict(), tiny_bert().state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- heads and layers
+
+
+def test_a_head_with_a_living_block_comes_back_whole_and_a_dead_one_goes() -> None:
+    model, before = tiny_bert(num_hidden_layers=1), tiny_bert(num_hidden_layers=1)
+    size = model.config.hidden_size // 4
+    attention = model.bert.encoder.layer[0].attention
+    with torch.no_grad():
+        attention.self.value.weight[: 2 * size] = 0  # heads 0 and 1 have no values
+        attention.self.value.weight[1 * size, 0] = 1.0  # but one of head 1
+        attention.self.query.weight[2 * size : 3 * size] = 0  # head 2 has no queries: it attends evenly
+        attention.output.dense.weight[:, 3 * size :] = 0  # head 3 is not read
+    recover(model, before.state_dict())
+    (dead,) = (plan.dead for plan in condense_plan(model).blocks if isinstance(plan.block, AttentionBlock))
+    assert dead.tolist() == [True, False, False, True]
+    rows = torch.ones(4 * size, dtype=torch.bool)
+    rows[:size] = rows[3 * size :] = False
+    expected = dict(before.state_dict())
+    for name in ("query", "key", "value"):
+        for kind in ("weight", "bias"):
+            key = f"bert.encoder.layer.0.attention.self.{name}.{kind}"
+            expected[key] = torch.where(rows.view(-1, *[1] * (expected[key].ndim - 1)), expected[key], 0.0)
+    key = "bert.encoder.layer.0.attention.output.dense.weight"
+    expected[key] = expected[key] * rows
+    assert_equal(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("empty", [[1], [0, 2], [0, 1, 2]])
+def test_layers_without_heads_are_dropped(empty: list[int], tmp_path: Path) -> None:
+    model, stays = tiny_bert(), tiny_bert()
+    with torch.no_grad():
+        for index in empty:
+            model.bert.encoder.layer[index].attention.output.dense.weight.zero_()
+    gone = empty[1:] if len(empty) == 3 else empty
+    assert drop_layers(model) == [f"encoder.layer.{index}" for index in gone]
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 3 - len(gone)
+    # by hand: the same model without these layers
+    kept = [layer for index, layer in enumerate(stays.bert.encoder.layer) if index not in gone]
+    stays.bert.encoder.layer = torch.nn.ModuleList(kept)
+    if len(empty) == 3:
+        stays.bert.encoder.layer[0].attention.output.dense.weight.data.zero_()
+    batch = ragged_batch(model)
+    assert torch.equal(model.eval()(**batch).logits, stays.eval()(**batch).logits)
+    condense(model).save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(model.eval()(**batch).logits, again(**batch).logits)
+
+
+def test_neurons_follow_the_share_of_heads_that_is_left() -> None:
+    model = tiny_bert()
+    size = model.config.hidden_size // 4
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.dense.weight[:, : 3 * size] = 0
+        model.bert.encoder.layer[2].attention.output.dense.weight.zero_()
+    shares = neuron_sparsity(condense(model), heads=4, factor=0.5)
+    assert list(shares.values()) == [1 - 0.5 / 4, 1 - 0.5, 0.98]
+
+
+# --------------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_recipes_can_be_read(path: Path) -> None:
+    if "stages" in json.loads(path.read_text()):
+        assert Recipe.from_json_file(path).stages
+    else:
+        PruningConfig.from_json_file(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": {"recover": "befor"}}, r"stages\[1\].recover='befor': .* Did you mean 'before'"),
+        ({"distil": {"recover": "before"}}, r"stages\[2\].recover='before': needs pruning by criterion 'movement'"),
+        ({"ffn": {"neurons_per_head": 2}}, r"stages\[3\].neurons_per_head=2: must be in \(0, 1\]"),
+        ({"ffn": {"pruning": {"criterion": "tailor"}}}, r"stages\[3\].*criterion='tailor'.*Did you mean 'taylor'"),
+        ({"distil": {"distillation": {"alpha_logit": 1}}}, r"stages\[2\].*alpha_logit=1: .*Did you mean 'alpha_logits'"),
+        ({"last": {"training": {"learning_rat": 1}}}, r"stages\[4\].training.learning_rat=1: .*Did you mean 'learning_rate'"),
+        ({"last": {"nam": "x"}}, r"stages\[4\].nam='x': is not a field of Stage"),
+        ({"last": {"name": "a/b"}}, r"stages\[4\].name='a/b'"),
+        ({"last": {"name": "ffn"}}, "stages=.*a name of its own"),
+    ],
+)
+def test_bad_recipes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PruningConfigError, match=message):
+        recipe(**change)
+
+
+def test_unknown_stage_and_metric(tmp_path: Path) -> None:
+    with pytest.raises(PruningConfigError, match=r"stages='atention': must be one of .*Did you mean 'attention'"):
+        recipe().only(["atention"])
+    plan = recipe().only(["last"]).without_distillation()
+    plan.metric = "acuracy"
+    with pytest.raises(PruningConfigError, match=r"metric='acuracy': .*Did you mean 'accuracy'"):
+        pipeline(tmp_path, plan).run()

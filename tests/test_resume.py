@@ -1,0 +1,355 @@
+"""Interrupted runs, resumed: equal to the uninterrupted one bit for bit, whenever it died and wherever it goes on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROWS, SCHEDULED, arguments, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from hf_prune import Pruner, PruningCallback, PruningConfig, last_complete_checkpoint
+from hf_prune.checkpoints import STATE_NAME, fingerprint
+
+EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------------ killed runs
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("setting", ["snip_momentum", "movement", "distillation"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting: str, kills: int, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_runs.py")
+    command = [sys.executable, str(script), setting, str(tmp_path), str(kills), "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"signal"')]
+    print("\n".join(str(report) for report in reports))
+    assert [report["signal"] for report in reports] == [9] * kills
+    assert sum(report["save"] is not None for report in reports) == kills // 2
+    passed_over = [report for report in reports if report["checkpoints"] and report["resumed_from"] != report["checkpoints"][-1]]
+    assert passed_over, "no kill left half a checkpoint behind"
+    whole = tmp_path / "results" / "whole"
+    for number in range(kills):
+        folder = tmp_path / "results" / str(number)
+        for name in ("model.safetensors", "pruner.safetensors"):
+            assert_equal(load_file(folder / name), load_file(whole / name))
+        assert json.loads((folder / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------- exact resuming
+
+#: Everything that has state of its own: score buffers, values that come back, activation sums, values to rewind to, locked zeros.
+STATEFUL: dict[str, dict[str, Any]] = {
+    "movement": {"pattern": "1x1", "criterion": "movement"},
+    "soft_movement": {
+        "pattern": "head",
+        "criterion": "soft_movement",
+        "scope": "threshold",
+        "threshold": 0.5,
+        "regularization": 5.0,
+    },
+    "fisher": {"pattern": "neuron", "criterion": "fisher"},
+    "wanda": {"pattern": "2:4", "criterion": "wanda", "scope": "local"},
+    "apoz": {"pattern": "neuron", "criterion": "apoz"},
+    "lottery": {"pattern": "1x1", "criterion": "magnitude", "schedule": "lottery"},
+    "from_model": {"pattern": "4x1", "initial_sparsity": "from_model", "keep_zeros": True},
+    "nested": {"pattern": "4x1", "criterion": "taylor", "rules": [{"pattern": "head"}]},
+}
+
+
+@pytest.mark.parametrize("step", [3, 4, 11])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_every_criterion_resumes_exactly(name: str, step: int, tmp_path: Path) -> None:
+    config = {**STATEFUL[name], **SCHEDULED, "frequency": 4}
+    whole = trainer_for(tmp_path / "whole", config, with_dropout(seed=0), save_strategy="steps", save_steps=step)
+    whole.train()
+    folder = shutil.move(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "moved away")
+    trainer = trainer_for(tmp_path / "resumed", config, with_dropout(seed=9))
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert_equal(snapshot(trainer.model), snapshot(whole.model))
+    assert_equal(pruner_of(trainer).state_dict(), pruner_of(whole).state_dict())
+
+
+def test_a_new_process_resumes_exactly(tmp_path: Path) -> None:
+    config = {**STATEFUL["movement"], **SCHEDULED}
+    whole = trainer_for(tmp_path, config, with_dropout(seed=0), save_strategy="steps", save_steps=5)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    script = """
+import sys, torch
+from helpers import snapshot, trainer_for, with_dropout
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+trainer = trainer_for(sys.argv[1], eval(sys.argv[2]), with_dropout(seed=9))
+trainer.train(resume_from_checkpoint=sys.argv[1] + "/checkpoint-5")
+save_file(snapshot(trainer.model), sys.argv[1] + "/resumed.safetensors")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), repr(config)], env=environment, check=True, capture_output=True)
+    assert_equal(load_file(tmp_path / "resumed.safetensors"), snapshot(whole.model))
+
+
+def test_a_plain_loop_resumes_exactly() -> None:
+    config = PruningConfig(**STATEFUL["movement"], **SCHEDULED)
+
+    def run(stop: int | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        model = tiny_bert()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        pruner = Pruner(model, config, total_steps=12)
+        for step in range(12):
+            if step == stop:
+                saved = snapshot(model), pruner.state_dict(), optimizer.state_dict()
+                model = tiny_bert(seed=9)
+                model.load_state_dict(saved[0])
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+                optimizer.load_state_dict(saved[2])
+                pruner = Pruner(model, config, total_steps=12)
+                pruner.load_state_dict(saved[1])
+            batch = {key: torch.tensor([row[key] for row in ROWS[step * 4 : step * 4 + 4]]) for key in ROWS[0]}
+            model(**batch).loss.backward()
+            pruner.observe()
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+        return snapshot(model), pruner.state_dict()
+
+    for left, right in zip(run(stop=5), run(stop=None)):
+        assert_equal(left, right)
+
+
+# ---------------------------------------------------------------------------------------------- other checkpoints, other configs
+
+
+@pytest.fixture(scope="module")
+def pruned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of every step of a run with 4x1 blocks."""
+    folder = tmp_path_factory.mktemp("pruned")
+    trainer_for(folder, {"pattern": "4x1", **SCHEDULED}, with_dropout(seed=0), **EVERY_STEP).train()
+    return folder
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_another_config_is_an_error_that_lists_the_fields(restore: bool, pruned_run: Path, tmp_path: Path) -> None:
+    config = {"pattern": "4x1", **SCHEDULED, "target_sparsity": 0.8, "frequency": 1}
+    trainer = trainer_for(tmp_path, config, restore_callback_states_from_checkpoint=restore)
+    message = (
+        r"checkpoint-4 was written with another config: target_sparsity was 0\.5, is 0\.8; frequency was 2, is 1\. .*allow_config"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-4"))
+    Pruner(trainer.model, PruningConfig(pattern="4x1"), total_steps=1)  # nothing stays attached
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize(
+    "change", [{"target_sparsity": 0.8}, {"pattern": "1x1", "criterion": "magnitude"}, {"criterion": "movement"}]
+)
+def test_another_config_goes_on_where_it_is_allowed(
+    change: dict[str, Any], restore: bool, pruned_run: Path, tmp_path: Path
+) -> None:
+    config = PruningConfig.from_dict({"pattern": "4x1", **SCHEDULED, **change})
+    callback = PruningCallback(config, allow_config_change=True)
+    trainer = trainer_for(
+        tmp_path,
+        callback,
+        with_dropout(seed=9),
+        restore_callback_states_from_checkpoint=restore,
+        save_strategy="steps",
+        save_steps=5,
+    )
+    trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-4"))
+    pruner = pruner_of(trainer)
+    assert pruner.config == config
+    assert pruner.sparsity() == pytest.approx(config.target_sparsity, abs=4 / 20992)
+    if config.criterion != "movement":  # which lets weights come back
+        for name, weight in load_file(pruned_run / "checkpoint-4" / "model.safetensors").items():
+            if weight.ndim == 2 and "encoder" in name:
+                assert not bool(trainer.model.state_dict()[name][weight == 0].any()), f"{name} came back"
+    # What it writes belongs to the new config, so it resumes without more ado.
+    again = trainer_for(tmp_path, config, with_dropout(seed=9))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert_equal(snapshot(again.model), snapshot(trainer.model))
+
+
+def test_scores_go_on_where_the_rule_is_scored_as_before(pruned_run: Path) -> None:
+    state = load_file(pruned_run / "checkpoint-3" / STATE_NAME)
+    for change, kept in (({"target_sparsity": 0.8}, True), ({"criterion": "snip"}, False), ({"pattern": "1x4"}, False)):
+        callback = PruningCallback({"pattern": "4x1", **SCHEDULED, **change}, allow_config_change=True)
+        model = with_dropout(seed=0)
+        model.load_state_dict(load_file(pruned_run / "checkpoint-3" / "model.safetensors"))
+        callback.pruner = Pruner(model, callback.config, total_steps=12)
+        callback._load(pruned_run / "checkpoint-3")
+        scores = {key for key in callback.pruner.state_dict() if "/criterion/" in key}
+        assert scores == ({key for key in state if "/criterion/" in key} if kept else set())
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "constant", "lottery"])
+@pytest.mark.parametrize("restore", [False, True])
+def test_pruning_starts_from_a_checkpoint_without_it(
+    restore: bool, schedule: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = Trainer(tiny_bert(), arguments(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=2), train_dataset=ROWS)
+    plain.train()
+    config = PruningConfig(pattern="1x1", schedule=schedule, criterion="magnitude", **SCHEDULED)
+    trainer = trainer_for(tmp_path, config, restore_callback_states_from_checkpoint=restore, **EVERY_STEP)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    at = {"cubic": 0.4375, "constant": 0.5, "lottery": 1 - 0.5**0.5}[schedule]
+    last = 2 if schedule == "constant" else 10
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_prune.callback"]
+    assert message.endswith(
+        f"checkpoint-6 was written without PruningCallback: pruning starts at step 6, where the schedule is at a sparsity of "
+        f"{at:.4f}; its last mask update is at step {last}."
+    )
+    logged = {entry["step"]: entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry}
+    assert logged[7] == pytest.approx(at, abs=1e-4)
+    assert logged[12] == pytest.approx(0.5, abs=1e-4)
+    again = trainer_for(tmp_path, config)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_equal(snapshot(again.model), snapshot(trainer.model))
+
+
+def test_a_run_without_pruning_between_two_with_it(pruned_run: Path, tmp_path: Path) -> None:
+    # The Trainer carries the entry of a callback that is gone from checkpoint to checkpoint.
+    plain = Trainer(with_dropout(seed=9), arguments(tmp_path, num_train_epochs=2, **EVERY_STEP), train_dataset=ROWS)
+    plain.train(resume_from_checkpoint=str(pruned_run / "checkpoint-4"))
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-11")
+    trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert pruner_of(trainer).sparsity() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("before", ["without pruning", "with another config"])
+def test_the_best_model_of_an_earlier_run(before: str, tmp_path: Path) -> None:
+    saving: dict[str, Any] = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 2,
+        "eval_steps": 2,
+        "eval_dataset": ROWS[:8],
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+    }
+    scores = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    settings = saving | {"compute_metrics": lambda _: {"score": next(scores)}}
+    if before == "without pruning":
+        first = trainer_for(tmp_path, {"pattern": "1x1"}, **settings)
+        first.remove_callback(PruningCallback)
+    else:
+        first = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED, "cooldown_steps": 8}, **settings)
+    first.train()
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    config = PruningConfig.from_dict({"pattern": "1x1", **SCHEDULED, "cooldown_steps": 8})
+    trainer = trainer_for(tmp_path, PruningCallback(config, allow_config_change=True), **settings)
+    trainer.train(resume_from_checkpoint=True)
+    # An unpruned model does not compete; one that was pruned to the target by other settings does, with its own masks.
+    best = {"without pruning": 10, "with another config": 4}[before]
+    assert trainer.state.best_global_step == best
+    assert_equal(snapshot(trainer.model), load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
+    assert pruner_of(trainer).sparsity() == pytest.approx(0.5, abs=1e-3)
+
+
+class Elsewhere(Trainer):
+    """Puts checkpoints where no other Trainer does."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / "elsewhere")
+
+
+def test_a_checkpoint_without_the_state_of_the_pruner_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, {"pattern": "4x1"}, kind=Elsewhere, **EVERY_STEP)
+    with pytest.raises(RuntimeError, match="checkpoint of step 1 is not where the Trainer puts checkpoints"):
+        trainer.train()
+
+
+def test_a_longer_run_goes_on(pruned_run: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED}, num_train_epochs=4)
+    trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-12"))
+    logged = [entry["sparsity"] for entry in trainer.state.log_history if entry["step"] >= 12 and "sparsity" in entry]
+    assert logged == pytest.approx([0.5] * len(logged), abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [{"pattern": "4x1"}, {"pattern": "1x1", "criterion": "movement"}])
+def test_a_second_train_keeps_the_masks(config: dict[str, Any], tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, {**config, **SCHEDULED})
+    trainer.train()
+    before = pruner_of(trainer).sparsity()
+    gone = {name: weight == 0 for name, weight in snapshot(trainer.model).items() if "encoder" in name and weight.ndim == 2}
+    trainer.train()
+    logged = [entry["sparsity"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [before] * 12
+    if config["pattern"] == "4x1":
+        assert all(not bool(trainer.model.state_dict()[name][mask].any()) for name, mask in gone.items())
+
+
+# --------------------------------------------------------------------------------------------------------- complete checkpoints
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", STATE_NAME)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "of another step"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(name: str, damage: str, pruned_run: Path, tmp_path: Path) -> None:
+    for step in (7, 8):
+        shutil.copytree(pruned_run / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-9").write_text("a file")
+    shutil.copytree(pruned_run / "checkpoint-9", tmp_path / "checkpoint-10-old")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    path = tmp_path / "checkpoint-8" / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        shutil.copy(pruned_run / "checkpoint-6" / name, path)
+    if (name, damage) != ("trainer_state.json", "of another step"):  # its record is of another step too
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
+
+
+def test_checkpoints_of_other_runs_are_judged_by_their_files(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    plain = Trainer(tiny_bert(), arguments(tmp_path, save_strategy="steps", save_steps=3), train_dataset=ROWS)
+    plain.train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    optimizer = tmp_path / "checkpoint-6" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    model = tmp_path / "checkpoint-3" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-100])
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_resuming_from_half_a_checkpoint_is_an_error(pruned_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned_run / "checkpoint-8", tmp_path / "checkpoint-8")
+    shutil.copy(pruned_run / "checkpoint-6" / STATE_NAME, tmp_path / "checkpoint-8" / STATE_NAME)
+    trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED})
+    with pytest.raises(ValueError, match=rf"checkpoint-8 is not complete: {STATE_NAME} is missing or not the one .* last_complete"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4097, 300_000, 1_000_000])
+def test_fingerprints_differ_where_files_do(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = os.urandom(size)
+    path.write_bytes(content)
+    first = fingerprint(path)
+    assert fingerprint(path) == first
+    for other in (content + b"0", content[:-1], bytes(255 - byte for byte in content)):
+        if other != content:
+            path.write_bytes(other)
+            assert fingerprint(path) != first
