@@ -1,11 +1,12 @@
 """Model cards: what was pruned, what it cost and what it gained, in one page that the Hub understands.
 
-Most of a card is read off the model. What cannot be, [`CardFacts`] hold: they lie beside the model in `pruning_facts.json`, so that a
-card can be made again when the model was condensed or measured.
+Most of a card is read off the model. What cannot be, [`CardFacts`] hold: they lie beside the model in `pruning_facts.json`, so
+that a card can be made again when the model was condensed or measured.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -321,6 +322,5 @@ def _without_ratio(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    from .. import __version__  # the package is complete by the time that a card is made
-
-    return {"hf_prune": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONS}
+    own = importlib.import_module("hf_prune").__version__  # the package's face, which cannot be imported from inside
+    return {"hf_prune": own} | {name: importlib.metadata.version(name) for name in _VERSIONS}
