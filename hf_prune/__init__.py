@@ -8,7 +8,7 @@ from .checkpoints import last_complete_checkpoint, remember_folders
 from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
 from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
-from .hub import install_reload_hook
+from .hub import CardFacts, ModelCardCallback, install_card_hook, install_reload_hook, model_card, push_to_hub
 from .legacy import convert_v4_pruned_heads
 from .pruner import Pruner
 from .report import SparsityReport, sparsity_report
@@ -17,9 +17,11 @@ from .sparse import to_sparse
 __version__ = "0.1.0"
 
 __all__ = [
+    "CardFacts",
     "CondensePlan",
     "DistillationConfig",
     "DistillationTrainer",
+    "ModelCardCallback",
     "Pruner",
     "PruningArguments",
     "PruningCallback",
@@ -33,9 +35,12 @@ __all__ = [
     "condense_plan",
     "convert_v4_pruned_heads",
     "last_complete_checkpoint",
+    "model_card",
+    "push_to_hub",
     "sparsity_report",
     "to_sparse",
 ]
 
+install_card_hook()
 install_reload_hook()
 remember_folders()

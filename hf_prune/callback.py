@@ -101,8 +101,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         except BaseException:
             self.pruner.release()
             raise
-        # A checkpoint written without this callback has no entry for it, which the next save expects.
-        stored.setdefault(type(self).__name__, self.state())
+        # The next save expects an entry, which a checkpoint written without this callback lacks; it names the config of this run.
+        stored[type(self).__name__] = self.state()
         self._best_competes = (state.best_global_step or 0) >= self.pruner.last_update
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,20 +1,28 @@
-"""What a model weighs and how long it takes: zeros, parameters, heads and neurons left, latency."""
+"""What a model weighs and how long it takes: zeros, parameters, heads and neurons left, latency, memory."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
-from .architectures import AttentionBlock, Block, blocks
+from .architectures import AttentionBlock, Block, blocks, find_blocks, spec_for
 from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
+from .condense.layers import stock_config
+from .condense.resize import block_key
+from .condense.verify import sample_batch
 from .masks import count_zeros
 from .pruner import Pruner
 from .tables import as_text
@@ -133,7 +141,181 @@ def _block_size(block: Block) -> BlockSize:
     return BlockSize(block.name, kind, units, alive)
 
 
-def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], repeats: int = 30) -> dict[str, float]:
+def stock_twin(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
+    """A random model of the same class with the sizes that the model had before it was condensed.
+
+    It takes the time that the dense model takes. On device `"meta"` it has shapes and no weights.
+    """
+    condensed = getattr(model.config, "hf_prune", None) is not None
+    config = stock_config(model.config, spec_for(model.config.model_type)) if condensed else copy.deepcopy(model.config)
+    with torch.device(device):
+        twin = type(model)(config)
+    return twin.to(model.dtype).eval()
+
+
+def original_blocks(model: PreTrainedModel) -> tuple[BlockSize, ...]:
+    """The blocks of the model that pruning started from, with how many of their heads or neurons are alive in this one.
+
+    A family without an architecture spec has none.
+    """
+    if model.config.model_type not in SPECS:
+        return ()
+    removed = (getattr(model.config, "hf_prune", None) or {}).get("removed_layers", {})
+    alive = {(block.layer, block_key(block)): _block_size(block).alive for block in find_blocks(model)}
+    sizes = []
+    for block in find_blocks(stock_twin(model, "meta")):
+        path, _, number = block.layer.rpartition(".")
+        gone = removed.get(path, [])
+        now = f"{path}.{int(number) - sum(index < int(number) for index in gone)}"
+        left = 0 if int(number) in gone else alive[now, block_key(block)]
+        kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
+        sizes.append(BlockSize(block.name, kind, units, left))
+    return tuple(sizes)
+
+
+def total_sparsity(model: PreTrainedModel) -> float:
+    """Share of the body's weights that are zero, or gone since pruning started."""
+    left = sum(module.parameters - module.zeros for module in sparsity_report(model).modules)
+    twin = stock_twin(model, "meta")
+    prefix = body_prefix(twin)
+    found = ((name, module) for name, module in prunable_modules(twin) if name.startswith(prefix))
+    return 1 - left / sum(weight_target(name, module).parameter.numel() for name, module in found)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        parameters: how many it has, zeros included.
+        weight_bytes: of its parameters and buffers in memory; on disk it is as much.
+        activation_bytes: the most that one forward holds besides.
+        milliseconds: of one forward, see [`benchmark`].
+    """
+
+    parameters: int
+    weight_bytes: int
+    activation_bytes: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the dense one. Prints as a table.
+
+    Attributes:
+        dense, model: what each costs.
+        reference: what the dense model is.
+        protocol: how it was measured, in words.
+    """
+
+    dense: Cost
+    model: Cost
+    reference: str
+    protocol: str
+
+    @property
+    def latency_ratio(self) -> float:
+        """How many times faster the model is than the dense one."""
+        return self.dense.milliseconds / self.model.milliseconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "latency_ratio": self.latency_ratio}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        """Build from what `to_dict` returned."""
+        return cls(Cost(**data["dense"]), Cost(**data["model"]), data["reference"], data["protocol"])
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.latency_ratio:.2f} times as fast as {self.reference}", caption=self.protocol)
+        for column in ("", "parameters", "weights", "activations", "latency"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, cost in (("dense", self.dense), ("model", self.model)):
+            sizes = (f"{cost.parameters:,}", megabytes(cost.weight_bytes), megabytes(cost.activation_bytes))
+            table.add_row(name, *sizes, f"{cost.milliseconds:.2f} ms")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people; a megabyte is 10⁶ bytes."""
+    return f"{count / 1e6:,.2f} MB"
+
+
+def compare(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None = None,
+    reference: str | None = None,
+    rows: int = 8,
+    tokens: int = 128,
+    repeats: int = 30,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> Comparison:
+    """Time and weigh a model beside the dense one it came from, on one batch of full rows of random inputs, in turn.
+
+    Args:
+        model: the pruned or condensed model.
+        dense: what to compare with; by default a random model of the sizes that the model had before it was condensed.
+        reference: what the dense model is, for people.
+        rows: batch size; 1 for a decoder that classifies and has no padding token.
+        tokens: length of the rows, at most half of the positions that the model has; images and sounds have sizes of their own.
+        repeats: forwards of each model that count.
+        track: wraps the rounds of measuring, to show progress.
+    """
+    reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")
+    models = {"dense": stock_twin(model).to(model.device) if dense is None else dense, "model": model}
+    inputs = sample_batch(models["dense"], rows, tokens, shortest=tokens)
+    times = benchmark(models, inputs, repeats, track)
+    costs = {name: Cost(one.num_parameters(), _bytes(one), _activations(one, inputs), times[name]) for name, one in models.items()}
+    shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
+    clock = "time" if model.device.type == "cuda" else "CPU time"
+    protocol = f"batch of {shape}, {model.dtype}, {model.device.type}, one thread, {clock}, median of {repeats} forwards in turn"
+    return Comparison(costs["dense"], costs["model"], reference, protocol)
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and that are still there; `most` is the maximum so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        before = {StorageWeakRef(part.untyped_storage()) for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)}
+        self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
+        for part in tree_leaves(made):
+            if isinstance(part, torch.Tensor) and (storage := StorageWeakRef(part.untyped_storage())) not in before:
+                self.sizes[storage] = part.untyped_storage().nbytes()
+        self.most = max(self.most, sum(self.sizes.values()))
+        return made
+
+
+def _activations(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
+    """The most bytes of tensors that one forward holds at once, besides weights and inputs."""
+    training = model.training
+    with torch.no_grad(), _Held() as held:
+        model.eval()(**inputs)
+    model.train(training)
+    return held.most
+
+
+def benchmark(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, torch.Tensor],
+    repeats: int = 30,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> dict[str, float]:
     """Milliseconds of CPU time (CUDA: of time) that each model takes for a batch: the median of `repeats` forwards on one thread.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
@@ -145,7 +327,7 @@ def benchmark(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            for _ in range(repeats + 1):
+            for _ in track(range(repeats + 1)):
                 for name, model in models.items():
                     model.eval()
                     start = _now(device)

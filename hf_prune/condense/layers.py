@@ -8,11 +8,12 @@ as before.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architectures import ArchitectureSpec
 from ..architectures.blocks import layer_lists
@@ -83,6 +84,19 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
         if getattr(model.config, "layer_types", None) is not None:
             types = list(enumerate(model.config.layer_types))
             model.config.layer_types = [kind for index, kind in types if index not in indices]
+
+
+def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> PreTrainedConfig:
+    """The config of the model that a condensed one was made from. A removed layer is taken to be of the type of the one before."""
+    stock: Any = copy.deepcopy(config)
+    entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None
+    for path, indices in entry.get("removed_layers", {}).items():
+        name = layer_counts(spec)[path]
+        setattr(stock, name, getattr(stock, name) + len(indices))
+        if getattr(stock, "layer_types", None) is not None:
+            for index in indices:
+                stock.layer_types.insert(index, stock.layer_types[max(index - 1, 0)])
+    return stock
 
 
 def owner_of(model: PreTrainedModel, path: str) -> nn.Module:

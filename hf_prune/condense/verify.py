@@ -74,16 +74,23 @@ def tolerance(reference: Tensor, dtype: torch.dtype) -> float:
     return max(1e-5, 8 * torch.finfo(dtype).eps * float(reference.abs().max()))
 
 
-def sample_batch(model: PreTrainedModel, rows: int = 3) -> dict[str, Tensor]:
-    """A ragged, right-padded batch of random inputs, the same on every call, for the arguments that the model's `forward` names."""
+def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shortest: int = 2) -> dict[str, Tensor]:
+    """A ragged, right-padded batch of random inputs, the same on every call, for the arguments that the model's `forward` names.
+
+    Args:
+        model: it says what it reads.
+        rows: how many.
+        tokens: length of the first row, at most half of the positions that the model has; the others shrink evenly.
+        shortest: length of the last row. Images and sounds have sizes of their own.
+    """
     config = model.config
     classifies = type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     if classifies and config.get_text_config().pad_token_id is None:
         rows = 1  # a decoder finds the last token of several rows by their padding
     generator = torch.Generator().manual_seed(0)
     padding, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))
-    tokens = min(16, (getattr(config, "max_position_embeddings", None) or 32) // 2)
-    lengths = torch.linspace(tokens, 2, rows).long()
+    tokens = min(tokens, (getattr(config, "max_position_embeddings", None) or 2 * tokens) // 2)
+    lengths = torch.linspace(tokens, min(shortest, tokens), rows).long()
     mask = (torch.arange(tokens) < lengths[:, None]).long()
 
     def ids() -> Tensor:

@@ -26,8 +26,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .architectures import ArchitectureSpec, blocks, spec_for
-from .condense import shrink
+from ..architectures import ArchitectureSpec, blocks, spec_for
+from ..condense import shrink
 
 #: The modelling file of a checkpoint, without `.py`.
 MODELING = "modeling_hf_prune"

@@ -1,0 +1,334 @@
+"""`hf-prune`: look at, shrink, measure, describe and publish pruned models from the command line.
+
+Every command takes a folder or an id on the Hub, whatever its task head, prints a table, or with `--json` one JSON object on stdout
+and nothing else. Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedModel
+from typer.core import TyperGroup
+
+from .condense import condense as condense_model
+from .condense import condense_plan
+from .config import CONFIG_NAME, PruningConfig
+from .hub import CardFacts, write_card
+from .hub import push_to_hub as push_model
+from .hub.card import CARD_NAME, FACTS_NAME
+from .legacy import convert_v4_pruned_heads
+from .pruner import Pruner
+from .report import compare, megabytes, original_blocks, sparsity_report, total_sparsity
+
+#: What lies beside the weights and has nothing to do with their sizes: tokenizers, processors, and what hf_prune knows.
+BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*processor_config.json",
+    "chat_template*",
+    CONFIG_NAME,
+    FACTS_NAME,
+)
+
+stderr = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """The commands; what they raise about their input becomes one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            stderr.print(f"[red]Error:[/red] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=Commands, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Argument(metavar="PATH", help="A model's folder, or its id on the Hub.")]
+Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A model's folder.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it is made if needed.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Pad = Annotated[int, typer.Option(min=1, help="Keep so many dead neurons that a block has a multiple of this; odd sizes are slow.")]
+Against = Annotated[str | None, typer.Option(help="The dense model; by default a random one of the sizes before condensing.")]
+Rows = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Forwards of each model that count.")]
+Device = Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda.")]
+
+
+@app.command()
+def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) -> None:
+    """Say how sparse a model is, what it weighs, and what `condense` would do."""
+    folder = local(path)
+    model = load(folder)
+    report, blocks = sparsity_report(model), original_blocks(model)
+    saved = condense_plan(model, pad_to_multiple_of).parameters if blocks else 0
+    facts = {
+        "path": path,
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "condensed": getattr(model.config, "hf_prune", None) is not None,
+        "total_sparsity": total_sparsity(model),
+        "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "parameters_after_condense": report.parameters - saved,
+        **report.to_dict(),
+        "original_blocks": [vars(block) for block in blocks],
+    }
+    if as_json:
+        return emit(facts)
+    title = f"{facts['class']}, {facts['model_type']}{', condensed' if facts['condensed'] else ''}"
+    table = Table("", "", title=title, show_header=False)
+    table.add_row("weights removed since pruning started", f"{facts['total_sparsity']:.2%}")
+    table.add_row("zeros among the weights that are there", f"{report.sparsity:.2%}")
+    table.add_row("parameters", f"{report.parameters:,}")
+    table.add_row("weights on disk", megabytes(facts["bytes_on_disk"]))
+    table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")
+    show(table, blocks_table(blocks) if blocks else report)
+    return None
+
+
+@app.command()
+def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool = True, as_json: Json = False) -> None:
+    """Cut dead heads, neurons and layers out of a model, prove that it computes the same, and save it with its card."""
+    folder = local(path)
+    if out.exists() and out.resolve() == folder.resolve():
+        raise ValueError(f"OUT={out}: is the folder of the model itself; give another one.")
+    model = load(folder)
+    before = model.num_parameters()
+    with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
+        condense_model(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
+    if model.num_parameters() == before:
+        found = f"{sparsity_report(model).sparsity:.2%} of its weights are zero"
+        raise ValueError(f"PATH={path}: there is nothing to cut out: {found}, but no whole head or neuron is.")
+    save(model, folder, out)
+    saved_to(out, model, before, as_json)
+
+
+@app.command()
+def convert(path: Model, out: Out, as_json: Json = False) -> None:
+    """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
+    folder = local(path)
+    model = convert_v4_pruned_heads(folder)
+    save(model, folder, out)
+    saved_to(out, model, None, as_json)
+
+
+@app.command()
+def benchmark(
+    path: Model,
+    against: Against = None,
+    batch_size: Rows = 8,
+    tokens: Tokens = 128,
+    repeats: Repeats = 30,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time and weigh a model beside the dense one, in turn, on one thread."""
+    model, dense = (load(local(one)).to(device) if one else None for one in (path, against))
+    assert model is not None
+    comparison = compare(model, dense, against, batch_size, tokens, repeats, progress)
+    if as_json:
+        return emit({"path": path, "against": against, **comparison.to_dict()})
+    show(comparison)
+    return None
+
+
+@app.command()
+def plan(
+    path: Model,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A JSON file with a PruningConfig.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 1_000_000,
+    steps_per_epoch: Annotated[int, typer.Option(min=1, help="Those of an epoch.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Say what a pruning config would do to each module of a model, and what it leaves out and why."""
+    planned = Pruner(load(local(path)), PruningConfig.from_json_file(config), steps, steps_per_epoch).plan()
+    if as_json:
+        return emit(planned.to_dict())
+    show(planned)
+    return None
+
+
+@app.command()
+def card(
+    path: Folder,
+    measure: Annotated[bool, typer.Option(help="Measure the latency ratio of a condensed model.")] = True,
+    against: Against = None,
+    batch_size: Rows = 8,
+    tokens: Tokens = 128,
+    repeats: Repeats = 30,
+    as_json: Json = False,
+) -> None:
+    """Write the model card, with pictures, into a model's folder, from what is known there."""
+    folder = local(str(path), download=False)
+    model, facts = load(folder), CardFacts.load(folder)
+    if measure and (against or getattr(model.config, "hf_prune", None) is not None):
+        dense = load(local(against)) if against else None
+        facts.comparison = compare(model, dense, against, batch_size, tokens, repeats, progress).to_dict()
+    write_card(folder, model, config_of(folder), facts)
+    written(folder / CARD_NAME, as_json)
+
+
+@app.command()
+def push(
+    path: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to, such as name/model.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    new_card: Annotated[bool, typer.Option(help="Write the card anew, for this id; else README.md stays as it is.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Publish a folder on the Hub: weights, config, modelling file, card and pictures."""
+    folder = local(str(path), download=False)
+    model = load(folder)  # what cannot be loaded is not published
+    if new_card:
+        write_card(folder, model, config_of(folder), CardFacts.load(folder), repo_id)
+    commit = push_model(folder, repo_id, private=private, revision=revision, commit_message=message)
+    if as_json:
+        return emit({"repo_id": repo_id, "commit": commit.oid, "url": str(commit.repo_url)})
+    show(f"Published as {commit.repo_url}, commit {commit.oid[:8]}.")
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends in `SystemExit`."""
+    app(args=None if arguments is None else list(arguments), prog_name="hf-prune")
+
+
+# -------------------------------------------------------------------------------------------------------------- models and files
+
+
+def local(path: str, download: bool = True) -> Path:
+    """The folder of a model: the one named, or what the Hub has under that id.
+
+    Args:
+        path: folder or id.
+        download: ids are taken.
+
+    Raises:
+        ValueError: there is no model; names what comes closest.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"PATH={path}: holds a PEFT adapter; merge it first (`merge_and_unload()`), then save the model.")
+        if not (folder / "config.json").is_file():
+            below = sorted(file.parent.name for file in folder.glob("*/config.json"))
+            hint = f"; below it there are models in {', '.join(below)}" if below else ""
+            raise ValueError(f"PATH={path}: has no config.json, so it is not a model's folder{hint}.")
+        return folder
+    near = [str(one) for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(str(folder), near, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    if not download:
+        raise ValueError(f"PATH={path}: is no folder.{hint}")
+    try:
+        return Path(snapshot_download(path))
+    except (OSError, HFValidationError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"PATH={path}: is no folder, and no model could be had from the Hub ({reason}).{hint}") from None
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model in a folder, of the class that its config names.
+
+    Raises:
+        ValueError: the config names no class that transformers has.
+    """
+    names = AutoConfig.from_pretrained(folder).architectures or ["(none)"]
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        close = difflib.get_close_matches(names[0], dir(transformers), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"architectures={names[0]!r} in {folder / 'config.json'}: must name a model class of transformers.{hint}")
+    model: PreTrainedModel = cls.from_pretrained(folder)
+    return model
+
+
+def config_of(folder: Path) -> PruningConfig | None:
+    """The config that a model was pruned with, if it is there."""
+    return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
+
+
+def save(model: PreTrainedModel, source: Path, out: Path) -> None:
+    """Save a model that was made from the one in `source`, with what lies beside that and a card of its own."""
+    model.save_pretrained(out)
+    for pattern in BESIDE:
+        for file in source.glob(pattern):
+            shutil.copy(file, out)
+    facts = CardFacts.load(source)
+    facts.comparison = None  # it was measured on the other model
+    write_card(out, model, config_of(source), facts)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ output
+
+
+def progress(rounds: range) -> Iterable[int]:
+    """Show a progress bar on stderr."""
+    return track(rounds, description="measuring", console=stderr, disable=not stderr.is_terminal)
+
+
+def blocks_table(blocks: Iterable[Any]) -> Table:
+    """Heads and neurons kept, block by block."""
+    table = Table("block", "kept", title="Heads and neurons of the model that pruning started from")
+    for block in blocks:
+        table.add_row(block.name, f"{block.alive:,} of {block.units:,} {block.kind}")
+    return table
+
+
+def saved_to(out: Path, model: PreTrainedModel, before: int | None, as_json: bool) -> None:
+    """Report a model that was written."""
+    after, blocks = model.num_parameters(), original_blocks(model)
+    if as_json:
+        entries = [vars(block) for block in blocks]
+        return emit({"path": str(out), "parameters_before": before, "parameters": after, "original_blocks": entries})
+    show(blocks_table(blocks), f"{f'{before:,} → ' if before else ''}{after:,} parameters, written to {out}.")
+    return None
+
+
+def written(file: Path, as_json: bool) -> None:
+    """Report a file that was written."""
+    if as_json:
+        return emit({"path": str(file)})
+    show(f"Written: {file}")
+    return None
+
+
+def show(*parts: object) -> None:
+    """Print for people: tables as wide as the terminal, or as they need where there is none."""
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+    for part in parts:
+        console.print(part)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """Print for programs."""
+    print(json.dumps(data, indent=2))
+
+
+if __name__ == "__main__":
+    main()

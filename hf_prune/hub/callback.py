@@ -1,0 +1,137 @@
+"""The card as a by-product of training: `Trainer(..., callbacks=[PruningCallback(config), ModelCardCallback(dataset="glue")])`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..config import PruningConfig, dataclass_from_dict
+from .card import CardFacts, write_card
+
+#: The training arguments that a card lists.
+_LISTED = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+)
+_NO_METRICS = ("runtime", "_per_second", "_time", "epoch")
+
+
+class ModelCardCallback(TrainerCallback):
+    """Collects the facts of a model card while a Trainer trains, and writes the card into `output_dir` when training ends.
+
+    The metrics before pruning are those of an evaluation before the first step: `trainer.evaluate()`, or `eval_on_start=True`. An
+    evaluation after training updates the card. `Trainer.push_to_hub` then publishes it, with its pictures.
+
+    Args:
+        facts: fields of [`CardFacts`] that the Trainer does not know.
+
+    Raises:
+        PruningConfigError: no such field.
+    """
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts = dataclass_from_dict(CardFacts, facts)
+        self._over: tuple[nn.Module, PruningConfig | None] | None = None
+
+    def on_train_begin(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        facts, self._over = self.facts, None
+        if facts.base_model is None:
+            facts.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        data = getattr(kwargs.get("eval_dataloader"), "dataset", None)
+        # what Datasets calls data that was read from files is no dataset of the Hub
+        if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
+            facts.dataset, facts.dataset_config = data.builder_name, data.config_name
+            facts.dataset_split = None if data.split is None else str(data.split)
+        if state.global_step > 0 and not facts.metrics_before:
+            facts.metrics_before = CardFacts.load(str(args.output_dir)).metrics_before
+        elif state.is_world_process_zero:
+            facts.save(str(args.output_dir))
+
+    def on_evaluate(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        measured = _metrics(metrics or {})
+        if state.global_step == 0:
+            self.facts.metrics_before = measured or self.facts.metrics_before
+        else:
+            self.facts.metrics = measured or self.facts.metrics
+        if self._over is not None:
+            self.write(args, state)
+
+    def on_train_end(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        facts = self.facts
+        listed = {name: getattr(args, name) for name in _LISTED}
+        facts.training = {name: getattr(value, "value", value) for name, value in listed.items()} | {"steps": state.global_step}
+        facts.history = [_history(entry) for entry in state.log_history]
+        if args.load_best_model_at_end:
+            best = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
+            facts.metrics = next((found for entry in best if (found := _metrics(entry))), facts.metrics)
+        stored: Any = state.stateful_callbacks.get("PruningCallback")
+        self._over = model, PruningConfig.from_dict(stored["args"]["config"]) if stored else None
+        self.write(args, state)
+
+    def write(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Write the card, its pictures and `pruning_config.json` into the output folder, when training is over."""
+        if self._over is None:
+            raise RuntimeError("ModelCardCallback has no card yet: it is made when training ends.")
+        if state.is_world_process_zero:
+            model, config = self._over
+            folder = Path(str(args.output_dir))
+            self.facts.model_name = self.facts.model_name or (args.hub_model_id or folder.resolve().name).rpartition("/")[2]
+            write_card(folder, model, config, self.facts, args.hub_model_id)
+
+
+def install_card_hook() -> None:
+    """Let `Trainer.create_model_card`, and so `Trainer.push_to_hub`, leave the card of a [`ModelCardCallback`] in place.
+
+    The Trainer writes its own card right before it uploads, where no event lets a callback have the last word. Calling this again
+    changes nothing; a Trainer without the callback writes its own card as ever.
+    """
+    stock = Trainer.create_model_card
+    if getattr(stock, "knows_card_callback", False):
+        return
+
+    @functools.wraps(stock)
+    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ModelCardCallback) and callback._over is not None:
+                callback.write(self.args, self.state)
+
+    create_model_card.knows_card_callback = True  # type: ignore[attr-defined]
+    Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+
+
+def _metrics(logged: Mapping[str, float]) -> dict[str, float]:
+    """What was evaluated, without `eval_` and without times."""
+    named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if not name.endswith(_NO_METRICS)}
+
+
+def _history(entry: Mapping[str, float]) -> dict[str, float]:
+    kept = {name: entry[name] for name in ("step", "sparsity", "target_sparsity") if name in entry}
+    return kept | _metrics(entry)

@@ -1,0 +1,326 @@
+"""Model cards: what was pruned, what it cost and what it gained, in one page that the Hub understands.
+
+Most of a card is read off the model. What cannot be, [`CardFacts`] hold: they lie beside the model in `pruning_facts.json`, so
+that a card can be made again when the model was condensed or measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import SPECS
+from ..architectures.blocks import unwrapped
+from ..condense import condense_plan
+from ..config import PruningConfig, dataclass_from_dict
+from ..plots import plot_history, plot_kept, plot_latency
+from ..report import BlockSize, Comparison, Cost, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
+from .reload import _auto_classes
+
+CARD_NAME = "README.md"
+FACTS_NAME = "pruning_facts.json"
+PICTURES = "pictures"
+
+#: The card's template, in Jinja.
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+_CAPTIONS = {
+    "kept.png": "Heads and neurons kept in each layer",
+    "history.png": "Sparsity and metric over the optimizer steps",
+    "latency.png": "Metric against latency",
+}
+#: Auto classes that load a model for what hardly anybody wants.
+_ENCODERS = ("AutoModelForPreTraining", "AutoModelForTextEncoding")
+_VERSIONS = ("torch", "transformers", "datasets")
+
+
+@dataclass
+class CardFacts:
+    """What a card says that cannot be read off the model.
+
+    Args:
+        model_name: the model's name.
+        base_model: id (or path) of the model that training started from.
+        dataset: id on the Hub of the data that the metrics are of; without it they are in the card but not in its metadata.
+        dataset_name: what people call it; by default the id and the config.
+        dataset_config, dataset_split: as `load_dataset` takes them.
+        language, license: for the card's metadata.
+        metrics_before, metrics: of the dense model and of this one, without `eval_`.
+        metric: the one that pictures show; by default the first that is no loss.
+        training: settings of the run to list.
+        history: `step`, with `sparsity`, `target_sparsity` and metrics where they were logged.
+        comparison: a [`Comparison`] as a dictionary.
+    """
+
+    model_name: str | None = None
+    base_model: str | None = None
+    dataset: str | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    language: str | None = None
+    license: str | None = None
+    metrics_before: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    metric: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    comparison: dict[str, Any] | None = None
+
+    @property
+    def main_metric(self) -> str | None:
+        """The metric that pictures show."""
+        names = [*self.metrics, *self.metrics_before]
+        return self.metric or next((name for name in names if name != "loss"), next(iter(names), None))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> CardFacts:
+        """Read `pruning_facts.json` from a folder; without the file, nothing is known.
+
+        Raises:
+            PruningConfigError: a key is not one of the fields.
+        """
+        path = Path(folder, FACTS_NAME)
+        return dataclass_from_dict(cls, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `pruning_facts.json` into a folder, which is made if needed."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, FACTS_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(
+    model: nn.Module,
+    config: PruningConfig | None = None,
+    facts: CardFacts | None = None,
+    pictures: Mapping[str, str] | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """The card of a pruned or condensed model.
+
+    Args:
+        model: a transformers model.
+        config: what it was pruned with.
+        facts: what cannot be read off the model.
+        pictures: path in the repository → caption.
+        repo_id: where the model will be, for the lines that load it; by default its name.
+
+    Returns:
+        A `huggingface_hub.ModelCard`; `str(card)` is the Markdown, `card.data` the metadata.
+    """
+    stock: Any = unwrapped(model)
+    facts = facts or CardFacts()
+    report, twin = sparsity_report(model), stock_twin(stock, "meta")
+    name = facts.model_name or (repo_id or "").rpartition("/")[2] or f"{stock.config.model_type}-pruned"
+    condensed = getattr(stock.config, "hf_prune", None) is not None
+    comparison = None if facts.comparison is None else Comparison.from_dict(_without_ratio(facts.comparison))
+    return ModelCard.from_template(
+        card_metadata(stock, facts, name),
+        template_path=str(TEMPLATE),
+        name=name,
+        repo=repo_id or name,
+        class_name=type(stock).__name__,
+        auto_class=auto_class(stock),
+        condensed=condensed,
+        total_sparsity=total_sparsity(stock),
+        sparsity=report.sparsity,
+        parameters=stock.num_parameters(),
+        parameters_before=twin.num_parameters(),
+        size=_size(stock),
+        size_before=_size(twin),
+        removable=0 if condensed or stock.config.model_type not in SPECS else condense_plan(stock).parameters,
+        comparison=comparison,
+        costs=[] if comparison is None else [_cost("dense", comparison.dense), _cost("this model", comparison.model)],
+        base_model=facts.base_model,
+        metrics=_metric_rows(facts),
+        dataset_name=_dataset_name(facts),
+        dataset_split=facts.dataset_split,
+        pictures=[{"path": path, "caption": caption} for path, caption in (pictures or {}).items()],
+        rules=_rule_rows(config),
+        training=facts.training,
+        blocks=original_blocks(stock),
+        modules=report.modules,
+        versions=_versions(),
+    )
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    config: PruningConfig | None = None,
+    facts: CardFacts | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """Write a model's card into a folder, with its pictures (where matplotlib is), `pruning_config.json` and its facts."""
+    facts = facts or CardFacts()
+    pictures = write_pictures(Path(folder), original_blocks(unwrapped(model)), facts)  # type: ignore[arg-type]
+    card = model_card(model, config, facts, pictures, repo_id)
+    facts.save(folder)
+    if config is not None:
+        config.save_pretrained(folder)
+    card.save(Path(folder, CARD_NAME))
+    return card
+
+
+def write_pictures(folder: Path, blocks: tuple[BlockSize, ...], facts: CardFacts) -> dict[str, str]:
+    """Draw what there is to draw into `pictures/`; none without matplotlib.
+
+    Returns:
+        Path in the folder → caption.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    metric, figures = facts.main_metric, {}
+    if blocks:
+        figures["kept.png"] = plot_kept(blocks)
+    if any("sparsity" in entry for entry in facts.history):
+        drawn = metric if any(metric in entry for entry in facts.history) else None
+        figures["history.png"] = plot_history(facts.history, drawn)
+    if facts.comparison is not None and metric in facts.metrics and metric in facts.metrics_before:
+        costs = ("dense", facts.metrics_before), ("model", facts.metrics)
+        points = {name: (facts.comparison[name]["milliseconds"], values[metric]) for name, values in costs}
+        figures["latency.png"] = plot_latency(points, metric)
+    target = folder / PICTURES
+    if figures:
+        target.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(target / name)
+    return {f"{PICTURES}/{name}": _CAPTIONS[name] for name in figures}
+
+
+# ------------------------------------------------------------------------------------------------------------------- metadata
+
+
+def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str) -> ModelCardData:
+    """The metadata of a card: what the Hub files the model under, and its metrics as a model index.
+
+    The index needs a task and a dataset with an id; without them it is left out. A base model that is a local path is left out too.
+    """
+    task = pipeline_tag(model)
+    metrics = {metric: value for metric, value in facts.metrics.items() if metric != "loss"}
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.dataset,
+            dataset_name=_dataset_name(facts) or facts.dataset,
+            dataset_config=facts.dataset_config,
+            dataset_split=facts.dataset_split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if task is not None and facts.dataset is not None
+    ]
+    condensed = getattr(model.config, "hf_prune", None) is not None
+    return ModelCardData(
+        model_name=name,
+        base_model=_repo_id(facts.base_model),
+        datasets=_repo_id(facts.dataset),
+        language=facts.language,
+        license=facts.license,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["hf_prune", "pruning", "condensed" if condensed else "sparse"],
+        metrics=list(metrics) or None,
+        eval_results=results or None,
+    )
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """The Auto class that loads a model, by name: of those that do, one that a pipeline uses; `AutoModel` if there is none."""
+    names = [auto for auto, classes in _auto_classes(model.config.model_type) if type(model).__name__ in classes]
+    used = [name for name in names if name in _tasks()]
+    return next(iter(used + [name for name in names if name not in _ENCODERS]), "AutoModel")
+
+
+def pipeline_tag(model: PreTrainedModel) -> str | None:
+    """The task that transformers' `pipeline` has for a model's class."""
+    return _tasks().get(auto_class(model))
+
+
+def _tasks() -> dict[str, str]:
+    """Auto class → the first task of transformers' `pipeline` that uses it."""
+    from transformers.pipelines import SUPPORTED_TASKS  # it imports every pipeline there is
+
+    found: dict[str, str] = {}
+    for task, entry in SUPPORTED_TASKS.items():
+        for cls in entry["pt"]:
+            found.setdefault(cls.__name__, task)
+    return found
+
+
+def _repo_id(name: str | None) -> str | None:
+    """A name that can be an id on the Hub, or None."""
+    if name is None or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------- rows
+
+
+def _metric_rows(facts: CardFacts) -> list[dict[str, str]]:
+    rows = []
+    for name in dict.fromkeys([*facts.metrics_before, *facts.metrics]):
+        before, after = facts.metrics_before.get(name), facts.metrics.get(name)
+        change = "" if before is None or after is None else f"{after - before:+.4f}"
+        values = {"before": before, "after": after}
+        rows.append(
+            {"name": name, "change": change} | {key: "" if value is None else f"{value:.4f}" for key, value in values.items()}
+        )
+    return rows
+
+
+def _rule_rows(config: PruningConfig | None) -> list[list[str]]:
+    rows = []
+    for name, rule in (config.resolved_rules() if config else {}).items():
+        target = f"score at most {rule.threshold}" if rule.scope == "threshold" else f"{rule.target_sparsity:g}"
+        modules = rule.target_modules or "all that the pattern fits"
+        shown = modules if isinstance(modules, str) else ", ".join(modules)
+        cells = [name, str(rule.pattern), target, rule.criterion, rule.scope, rule.schedule, shown]
+        rows.append([cell.replace("|", "\\|") for cell in cells])
+    return rows
+
+
+def _cost(name: str, cost: Cost) -> dict[str, str]:
+    return {
+        "name": name,
+        "parameters": f"{cost.parameters:,}",
+        "weights": megabytes(cost.weight_bytes),
+        "activations": megabytes(cost.activation_bytes),
+        "latency": f"{cost.milliseconds:.2f} ms",
+    }
+
+
+def _size(model: PreTrainedModel) -> str:
+    return megabytes(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
+
+
+def _dataset_name(facts: CardFacts) -> str | None:
+    return facts.dataset_name or " ".join(part for part in (facts.dataset, facts.dataset_config) if part) or None
+
+
+def _without_ratio(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: comparison[name] for name in ("dense", "model", "reference", "protocol")}
+
+
+def _versions() -> dict[str, str]:
+    own = importlib.import_module("hf_prune").__version__  # the package's face, which cannot be imported from inside
+    return {"hf_prune": own} | {name: importlib.metadata.version(name) for name in _VERSIONS}

@@ -1,0 +1,312 @@
+"""Model cards: they say what the model is, the Hub's metadata survives a round trip, a Trainer makes them by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from datasets import Dataset, DatasetInfo
+from helpers import arguments, ragged_rows, tiny_bert
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_eval_result, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from PIL import Image
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+import hf_prune
+from hf_prune import CardFacts, ModelCardCallback, PruningCallback, PruningConfig, PruningConfigError, PruningRule, condense
+from hf_prune.architectures import find_blocks
+from hf_prune.hub.card import PICTURES, auto_class, pipeline_tag, write_card
+from hf_prune.report import compare, original_blocks, stock_twin, total_sparsity
+
+HALF = PruningConfig(
+    target_sparsity=0.5, frequency=1, cooldown_steps=1, rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")]
+)
+FACTS = CardFacts(
+    model_name="tiny-half",
+    base_model="someone/tiny",
+    dataset="glue",
+    dataset_config="mrpc",
+    dataset_split="validation",
+    language="en",
+    license="apache-2.0",
+    metrics_before={"loss": 0.5, "accuracy": 0.75},
+    metrics={"loss": 0.625, "accuracy": 0.6875, "f1": 0.5},
+    history=[{"step": 1, "sparsity": 0.25}, {"step": 2, "sparsity": 0.5, "accuracy": 0.6875}],
+)
+
+
+def halved(family: str = "bert", how: str = "in") -> Any:
+    """A model whose first attention block has two of four heads left, and whose first feed-forward block 37 of 40 neurons."""
+    model = models.tiny(family)
+    attention, feed_forward = find_blocks(model)[:2]
+    models.zero_units(attention, [0, 1], how)
+    models.zero_units(feed_forward, [0, 1, 2], how)
+    return model
+
+
+def weights_of(model: nn.Module) -> tuple[int, int]:
+    """Weights that are not zero, and all weights, of every linear layer below the base model: a slow count."""
+    matrices = [module.weight for module in model.base_model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return sum(int((matrix != 0).sum()) for matrix in matrices), sum(matrix.numel() for matrix in matrices)
+
+
+# ---------------------------------------------------------------------------------------------------------- what a card counts
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_sizes_before_condensing_are_remembered(family: str) -> None:
+    masked = halved(family, "out")
+    dense = weights_of(masked)[1]
+    before = [(block.name, block.units, block.alive) for block in original_blocks(masked)]
+    assert total_sparsity(masked) == pytest.approx(1 - weights_of(masked)[0] / dense)
+    condensed = condense(masked)
+    assert [(block.name, block.units, block.alive) for block in original_blocks(condensed)] == before
+    assert [row[2] for row in before[:2]] == [2, 37]
+    assert total_sparsity(condensed) == pytest.approx(1 - weights_of(condensed)[0] / dense)
+    fresh = models.tiny(family)
+    assert stock_twin(condensed, "meta").num_parameters() == fresh.num_parameters() > condensed.num_parameters()
+
+
+def test_removed_layers_are_remembered() -> None:
+    model = models.tiny("qwen2")
+    for block in find_blocks(model)[2:4]:
+        units = block.num_heads if hasattr(block, "num_heads") else block.num_neurons
+        models.zero_units(block, list(range(units)), "out")
+    condense(model)
+    assert model.config.num_hidden_layers == 2
+    assert [block.alive for block in original_blocks(model)] == [8, 40, 0, 0, 8, 40]
+    assert stock_twin(model, "meta").num_parameters() == models.tiny("qwen2").num_parameters()
+
+
+def test_the_comparison_weighs_both_models() -> None:
+    model = condense(halved())
+    seen: list[range] = []
+    comparison = compare(model, rows=2, tokens=8, repeats=1, track=lambda rounds: seen.append(rounds) or rounds)
+    assert comparison.model.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert comparison.dense.parameters == models.tiny().num_parameters()
+    assert comparison.model.weight_bytes == sum(
+        tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())
+    )
+    assert comparison.latency_ratio == comparison.dense.milliseconds / comparison.model.milliseconds > 0
+    assert "batch of 2 × 8" in comparison.protocol
+    assert "1 forwards" in comparison.protocol
+    assert len(seen) == 1
+    assert "dense" in str(comparison)
+
+
+def test_activations_are_counted_where_they_live() -> None:
+    """Of two linear layers in a row, input, hidden and output never live all three; the largest pair is hidden and output."""
+    from hf_prune.report import _activations
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.last = nn.Linear(4, 100), nn.Linear(100, 30), nn.Linear(30, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x)
+            x = self.down(x)
+            return self.last(x)
+
+    assert _activations(Chain(), {"x": torch.zeros(5, 4)}) == 4 * 5 * (100 + 30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize("condensed", [False, True], ids=["masked", "condensed"])
+def test_card_of_a_model(condensed: bool, tmp_path: Path) -> None:
+    model = halved(how="out")
+    dense = model.num_parameters()
+    if condensed:
+        condense(model)
+        facts = CardFacts(**{**vars(FACTS), "comparison": compare(model, rows=1, tokens=8, repeats=1).to_dict()})
+    else:
+        facts = FACTS
+    card = write_card(tmp_path, model, HALF, facts, "me/tiny-half")
+    text = (tmp_path / "README.md").read_text()
+    assert text == str(card)
+    for part in (
+        f"{model.num_parameters():,} ({dense:,} before)",
+        "| accuracy | 0.7500 | 0.6875 | -0.0625 |",
+        "| f1 |  | 0.5000 |  |",
+    ):
+        assert part in text
+    assert "2 of 4 heads" in text
+    assert "37 of 40 neurons" in text
+    assert "| rules[1] | neuron | 0.5 | snip_momentum | global | cubic |" in text
+    assert f"transformers {__import__('transformers').__version__}" in text
+    assert 'AutoModelForSequenceClassification.from_pretrained("me/tiny-half"' in text
+    assert ("trust_remote_code" in text) == condensed
+    assert ("would cut" in text) == (not condensed)
+    assert ("Protocol: batch of 1 × 8" in text) == condensed
+    assert "{{" not in text
+    assert "{%" not in text
+    assert "\n\n\n\n" not in text
+
+    pictures = {"kept.png", "history.png"} | ({"latency.png"} if condensed else set())
+    assert {path.name for path in (tmp_path / PICTURES).iterdir()} == pictures
+    for name in pictures:
+        assert f"]({PICTURES}/{name})" in text
+        with Image.open(tmp_path / PICTURES / name) as image:
+            assert len(image.convert("L").getcolors() or []) > 20
+    assert CardFacts.load(tmp_path) == facts
+    assert PruningConfig.from_pretrained(tmp_path) == HALF
+
+
+def test_metadata_survives_the_hubs_own_reader(tmp_path: Path) -> None:
+    write_card(tmp_path, halved(), HALF, FACTS)
+    data = metadata_load(tmp_path / "README.md")
+    assert data is not None
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "tiny-half"
+    assert {result.metric_type: result.metric_value for result in results} == {"accuracy": 0.6875, "f1": 0.5}
+    assert {(result.task_type, result.dataset_type, result.dataset_config, result.dataset_split) for result in results} == {
+        ("text-classification", "glue", "mrpc", "validation")
+    }
+    assert eval_results_to_model_index(name, results) == data["model-index"]
+    one = metadata_eval_result(
+        model_pretty_name="tiny-half",
+        task_pretty_name="Text Classification",
+        task_id="text-classification",
+        metrics_pretty_name="f1",
+        metrics_id="f1",
+        metrics_value=0.5,
+        dataset_pretty_name="glue mrpc",
+        dataset_id="glue",
+    )["model-index"][0]["results"][0]
+    assert data["model-index"][0]["results"][0].keys() <= one.keys()
+    assert {key: data[key] for key in ("base_model", "datasets", "language", "license", "library_name", "pipeline_tag")} == {
+        "base_model": "someone/tiny",
+        "datasets": "glue",
+        "language": "en",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+    }
+    again = ModelCard.load(tmp_path / "README.md")
+    assert again.data.to_dict() == data
+
+
+def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
+    card = hf_prune.model_card(halved(), facts=CardFacts(base_model=str(tmp_path), metrics={"accuracy": 0.5}))
+    assert card.data.base_model is None
+    assert card.data.eval_results is None
+    assert "| accuracy |  | 0.5000 |  |" in card.text
+    assert "No pruning config was recorded." in card.text
+    assert "No evaluation was recorded." in hf_prune.model_card(halved()).text
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "masked-lm"), ("gpt2", "causal-lm"), ("vit", None), ("bert", "bare")])
+def test_card_of_any_head(family: str, head: str | None) -> None:
+    model = models.tiny(family, head)
+    assert f"transformers import {auto_class(model)}" in hf_prune.model_card(model).text
+    expected = {
+        "masked-lm": "fill-mask",
+        "causal-lm": "text-generation",
+        None: "image-classification",
+        "bare": "feature-extraction",
+    }
+    assert pipeline_tag(model) == expected[head]
+
+
+def test_a_family_without_a_spec_has_a_card() -> None:
+    from transformers import FNetConfig, FNetModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "vocab_size": 32, "max_position_embeddings": 16}
+    text = hf_prune.model_card(FNetModel(FNetConfig(**sizes))).text
+    assert "0.00% of the model's body" in text
+
+
+def test_unknown_facts_are_refused() -> None:
+    with pytest.raises(PruningConfigError, match=r"datset='glue'.*Did you mean 'dataset'"):
+        ModelCardCallback(datset="glue")
+
+
+# -------------------------------------------------------------------------------------------------------------------- training
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def rows(count: int) -> Dataset:
+    """Rows that say, as those of a Hub dataset do, where they are from."""
+    data = Dataset.from_list(ragged_rows(count))
+    data._info = DatasetInfo(features=data.features, builder_name="glue", config_name="mrpc")
+    return data
+
+
+def trainer_with_card(folder: Path, callback: TrainerCallback, **settings: Any) -> Trainer:
+    return Trainer(
+        model=tiny_bert(),
+        args=arguments(folder, **{"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2} | settings),
+        train_dataset=rows(32),
+        eval_dataset=rows(16),
+        compute_metrics=accuracy,
+        callbacks=[PruningCallback(HALF), callback],
+    )
+
+
+def test_a_trainer_fills_the_card(tmp_path: Path) -> None:
+    callback = ModelCardCallback(language="en")
+    trainer = trainer_with_card(tmp_path / "half", callback, learning_rate=0.0123, save_strategy="steps", save_steps=2)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    facts = CardFacts.load(tmp_path / "half")
+    assert facts.metrics_before == {"loss": before["eval_loss"], "accuracy": before["eval_accuracy"]}
+    assert facts.metrics == {"loss": after["eval_loss"], "accuracy": after["eval_accuracy"]}
+    assert (facts.model_name, facts.dataset, facts.dataset_config) == ("half", "glue", "mrpc")
+    assert [entry["step"] for entry in facts.history if "accuracy" in entry][:2] == [2, 4]
+    assert facts.history[-1]["sparsity"] == pytest.approx(0.5)
+    assert PruningConfig.from_pretrained(tmp_path / "half") == HALF
+    text = (tmp_path / "half" / "README.md").read_text()
+    assert "| learning_rate | 0.0123 |" in text
+    assert "2 of 4 heads" in text or "1 of 4 heads" in text
+    trainer.create_model_card(model_name="half")  # as `push_to_hub` does, right before it uploads
+    assert (tmp_path / "half" / "README.md").read_text() == text
+
+    resumed = trainer_with_card(tmp_path / "half", ModelCardCallback())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+    assert CardFacts.load(tmp_path / "half").metrics_before == facts.metrics_before
+
+
+def test_the_card_has_the_metrics_of_the_best_model(tmp_path: Path) -> None:
+    settings = {"eval_on_start": True, "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    callback = ModelCardCallback()
+    trainer = trainer_with_card(tmp_path, callback, metric_for_best_model="eval_loss", learning_rate=0.5, **settings)
+    trainer.train()
+    logged = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert callback.facts.metrics_before["loss"] == logged[0]
+    assert callback.facts.metrics["loss"] == logged[trainer.state.best_global_step]
+
+
+def test_a_trainer_without_the_callback_writes_its_own_card(tmp_path: Path) -> None:
+    trainer = Trainer(model=tiny_bert(), args=arguments(tmp_path), train_dataset=ragged_rows(8))
+    trainer.create_model_card()
+    assert "generated_from_trainer" in (tmp_path / "README.md").read_text()
+    assert "hf_prune" not in (tmp_path / "README.md").read_text()
+
+
+def test_no_pictures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    write_card(tmp_path, halved(), HALF, FACTS)
+    assert not (tmp_path / PICTURES).exists()
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
+def test_facts_are_plain_json(tmp_path: Path) -> None:
+    FACTS.save(tmp_path)
+    assert json.loads((tmp_path / "pruning_facts.json").read_text())["dataset"] == "glue"
+    assert CardFacts.load(tmp_path / "elsewhere") == CardFacts()

@@ -1,0 +1,207 @@
+"""`hf-prune` as a person uses it: real folders, in process where the process does not matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from helpers import tiny_bert
+from hub_server import TOKEN, serving
+from test_cards import FACTS, HALF, halved
+from test_hub_server import run as run_with_hub
+from test_reload import save_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from hf_prune import CardFacts, PruningConfig, condense, condense_plan, sparsity_report
+from hf_prune.cli import main
+from hf_prune.hub import write_card
+
+
+class Run:
+    """Runs a command line in this process; keeps what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        self.out, self.err = self.capsys.readouterr()
+        assert (ended.value.code or 0) == code, self.out + self.err
+        return self.out
+
+    def json(self, *arguments: object) -> dict[str, Any]:
+        return json.loads(self(*arguments, "--json"))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(capsys)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model as a run leaves it: with tokenizer, card and facts."""
+    folder = tmp_path_factory.mktemp("masked")
+    model = halved(how="out")
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    write_card(folder, model, HALF, FACTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def condensed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("condensed")
+    condense(halved(how="out")).save_pretrained(folder)
+    return folder
+
+
+def test_inspect(cli: Run, masked: Path, condensed: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(masked)
+    report = cli.json("inspect", masked, "--pad-to-multiple-of", 1)
+    assert report["sparsity"] == sparsity_report(model).sparsity == pytest.approx(report["total_sparsity"])
+    assert report["parameters_after_condense"] == model.num_parameters() - condense_plan(model).parameters
+    assert report["bytes_on_disk"] == (masked / "model.safetensors").stat().st_size
+    assert report["class"] == "BertForSequenceClassification"
+    assert [block["alive"] for block in report["original_blocks"]][:2] == [2, 37]
+    assert not report["condensed"]
+    printed = cli("inspect", masked)
+    assert "2 of 4 heads" in printed
+    assert f"{model.num_parameters():,}" in printed
+
+    small = cli.json("inspect", condensed)
+    assert small["condensed"]
+    assert small["sparsity"] == 0 < small["total_sparsity"]
+    assert small["parameters"] == report["parameters_after_condense"]
+
+
+@pytest.mark.parametrize(("family", "head"), [("gpt2", "causal-lm"), ("t5", "seq2seq-lm"), ("vit", None), ("bert", "bare")])
+def test_any_head(cli: Run, family: str, head: str | None, tmp_path: Path) -> None:
+    model = models.tiny(family, head)
+    model.save_pretrained(tmp_path)
+    assert cli.json("inspect", tmp_path)["class"] == type(model).__name__
+
+
+def test_condense(cli: Run, masked: Path, tmp_path: Path) -> None:
+    made = cli.json("condense", masked, tmp_path / "small", "--pad-to-multiple-of", 8)
+    model = AutoModelForSequenceClassification.from_pretrained(masked)
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    batch = models.ragged_batch(model)
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits, small(**batch).logits, atol=1e-6)
+    assert (made["parameters_before"], made["parameters"]) == (model.num_parameters(), small.num_parameters())
+    assert [block["alive"] for block in made["original_blocks"]][:2] == [2, 37]
+    assert small.bert.encoder.layer[0].intermediate.dense.out_features == 40  # three dead neurons fill it up
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert {"tokenizer.json", "modeling_hf_prune.py", "pruning_config.json", "README.md", "pictures"} <= names
+    assert CardFacts.load(tmp_path / "small") == FACTS
+    assert "trust_remote_code" in (tmp_path / "small" / "README.md").read_text()
+    assert f"{made['parameters']:,} parameters" in cli("condense", masked, tmp_path / "again", "--pad-to-multiple-of", 8)
+
+
+def test_benchmark_and_card(cli: Run, condensed: Path, masked: Path, tmp_path: Path) -> None:
+    quick = ("--batch-size", 2, "--tokens", 8, "--repeats", 2)
+    figures = cli.json("benchmark", condensed, "--against", masked, *quick)
+    assert figures["latency_ratio"] == figures["dense"]["milliseconds"] / figures["model"]["milliseconds"]
+    assert figures["dense"]["parameters"] > figures["model"]["parameters"]
+    assert figures["reference"] == str(masked)
+    assert "times as fast as a random model" in cli("benchmark", condensed, *quick)
+
+    condense(halved(how="out")).save_pretrained(tmp_path)
+    FACTS.save(tmp_path)
+    assert Path(cli.json("card", tmp_path, *quick)["path"]).read_text().count("latency.png") == 1
+    assert CardFacts.load(tmp_path).comparison is not None
+    assert "Protocol: batch of 2 × 8" in (tmp_path / "README.md").read_text()
+
+
+def test_plan(cli: Run, masked: Path, tmp_path: Path) -> None:
+    HALF.to_json_file(tmp_path / "half.json")
+    groups = cli.json("plan", masked, tmp_path / "half.json")["groups"]
+    assert [(group["pattern"], group["units"]) for group in groups] == [("head", 4)] * 3 + [("neuron", 40)] * 3
+    assert "bert.encoder.layer.2.attention.self" in cli("plan", masked, tmp_path / "half.json")
+
+
+def test_convert(cli: Run, tmp_path: Path) -> None:
+    small = condense(halved(how="out"))
+    small.save_pretrained(tmp_path / "v4")
+    (tmp_path / "v4" / "modeling_hf_prune.py").unlink()
+    config = json.loads((tmp_path / "v4" / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("hf_prune", "auto_map")} | {
+        "pruned_heads": {"0": [0, 1]}
+    }
+    (tmp_path / "v4" / "config.json").write_text(json.dumps(config))
+    assert cli.json("convert", tmp_path / "v4", tmp_path / "v5")["parameters"] == small.num_parameters()
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "v5")
+    batch = models.ragged_batch(small)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, small(**batch).logits)
+
+
+def test_push(masked: Path, tmp_path: Path) -> None:
+    code = "import sys; from hf_prune.cli import main; main(sys.argv[1:])"
+    (tmp_path / "here").mkdir()
+    settings = {"home": tmp_path / "here" / "home"}
+    with serving() as (hub, endpoint):
+        done = run_with_hub(code, "push", masked, "me/half", "--private", "--json", endpoint=endpoint, **settings)
+        assert done.returncode == 0, done.stderr
+        files = hub.branches["me/half"]["main"]
+        assert {"model.safetensors", "README.md", "pictures/kept.png", "tokenizer.json"} <= files.keys()
+        assert 'from_pretrained("me/half")' in files["README.md"].decode()
+        assert json.loads(done.stdout)["commit"] == hub.heads["me/half", "main"]
+        assert hub.private["me/half"]
+        seen = run_with_hub(code, "inspect", "me/half", "--json", endpoint=endpoint, **settings)
+        assert json.loads(seen.stdout)["class"] == "BertForSequenceClassification"
+        refused = run_with_hub(code, "push", masked, "me/half", endpoint=endpoint, HF_TOKEN=f"{TOKEN}x", **settings)
+        assert refused.returncode == 1
+        assert "401" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_help_and_usage(cli: Run) -> None:
+    printed = cli("--help")
+    for command in ("inspect", "condense", "benchmark", "plan", "card", "push", "convert"):
+        assert command in printed
+    cli("inspct", "x", code=2)
+    assert "inspect" in cli.err
+    cli("inspect", "x", "--jsn", code=2)
+    assert "--json" in cli.err
+    cli("benchmark", "x", "--repeats", 0, code=2)
+    cli("condense", "x", code=2)
+
+
+def test_errors_name_what_is_wrong(cli: Run, masked: Path, tmp_path: Path) -> None:
+    def fails(*arguments: object) -> str:
+        cli(*arguments, code=1)
+        assert cli.out == ""
+        return " ".join(cli.err.split())
+
+    (tmp_path / "model").mkdir()
+    assert "has no config.json" in fails("inspect", tmp_path / "model")
+    assert f"Did you mean '{tmp_path / 'model'}'" in fails("inspect", tmp_path / "modle")
+    tiny_bert().save_pretrained(tmp_path / "dense")
+    assert "below it there are models in dense" in fails("inspect", tmp_path)
+    assert "nothing to cut out: 0.00%" in fails("condense", tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "is the folder of the model itself" in fails("condense", masked, masked)
+    (tmp_path / "config.json").write_text(json.dumps({**PruningConfig(pattern="head").to_dict(), "pattern": "heads"}))
+    assert "pattern='heads'" in fails("plan", masked, tmp_path / "config.json")
+    assert "Did you mean 'head'?" in " ".join(cli.err.split())
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    assert "merge it first" in fails("inspect", tmp_path / "model")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClasification"]}))
+    assert "Did you mean 'BertForSequenceClassification'?" in fails("inspect", tmp_path / "dense")
+
+
+def test_it_runs_as_a_module(masked: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "hf_prune.cli", "inspect", str(masked)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 4 heads" in done.stdout
