@@ -102,7 +102,7 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
         first = self.parameter.shape[0]
-        rest = self.parameter.numel() // first
+        rest = math.prod(self.parameter.shape[1:])
         return (rest, first) if self.transposed else (first, rest)
 
     @property

@@ -112,3 +112,14 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """Assert that two sets of tensors have the same names and are equal bit for bit."""
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def prune_at_once(model: torch.nn.Module, config: PruningConfig) -> None:
+    """Let a pruner go through one step of a loop, with a criterion that reads no gradients."""
+    pruner = Pruner(model, config, total_steps=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    pruner.observe()
+    pruner.step()
+    pruner.finish()
+    model.zero_grad()

@@ -10,11 +10,12 @@ from typing import Any
 import models
 import pytest
 import torch
+from helpers import prune_at_once
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_prune import Pruner, PruningConfig, PruningRule, condense
+from hf_prune import PruningConfig, PruningRule, condense
 from hf_prune.architectures import (
     SPECS,
     ArchitectureSpec,
@@ -106,10 +107,7 @@ def test_a_family_of_ones_own(toy: ArchitectureSpec, tmp_path: Path) -> None:
     config = PruningConfig(
         rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")], criterion="magnitude", schedule="constant"
     )
-    pruner = Pruner(model, config, total_steps=1)
-    pruner.observe()
-    pruner.step()
-    pruner.finish()
+    prune_at_once(model, config)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         before = model(ids)[0]

@@ -9,13 +9,14 @@ import models
 import pytest
 import torch
 import transformers
+from helpers import prune_at_once
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune import Pruner, PruningConfig, PruningRule, condense, condense_plan
+from hf_prune import PruningConfig, PruningRule, condense, condense_plan
 from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks
 from hf_prune.condense.plan import regroup
 from hf_prune.condense.resize import inputs_of, output_of, unit_features
@@ -344,10 +345,7 @@ def test_what_a_pruner_removes_goes(family: str, pattern: str) -> None:
     model = models.tiny(family)
     rules = [PruningRule(pattern=pattern)] + ([PruningRule(pattern="neuron")] if pattern != "block" else [])
     config = PruningConfig(criterion="magnitude", schedule="constant", scope="global", target_sparsity=0.5, rules=rules)
-    pruner = Pruner(model, config, total_steps=1)
-    pruner.observe()
-    pruner.step()
-    pruner.finish()
+    prune_at_once(model, config)
     rows = condense_plan(model).to_dict()
     condense(model)
     if pattern == "block":

@@ -9,11 +9,11 @@ import models
 import pytest
 import torch
 import transformers
-from helpers import LENGTH, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from helpers import LENGTH, arguments, assert_equal, prune_at_once, ragged_rows, snapshot, tiny_bert
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from hf_prune import Pruner, PruningCallback, PruningConfig, PruningRule, condense, condense_plan
+from hf_prune import PruningCallback, PruningConfig, PruningRule, condense, condense_plan
 from hf_prune.architectures import AttentionBlock, find_blocks
 
 
@@ -83,10 +83,7 @@ def test_pruned_and_condensed_again(family: str, pattern: str, tmp_path: Path) -
     pattern = "kv_group" if (family, pattern) == ("llama", "head") else pattern
     rules = [PruningRule(pattern=pattern)] + ([PruningRule(pattern="neuron")] if pattern != "block" else [])
     config = PruningConfig(criterion="magnitude", schedule="constant", scope="global", target_sparsity=0.5, rules=rules)
-    pruner = Pruner(model, config, total_steps=1)
-    pruner.observe()
-    pruner.step()
-    pruner.finish()
+    prune_at_once(model, config)
     batch, plan, parameters = models.ragged_batch(model), condense_plan(model), model.num_parameters()
     before = logits(model, batch)
     assert plan.parameters > 0

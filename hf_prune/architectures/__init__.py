@@ -25,6 +25,10 @@ To add a family, write one `ArchitectureSpec` and pass it to `register_architect
     )
 
 `condense` then shows whether the spec tells everything: it compares outputs, and puts the model back if they differ.
+
+A condensed model of a family that transformers itself has loads with `trust_remote_code=True` too, since its spec is written into
+the modelling file of the checkpoint. One whose classes are your own loads with these after `import hf_prune` and
+`register_architecture`; no modelling file is written for it, because that file could not hold your classes.
 """
 
 from .blocks import AttentionBlock, Block, FeedForwardBlock, Projection, blocks, find_blocks

@@ -7,7 +7,8 @@ usual. It loads in two ways, and what was loaded in either can be saved again:
 - without hf_prune, with `trust_remote_code=True`: the checkpoint carries `modeling_hf_prune.py`, written from the library's own
   source together with the spec of the one family, and the `auto_map` that points to it.
 
-With neither, transformers refuses the checkpoint because its tensors do not have the stock shapes.
+A family that transformers does not have has no modelling file: import hf_prune, register its spec, and load it by its own class.
+With neither way, transformers refuses the checkpoint because its tensors do not have the stock shapes.
 """
 
 from __future__ import annotations
