@@ -59,11 +59,6 @@ class ModelCardCallback(TrainerCallback):
         facts, self._over = self.facts, None
         if facts.base_model is None:
             facts.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        data: Any = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-        # what Datasets calls data that was read from files is no dataset of the Hub
-        if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
-            facts.dataset, facts.dataset_config = data.builder_name, data.config_name
-            facts.dataset_split = None if data.split is None else str(data.split)
         if state.global_step > 0 and not facts.metrics_before:
             facts.metrics_before = CardFacts.load(str(args.output_dir)).metrics_before
         elif state.is_world_process_zero:
@@ -77,11 +72,17 @@ class ModelCardCallback(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        facts = self.facts
+        data: Any = getattr(kwargs.get("eval_dataloader"), "dataset", None)
+        # what Datasets calls data that was read from files is no dataset of the Hub
+        if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
+            facts.dataset, facts.dataset_config = data.builder_name, data.config_name
+            facts.dataset_split = None if data.split is None else str(data.split)
         measured = _metrics(metrics or {})
         if state.global_step == 0:
-            self.facts.metrics_before = measured or self.facts.metrics_before
+            facts.metrics_before = measured or facts.metrics_before
         else:
-            self.facts.metrics = measured or self.facts.metrics
+            facts.metrics = measured or facts.metrics
         if self._over is not None:
             self.write(args, state)
 
