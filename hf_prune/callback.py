@@ -96,7 +96,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         try:
             if state.global_step > 0:
                 self._resume(state, stored.get(type(self).__name__))
-            elif previous is not None and previous.model is model:
+            elif previous is not None and previous.model is self.pruner.model:
                 self.pruner.load_state_dict({**previous.state_dict(), "steps": torch.tensor(0)})
         except BaseException:
             self.pruner.release()
@@ -138,10 +138,20 @@ class PruningCallback(TrainerCallback, ExportableState):
             state.best_metric = None
             self._best_competes = self.pruner.done
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not args.should_save:
+            # One process asked for the pruner's state while it wrote the checkpoint, and waits for what the others have of it.
+            self._running.state_dict()
+        elif self.written.get("step") != state.global_step:
+            raise RuntimeError(
+                f"The checkpoint of step {state.global_step} is not where the Trainer puts checkpoints, in {args.output_dir}, "
+                "so the pruner's state is not in it."
+            )
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._between_steps = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load(Path(state.best_model_checkpoint), state.best_global_step or 0)
+            self._load(Path(state.best_model_checkpoint))
         self._running.finish()
         if (shortfall := self._running.shortfall) is not None:
             logger.warning(shortfall)
@@ -162,6 +172,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: the checkpoint is not whole, or belongs to another config.
         """
+        pruner = self._running
         folder: Path = state.folder  # type: ignore[attr-defined]
         files = written(entry, state.global_step)
         if files is not None and (broken := changed_files(folder, {STATE_NAME: files[STATE_NAME]})):
@@ -169,38 +180,34 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"{folder} is not complete: {broken[0]} is missing or not the one that was written with {TRAINER_STATE_NAME}; "
                 "last_complete_checkpoint(output_dir) finds the checkpoint before."
             )
-        self._load(folder, state.global_step)
-
-    def _load(self, folder: Path, step: int) -> None:
-        """Take over the masks and all else that belongs to the model of a checkpoint.
-
-        Raises:
-            ValueError: the checkpoint belongs to another config.
-        """
-        pruner = self._running
         if not (folder / STATE_NAME).is_file():
-            pruner.steps = step
+            pruner.steps = state.global_step
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None  # it is not pruned
             logger.warning(
                 "%s was written without PruningCallback: pruning starts at step %d, where the schedule is at a sparsity of %.4f; "
                 "its last mask update is at step %d.",
                 folder,
-                step,
+                state.global_step,
                 pruner.target_sparsity(),
                 pruner.last_update,
             )
             return
-        saved, state = PruningConfig.from_pretrained(folder), load_state(folder)
-        differing = _differing_fields(saved, self.config)
+        differing = _differing_fields(PruningConfig.from_pretrained(folder), self.config)
         if differing and not self.allow_config_change:
             raise ValueError(
                 f"{folder} was written with another config: {'; '.join(differing)}. To go on from it with the new one, pass "
                 "PruningCallback(config, allow_config_change=True)."
             )
+        self._load(folder)
+
+    def _load(self, folder: Path) -> None:
+        """Take over masks, scores and all else that belongs to the model of a checkpoint, as far as it fits the config."""
+        saved, state = PruningConfig.from_pretrained(folder), load_state(folder)
         rules, before = self.config.resolved_rules(), saved.resolved_rules()
         for name in before:
             if name not in rules or any(getattr(rules[name], field) != getattr(before[name], field) for field in _SCORED_BY):
                 state = {key: value for key, value in state.items() if not key.startswith(f"{name}/")}
-        pruner.load_state_dict(state, strict=not differing)
+        self._running.load_state_dict(state, strict=not _differing_fields(saved, self.config))
 
 
 def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:

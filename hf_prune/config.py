@@ -392,7 +392,8 @@ class PruningConfig:
         frequency: optimizer steps between mask updates.
         updates: number of mask updates, spread evenly between warm-up and cool-down, in the place of `frequency`.
         target_modules: as in PEFT, a regular expression that matches whole module names or a list of names or suffixes.
-            Default: every linear layer of the model's body; the output head is left out unless named.
+            Default: every linear layer of the model's body; the output head is left out unless named. Under PEFT names are those of
+            the model without adapters.
         exclude_modules: modules left out, in the same form.
         min_sparsity_per_module, max_sparsity_per_module: floor and cap for each module under `scope="global"`. The floor rises with
             the schedule.

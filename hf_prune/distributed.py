@@ -76,6 +76,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor placed as `other` is: this rank keeps its own part. Nothing is sent."""
     if not is_sharded(other):

@@ -1,7 +1,14 @@
 """Weights under LoRA: what counts is the merged weight W + s·BA, by which the layer computes and which `merge_and_unload()` leaves.
 
-Its zeros are made in two ways. Where a unit holds whole rows (or columns), its rows of W and B (columns of W and A) are zero.
-Elsewhere W takes the value −s·BA; the product is PEFT's own, so that the sum is exactly zero.
+Its zeros are made in two ways. Where a unit holds whole rows (or columns), its rows of W and B (columns of W and A) are zero, and
+the gradients of these rows of B (columns of A) are dropped. Elsewhere W takes the value −s·BA after each step, so that the sum is
+zero; the product is PEFT's own, so that it is exactly zero. There the gradients of A and B, in which dead and living weights have
+their share, stay those of the merged weight as if nothing were dead, straight through the mask, and what a step on them changes in
+dead weights is taken back. Living base weights are never changed, except that one whose mask is lifted brings the merged weight
+back to the value it left with.
+
+The base model alone is no longer what it was, so adapters are not switched off or exchanged afterwards. Merge on the device that
+pruned: another may round the product differently. With `lora_dropout` a training forward sees dead weights as noise of mean zero.
 """
 
 from __future__ import annotations

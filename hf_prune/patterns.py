@@ -20,7 +20,9 @@ def build_groups(
 ) -> tuple[list[UnitGroup], dict[str, str]]:
     """The unit groups of a pattern over the selected modules or blocks, and what is left out with its reason."""
     groups: list[UnitGroup] = []
-    left_out: dict[str, str] = {}
+    blocks = list(blocks)
+    left_out = {block.name: "condensing left nothing of it" for block in blocks if not _has_units(block)}
+    blocks = [block for block in blocks if block.name not in left_out]
     if pattern.kind == "neuron":
         groups = [_neuron_group(block) for block in blocks if isinstance(block, FeedForwardBlock)]
     elif pattern.kind == "auto":
@@ -46,6 +48,8 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
     """The group of a pattern that divides a single weight, or the reason why it does not fit."""
     target = weight_target(name, module, kernel_first=pattern.kind == "N:M")
     rows, columns = target.shape
+    if not rows * columns:
+        return None, "condensing left nothing of it"
     if pattern.kind == "N:M":
         assert pattern.n
         assert pattern.m
@@ -59,6 +63,10 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
     if pattern.m is None and (bias := bias_target(name, module)) is not None:
         biases = (View(bias, height, 1, 0, rows),)
     return UnitGroup(name, (View(target, height, width, 0, rows),), biases), ""
+
+
+def _has_units(block: Block) -> bool:
+    return bool(block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons)
 
 
 def _neuron_group(block: FeedForwardBlock) -> UnitGroup:

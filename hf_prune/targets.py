@@ -85,7 +85,7 @@ class Target:
         tensor = whole(tensor)
         if self.transposed:
             return tensor.T
-        return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], -1)
+        return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """An `[out, in]` matrix in the parameter's shape; a view, or this rank's part where the parameter is sharded."""

@@ -66,8 +66,8 @@ class View:
     def apply(self, kept: Tensor, gradients: bool = False) -> None:
         """Zero the blocks of units that are not kept, in place, in the target or in its gradient.
 
-        `kept` is broadcast over the blocks: nothing of the size of a linear layer's parameter is made, unless it is sharded or has
-        an adapter.
+        Nothing of the size of the parameter is made, except for convolutions, shards and under LoRA: `kept` is broadcast over the
+        blocks.
 
         Args:
             kept: bool `[units]`.
@@ -76,16 +76,16 @@ class View:
         for view in self.adapters:
             view.apply(kept, gradients)
         rows, height, columns, width = self.grid
-        factors = kept.view(rows, 1, columns, 1)
-        spread = self.target.parameter.ndim > 2 or is_sharded(self.target.parameter)
-        if spread:
-            # The matrix of a convolution may be a copy, that of a sharded parameter is one: the factors are brought into its shape.
+        factors, parameter = kept.view(rows, 1, columns, 1), self.target.parameter
+        in_blocks = parameter.ndim <= 2 and not is_sharded(parameter)
+        if not in_blocks:
+            # The matrix of a convolution may be a copy, that of shards is one: the factors are brought into their shape instead.
             matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
             matrix[self.start : self.stop] = factors.expand(self.grid).reshape(rows * height, columns * width)
             factors = self.target.from_matrix(matrix)
 
         def blocks(tensor: Tensor) -> Tensor:
-            return tensor if spread else self.target.matrix(tensor)[self.start : self.stop].view(self.grid)
+            return self.target.matrix(tensor)[self.start : self.stop].view(self.grid) if in_blocks else tensor
 
         self.target.mask(factors, blocks, adapted=not self.adapters, gradients=gradients)
 

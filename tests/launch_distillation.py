@@ -1,6 +1,9 @@
 """Trains students with several sets of losses and writes what came out of it. Run alone or under `accelerate launch`.
 
-Usage: launch_distillation.py FOLDER. Writes `<case>.safetensors` (student, projections) and `<case>.json` (logs) into FOLDER.
+    accelerate launch --multi_gpu --num_processes 2 tests/launch_distillation.py FOLDER
+
+(`accelerate launch --cpu` starts one process, whatever `--num_processes` says.) Writes `<case>.safetensors` (student and
+projections) and `<case>.json` (logs) into FOLDER.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ LAYERED = DistillationConfig(
 )
 CASES = {
     "sequence": (EVERY_LOSS, WIDE),
-    "token": (LAYERED, WIDE),
+    "token": (LAYERED, {"num_hidden_layers": 6}),
     "translation": (LAYERED, {"d_model": 48}),
     "question": (DistillationConfig(), {}),
 }
 
 
 def main(folder: Path) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     for task, (settings, changes) in CASES.items():
         teacher, rows = TASKS[task](seed=1, count=32, **changes)
         student = TASKS[task](seed=0, count=32)[0]
@@ -42,6 +45,7 @@ def main(folder: Path) -> None:
             optim="sgd",
             learning_rate=0.05,
         )
+        assert trainer.accelerator.num_processes == processes
         if trainer.is_world_process_zero():
             plain = trainer.accelerator.unwrap_model(trainer.projections)
             tensors = dict(student.state_dict()) | {f"projections.{name}": value for name, value in plain.state_dict().items()}
@@ -50,7 +54,7 @@ def main(folder: Path) -> None:
                 {name: value.clone() for name, value in tensors.items() if name not in shared}, folder / f"{task}.safetensors"
             )
             logs = [{name: log[name] for name in log if name.endswith("loss")} for log in training_logs(trainer)]
-            (folder / f"{task}.json").write_text(json.dumps(logs))
+            (folder / f"{task}.json").write_text(json.dumps({"processes": processes, "logs": logs}))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
     accelerate launch --multi_gpu --num_processes 2 tests/ranks.py FOLDER CASE...
 
-(`accelerate launch --cpu` starts one process, whatever `--num_processes` says, unless it is given MPI.) Each process writes what each
-case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
+(`accelerate launch --cpu` starts one process, whatever `--num_processes` says, unless it is given MPI.) Each process writes what
+each case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.json`.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,9 @@ from accelerate import Accelerator
 from helpers import arguments, ragged_rows, snapshot
 from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -344,6 +344,14 @@ def too_early(folder: Path) -> Result:
     return {"error": error_of(lambda: (shard(model), pruner.observe()))}
 
 
+def adapted(folder: Path) -> Result:
+    """LoRA under FSDP2."""
+    model = uneven({})
+    adapter = get_peft_model(model, LoraConfig(target_modules=["query", "value"]))
+    shard(model)
+    return {"error": error_of(lambda: Pruner(adapter, PruningConfig(pattern="1x1"), total_steps=STEPS))}
+
+
 def flat(folder: Path) -> Result:
     """FSDP1."""
     model = FullyShardedDataParallel(uneven({}), use_orig_params=True, device_id=torch.device("cpu"))
@@ -406,6 +414,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
     "sharded gpt2": sharded_gpt2,
     **{f"reloaded {name}": reloaded(name) for name in ("movement", "wanda", "lottery", "keep_zeros")},
     "too early": too_early,
+    "adapted": adapted,
     "flat": flat,
     "trained in shards": trained_in_shards,
     "tensor parallel": tensor_parallel,
@@ -415,14 +424,11 @@ CASES: dict[str, Callable[[Path], Result]] = {
 def main(folder: Path, names: list[str]) -> None:
     """Run cases as one of several processes and write what they return."""
     torch.set_num_threads(1)
-    import faulthandler
 
-    faulthandler.dump_traceback_later(25)
     Accelerator(cpu=True)  # starts the process group
     for name in names:
         room = folder / name
         result = CASES[name](room)
-        print(name, "done", flush=True)
         dist.barrier()
         tensors = {key: value.contiguous() for key, value in result.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / f"{name}.{rank()}.safetensors")

@@ -146,7 +146,11 @@ def test_what_only_looks_dead_stays(family: str) -> None:
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_gradients_of_survivors_are_equal(family: str) -> None:
-    model = models.tiny(family)
+    assert gradient_gap(models.tiny(family)) <= 1e-5
+
+
+def gradient_gap(model: PreTrainedModel) -> float:
+    """Mask two units of each block, condense: the largest difference of gradients, relative to a parameter's largest above one."""
     for block in find_blocks(model):  # dead on both sides, so that the masked model's survivors get no other gradient
         models.zero_units(block, [2, 3], "out")
         if not isinstance(block, AttentionBlock) or block.heads_per_group == 1:
@@ -169,9 +173,11 @@ def test_gradients_of_survivors_are_equal(family: str) -> None:
             for name in ("weight", "bias"):
                 kept.setdefault(f"{part.name}.{name}", []).append(part.start + (shared if reads else features))
         masked[f"{output_of(block.block).name}.weight"] = masked[f"{output_of(block.block).name}.weight"][:, features]
+    gaps = []
     for name, gradient in condensed.items():
         wanted = masked[name][torch.cat(kept[name])] if name in kept else masked[name]
-        assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-6 * max(1.0, float(wanted.abs().max()))), name
+        gaps.append(float((gradient - wanted).abs().max()) / max(1.0, float(wanted.abs().max())))
+    return max(gaps)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -85,9 +85,9 @@ LOSSES: dict[str, tuple[DistillationConfig, dict[str, Any]]] = {
 }
 
 
-def check_accumulation(task: str, settings: DistillationConfig, changes: dict[str, Any], folder: Path) -> None:
+def check_accumulation(task: str, settings: DistillationConfig, changes: dict[str, Any], folder: Path, seed: int = 1) -> None:
     """Batches of 1×16, 2×8 and 4×4, and a ragged one of 5, give the losses and gradients of the reference in float64."""
-    teacher, rows = TASKS[task](seed=1, count=21, **changes)
+    teacher, rows = TASKS[task](seed=seed, count=21, **changes)
     reference = TASKS[task](seed=0, count=21)[0]
     runs = {}
     for size in (16, 8, 4):
@@ -152,6 +152,11 @@ def test_accumulation_changes_nothing_and_all_is_as_the_reference_says(task: str
 @pytest.mark.parametrize("losses", list(LOSSES)[1:])
 def test_every_loss_is_as_the_reference_says(losses: str, tmp_path: Path) -> None:
     check_accumulation("sequence", *LOSSES[losses], tmp_path)
+
+
+def test_micro_batches_share_a_dynamic_map(tmp_path: Path) -> None:
+    """Here the last four or eight rows alone would choose another map than all 16."""
+    check_accumulation("sequence", LOSSES["layers, dynamic"][0], {"num_hidden_layers": 6}, tmp_path, seed=19)
 
 
 @pytest.mark.parametrize("task", ["token", "causal", "translation"])
@@ -283,6 +288,25 @@ def test_a_step_without_any_label_is_harmless(tmp_path: Path) -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
 
 
+def test_images_have_no_padding(tmp_path: Path) -> None:
+    """A row counts as one, whatever the number of its patches."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    teacher, student = (tiny("vit", seed=seed, **dropout) for seed in (1, 0))
+    torch.manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 12, 12), "labels": index % 3} for index in range(8)]
+    settings = DistillationConfig(alpha_hidden=0.5, alpha_hidden_layers=0.5, layer_map="last")
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    with torch.no_grad():
+        one, two = (model(pixels, output_hidden_states=True) for model in (student, teacher))
+    trainer, _ = train(tmp_path, student, teacher, rows, settings, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    (log,) = training_logs(trainer)
+    expected = float((one.hidden_states[-1] - two.hidden_states[-1]).square().mean())
+    assert log["hidden_loss"] == pytest.approx(expected, rel=1e-5)
+    assert log["hidden_layers_loss"] == pytest.approx(expected, rel=1e-5)
+    items = [slow_divergence(mine, its, 2.0) for mine, its in zip(one.logits, two.logits)]
+    assert log["logits_loss"] == pytest.approx(float(sum(items)) / 8, rel=1e-5)
+
+
 def test_multiple_choice(tmp_path: Path) -> None:
     teacher, student = (tiny_bert("multiple-choice", seed=seed) for seed in (1, 0))
     single = ragged_rows(16)
@@ -312,6 +336,25 @@ def test_evaluation_reports_the_plain_loss_whatever_the_losses(task: str, tmp_pa
     student = TASKS[task](seed=0, count=8)[0]
     trainer, _ = train(tmp_path, student, teacher, rows, LAYERED)
     assert trainer.evaluate(rows)["eval_loss"] == Trainer(student, arguments(tmp_path)).evaluate(rows)["eval_loss"]
+
+
+def test_a_student_made_by_model_init(tmp_path: Path) -> None:
+    """`train` makes another model than `__init__` did."""
+    teacher, rows = sequence_task(seed=1, count=16, **WIDE)
+    trainer = DistillationTrainer(
+        model_init=lambda: sequence_task(seed=0, count=1)[0],
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        teacher=teacher,
+        distillation=EVERY_LOSS,
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert training_logs(trainer)[0].keys() >= {f"{name}_loss" for name in EVERY_LOSS.weights()}
+    torch.testing.assert_close(
+        trainer.model.classifier.weight, teacher.classifier.weight @ trainer.projections["simkd"].weight, rtol=0, atol=0
+    )
 
 
 def test_the_teacher_is_frozen_in_evaluation_mode_and_unchanged(tmp_path: Path) -> None:
@@ -423,9 +466,9 @@ def test_projections_are_trained_saved_and_resumed_and_the_student_stays_plain(t
     teacher, rows = sequence_task(seed=1, count=32, **WIDE)
     ends = {}
     for name in ("straight", "resumed"):
-        kept = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1, "optim": "adamw_torch", "weight_decay": 0.1}
+        kept = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 1, "optim": "adamw_torch", "weight_decay": 0.1}
         student = sequence_task(seed=0, count=32)[0]
-        trainer = distiller(tmp_path / name, student, teacher, rows, settings, [StopAt(2)] if name == "resumed" else [], **kept)
+        trainer = distiller(tmp_path / name, student, teacher, rows, settings, [StopAt(1)] if name == "resumed" else [], **kept)
         start = snapshot(trainer.projections)
         assert start.keys() == {"hidden.weight", "hidden_layers_layers.weight", "simkd.weight"}
         trainer.train()
@@ -436,7 +479,7 @@ def test_projections_are_trained_saved_and_resumed_and_the_student_stays_plain(t
                 for parameter in trainer.projections.parameters():
                     parameter.zero_()
             trainer.train(resume_from_checkpoint=True)
-        ends[name] = snapshot(trainer.model), snapshot(trainer.projections), training_logs(trainer)[2:], trainer._pairs
+        ends[name] = snapshot(trainer.model), snapshot(trainer.projections), training_logs(trainer)[1:]
     assert not any(torch.equal(start[name], ends["straight"][1][name]) for name in start)
     assert_equal(ends["straight"][0], ends["resumed"][0])
     assert_equal(ends["straight"][1], ends["resumed"][1])
@@ -504,6 +547,12 @@ def test_attention_loss_equals_its_formula() -> None:
         expected = sum(slow_attention(student[i, :, j], teacher[i, :heads, j]) for i, j in weights.nonzero().tolist())
         torch.testing.assert_close(attention_loss(student, teacher[:, :heads], weights), expected)
     assert attention_loss(student, student, weights) == pytest.approx(0, abs=1e-6)
+    # Keys that are dropped out are left out.
+    dropped = student.clone()
+    dropped[..., 1] = 0
+    kept = [0, 2, 3, 4]
+    expected = sum(slow_attention(student[i, :, j][:, kept], teacher[i, :, j][:, kept]) for i, j in weights.nonzero().tolist())
+    torch.testing.assert_close(attention_loss(dropped, teacher, weights), expected)
 
 
 def test_attention_dropout_leaves_the_gradient_right_on_average() -> None:
@@ -527,7 +576,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         folder.mkdir()
     main(folders[1])
     script = Path(__file__).with_name("launch_distillation.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*launch, str(script), str(folders[2])], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -538,8 +587,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert any((one[name] - start[name]).abs().max() > 1e-3 for name in start.keys() & one.keys())
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{case} {name}: {text}")  # noqa: B023
-        for left, right in zip(*(json.loads((folder / f"{case}.json").read_text()) for folder in folders.values())):
-            assert right == pytest.approx(left, rel=1e-4)
+        left, right = (json.loads((folder / f"{case}.json").read_text()) for folder in folders.values())
+        assert (left["processes"], right["processes"]) == (1, 2)
+        for before, after in zip(left["logs"], right["logs"]):
+            assert after == pytest.approx(before, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- errors

@@ -12,6 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import arguments, assert_equal, ragged_rows, snapshot, tiny_bert
 from peft import (
     AdaLoraConfig,
@@ -24,12 +25,14 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, sparsity_report
 from hf_prune.callback import STATE_NAME
-from hf_prune.criteria import gradient, weight
+from hf_prune.criteria import Criterion, gradient, register_criterion, weight
 from hf_prune.targets import prunable_modules, weight_target
+from hf_prune.units import UnitGroup
 
 #: Family → its head, and every linear layer of its transformer layers.
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -37,6 +40,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "bert": ("sequence-classification", ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]),
     "gpt2": ("causal-lm", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
 }
+#: For whole matrices: one family in the fast suite.
+FAMILIES = [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow) for family in CASES]
 #: Patterns whose units are whole rows and columns, and patterns whose units are not.
 STRUCTURED, UNSTRUCTURED = ["head", "neuron", "1xchannel", "channelx1"], ["4x1", "2:4", "1x1"]
 
@@ -156,6 +161,18 @@ def test_trained_merged_and_condensed(family: str, pattern: str, tmp_path: Path)
     assert merged.num_parameters() < size or pattern in UNSTRUCTURED
 
 
+@pytest.mark.parametrize("pattern", ["neuron", "2:4"])
+def test_with_what_the_trainer_offers(pattern: str, tmp_path: Path) -> None:
+    """bf16 autocast, accumulation, recomputation, dropout in the adapters, rank-stabilised scaling."""
+    model = adapted(init_lora_weights=True, lora_dropout=0.1, use_rslora=True)
+    overrides = {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "num_train_epochs": 4}
+    trainer = train(tmp_path, "llama", config(pattern, criterion="taylor"), model, **overrides)
+    assert pruner_of(trainer).sparsity() == 0.5
+    assert all(bool((layer.lora_B["default"].weight != 0).any()) for layer in lora_layers(model).values())
+    report = sparsity_report(model)
+    assert sparsity_report(model.merge_and_unload()).modules == report.modules
+
+
 @pytest.mark.parametrize("pattern", ["head", "neuron", "4x1"])
 @pytest.mark.parametrize("family", CASES)
 def test_adapters_shrink_with_the_base_model(family: str, pattern: str, tmp_path: Path) -> None:
@@ -179,6 +196,28 @@ def test_adapters_shrink_with_the_base_model(family: str, pattern: str, tmp_path
     zeros = zeros_of(small)
     assert all(torch.equal(value, zeros[name]) for name, value in zeros_of(merged).items())
     torch.testing.assert_close(logits(merged, inputs), logits(small, inputs), atol=1e-5, rtol=0)
+
+
+def test_zeros_survive_the_rounding_of_a_smaller_product() -> None:
+    """With one neuron left the product of its adapter is one of a vector, which is summed in another order."""
+    model = adapted(r=64, init_lora_weights=True)
+    for name, layer in lora_layers(model).items():
+        if name.endswith(("up_proj", "gate_proj")):
+            with torch.no_grad():
+                layer.base_layer.weight[1:] = 0
+                layer.base_layer.weight[:, ::2] = 0
+    pruner = Pruner(model, PruningConfig(keep_zeros=True), 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    pruner.step()
+    pruner.finish()
+    merged = condense(model).merge_and_unload()
+    for block in merged.model.layers:
+        for module in (block.mlp.up_proj, block.mlp.gate_proj):
+            assert module.weight.shape == (1, 32)
+            assert torch.equal(module.weight[0] == 0, torch.arange(32) % 2 == 0)
 
 
 def test_condensing_that_fails_puts_adapters_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +253,7 @@ def test_condense_refuses_an_attached_pruner_and_other_adapters() -> None:
 
 
 @pytest.mark.parametrize("pattern", [*STRUCTURED, *UNSTRUCTURED])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_leaves_exact_zeros_and_living_base_weights_alone(family: str, pattern: str) -> None:
     model, inputs = adapted(family), batch(family)
     before = {name: layer.base_layer.weight.detach().clone() for name, layer in lora_layers(model).items()}
@@ -304,7 +343,7 @@ def test_removed_rows_lose_every_bias() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "fpgm", "wanda", "apoz", "random"])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_units_are_chosen_by_the_merged_weight(family: str, criterion: str) -> None:
     """The same units go as from the merged model without adapters."""
     inputs = batch(family)
@@ -399,26 +438,56 @@ def test_frozen_weights_without_adapter() -> None:
     assert sparsity_report(model.merge_and_unload()).sparsity == 0.5
 
 
-def test_what_comes_back_has_the_value_it_left_with() -> None:
-    """Movement lifts masks: the merged weight is then the one that was put aside, whatever the adapter learnt meanwhile."""
+class Alternating(Criterion):
+    """Prefers the first units at one update and the last ones at the next."""
+
+    regrows = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.first = 1
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        return torch.arange(group.num_units) * float(self.first)
+
+    def updated(self) -> None:
+        self.first = -self.first
+
+
+register_criterion("alternating", Alternating)
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "head"])
+def test_what_comes_back_has_the_value_it_left_with(pattern: str) -> None:
+    """When a mask is lifted, merged weight and bias are those put aside, whatever the adapter has learnt meanwhile."""
     model, inputs = adapted("bert"), batch("bert")
-    settings = config("4x1", criterion="movement", schedule="linear", target_modules=["query"], frequency=1)
-    pruner = Pruner(model, settings, 12)
-    left: dict[tuple[str, int], float] = {}
-    previous = {name: value.flatten() for name, value in merged_weights(model).items()}
-    came_back = 0
-    for _ in steps(model, pruner, inputs, 12, lr=3e-2):
-        found = {name: value.flatten() for name, value in merged_weights(model).items() if name.endswith("query")}
-        for name, value in found.items():
-            aside = pruner._values[f"{name.removeprefix('base_model.model.')}.weight"].flatten()
-            assert not aside[value != 0].any()
-            for index in ((previous[name] == 0) & (value != 0)).nonzero().flatten().tolist():
-                came_back += 1
-                assert float(value[index]) == pytest.approx(left[name, index], abs=1e-6)
-            for index in ((previous[name] != 0) & (value == 0)).nonzero().flatten().tolist():
-                left[name, index] = float(aside[index])
-            previous[name] = value
+    settings = config(pattern, criterion="alternating", schedule="linear", target_modules=["query", "key", "value"])
+    pruner = Pruner(model, settings, 8)
+    layer = model.get_base_model().bert.encoder.layer[1].attention.self.value
+    name, bias = "bert.encoder.layer.1.attention.self.value", layer.base_layer.bias.detach().clone()
+    before, put_aside, came_back = weight_target(name, layer).value(), pruner._values[f"{name}.weight"].clone(), 0
+    for _ in steps(model, pruner, inputs, 8, lr=3e-2):
+        found, aside = weight_target(name, layer).value(), pruner._values[f"{name}.weight"]
+        alive = found != 0
+        returned = alive & (before == 0)
+        torch.testing.assert_close(found[returned], put_aside[returned], atol=1e-6, rtol=0)
+        assert torch.equal(aside == 0, alive)
+        if pattern == "head":
+            assert torch.equal(layer.base_layer.bias, bias * alive.any(dim=1))
+        before, put_aside, came_back = found, aside.clone(), came_back + int(returned.sum())
     assert came_back > 0
+
+
+def test_starts_from_the_zeros_of_the_merged_weight() -> None:
+    model, inputs = adapted(), batch("llama")
+    first = Pruner(model, config("4x1", criterion="magnitude"), 1)
+    list(steps(model, first, inputs, 1))
+    first.finish()
+    zeros = merged_weights(model)
+    second = Pruner(model, config("4x1", criterion="random", initial_sparsity="from_model", target_sparsity=0.75), 2)
+    list(steps(model, second, inputs, 2))
+    assert second.sparsity() == 0.75
+    assert all(bool((value[zeros[name] == 0] == 0).all()) for name, value in merged_weights(model).items())
 
 
 # -------------------------------------------------------------------------------------------------------------------- precision
@@ -466,7 +535,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", FAMILIES[:2])
 def test_resumes_bit_for_bit(family: str, kind: str, tmp_path: Path) -> None:
     """Checkpoints hold adapters alone; the zeros of the base model come from the pruner's state."""
     overrides = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
@@ -603,6 +672,11 @@ def with_ia3() -> PeftModel:
     return get_peft_model(base(), IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]))
 
 
+def with_tied_head() -> PeftModel:
+    model = base(tie_word_embeddings=True)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
+
+
 REFUSED: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "DoRA": (lambda: adapted(use_dora=True), "LoRA variant, DoraLinearVariant"),
     "two active adapters": (two_active, "default, second are active together"),
@@ -627,6 +701,23 @@ def test_refused_before_the_first_step(kind: str, pattern: str) -> None:
         Pruner(model, config(pattern, criterion="magnitude"), 1)
     assert_equal(snapshot(model), before)
     Pruner(base(), config(pattern, criterion="magnitude"), 1)
+
+
+def test_refused_on_a_tied_weight() -> None:
+    with pytest.raises(PruningConfigError, match=r"'lm_head', whose weight another module shares"):
+        Pruner(with_tied_head(), config("2:4", criterion="magnitude", target_modules=["lm_head"]), 1)
+    Pruner(with_tied_head(), config("2:4", criterion="magnitude"), 1)
+
+
+def test_refused_on_sharded_weights(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = adapted()
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(PruningConfigError, match=r"'model.layers.0.self_attn.q_proj', which has an adapter and is sharded"):
+            Pruner(model, config("2:4", criterion="magnitude"), 1)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_other_adapters_may_stay_where_nothing_is_pruned() -> None:

@@ -1,4 +1,4 @@
-"""Two processes train as one does: launched for real, with `accelerate launch` (DDP) and `torchrun` (FSDP2, tensor parallelism), on CPU.
+"""Two processes train as one does: launched for real on the CPU, with `accelerate launch` (DDP) and `torchrun` (shards).
 
 A launch costs seconds, so there is one for each kind and it runs many cases, those of `ranks.py`; the same cases run alone here.
 """
@@ -11,14 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import assert_equal
-from ranks import CASES, SHARDED, TRAINED, Result
+from ranks import CASES, STEPS, TRAINED, Result
 from safetensors.torch import load_file
 from torch import Tensor
+
+from hf_prune import Pruner, PruningConfig, PruningConfigError
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 BIN = Path(sys.executable).parent
@@ -29,12 +30,10 @@ LAUNCHERS = {
     "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--standalone"],
 }
 
-IN_SHARDS = [
-    name
-    for name in CASES
-    if name.startswith(("sharded", "reloaded")) or name in ("too early", "flat", "trained in shards", "tensor parallel")
-]
-WHOLE = [name for name in CASES if name not in IN_SHARDS]
+FAST = ["sharded taylor heads", "sharded wanda", "sharded movement", "sharded nested", "sharded gpt2", "reloaded movement"]
+SLOW = [name for name in CASES if name.startswith(("sharded", "reloaded")) and name not in FAST]
+IN_SHARDS = [*FAST, "too early", "adapted", "flat", "trained in shards", "tensor parallel"]
+WHOLE = [name for name in CASES if name not in SLOW + IN_SHARDS]
 
 Runs = Callable[[str], list[Result]]
 
@@ -63,6 +62,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return launch("torchrun", IN_SHARDS, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def more_shards(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return launch("torchrun", [*SLOW, "sharded wanda"], tmp_path_factory.mktemp("more"))
 
 
 def tensors(result: Result, of: str = "") -> dict[str, Tensor]:
@@ -154,20 +158,31 @@ def test_tokens_that_one_process_saw_count_for_all(two: Runs, tmp_path: Path) ->
 # -------------------------------------------------------------------------------------------------- FSDP2 and tensor parallelism
 
 
-@pytest.mark.parametrize("name", [*(f"sharded {name}" for name in SHARDED), "sharded gpt2"])
-def test_a_sharded_model_is_pruned_as_a_whole_one(name: str, shards: Runs, tmp_path: Path) -> None:
+def check_sharded(name: str, shards: Runs, folder: Path) -> None:
+    """A run in shards against the same alone, or one that went on from a state against one that ran through."""
     first, second = shards(name)
     assert_equal(tensors(first), tensors(second))
-    alone = CASES[name](tmp_path)
+    if name.startswith("reloaded"):
+        through = tensors(shards(name.replace("reloaded", "sharded"))[0])
+        assert_same_run(
+            first, {key: value for key, value in through.items() if key.startswith((f"weights {STEPS}", f"state {STEPS}"))}
+        )
+        return
+    alone = CASES[name](folder)
     assert_same_run(first, alone)
     assert first["sparsity"] == second["sparsity"] == alone["sparsity"]
     assert alone["sparsity"][-1][0] > 0.3
 
 
-@pytest.mark.parametrize("name", [name.removeprefix("reloaded ") for name in CASES if name.startswith("reloaded")])
-def test_the_state_of_shards_goes_on_in_another_pruner(name: str, shards: Runs) -> None:
-    for result, through in zip(shards(f"reloaded {name}"), shards(f"sharded {name}")):
-        assert_same_run(tensors(result), {key: value for key, value in tensors(through).items() if f" {6}/" in key})
+@pytest.mark.parametrize("name", FAST)
+def test_a_sharded_model_is_pruned_as_a_whole_one(name: str, shards: Runs, tmp_path: Path) -> None:
+    check_sharded(name, shards, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_a_sharded_model_is_pruned_as_a_whole_one_whatever_the_criterion(name: str, more_shards: Runs, tmp_path: Path) -> None:
+    check_sharded(name, more_shards, tmp_path)
 
 
 def test_a_trainer_prunes_a_model_that_was_sharded_as_it_was_loaded(shards: Runs, tmp_path: Path) -> None:
@@ -184,12 +199,23 @@ def test_tensor_parallel_layers_are_pruned_as_whole_ones(shards: Runs, tmp_path:
     assert_same_run(first, CASES["tensor parallel"](tmp_path))
 
 
+def test_deepspeed_is_refused() -> None:
+    """By the name of its engine, since DeepSpeed itself is not installed where tests run."""
+    engine = type("DeepSpeedEngine", (torch.nn.Linear,), {})(4, 4)
+    with pytest.raises(PruningConfigError, match="is trained by DeepSpeed, which shows gradients to no one"):
+        Pruner(engine, PruningConfig(pattern="1x1"), total_steps=1)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
         (
             "too early",
             "RuntimeError: 'bert.encoder.layer.0.attention.self.query.weight' is another parameter than when the Pruner was made",
+        ),
+        (
+            "adapted",
+            "PruningConfigError: config.target_modules=None: names 'bert.encoder.layer.0.attention.self.query', which has a LoRA",
         ),
         ("flat", "PruningConfigError: model='FullyShardedDataParallel': holds weights as flat pieces"),
         ("tensor parallel", "PruningConfigError: config.criterion='apoz': reads activations, which tensor parallelism splits"),

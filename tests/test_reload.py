@@ -408,3 +408,56 @@ def test_malformed_sizes(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"config\.hf_prune") as error:
             load()
         assert message in str(error.value)
+
+
+# Loads every malformed config, of BERT-base's width, and prints its CPU seconds and by how many MB the process grew at its peak.
+REFUSE = """
+import json, resource, sys, time
+import hf_prune, transformers
+
+rows = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        transformers.AutoModel.from_pretrained(folder)
+    except ValueError as error:
+        assert "config.hf_prune" in str(error) and len(str(error)) < 1000, error
+        seconds = time.process_time() - start
+        rows[name] = (seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024)
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
+    folders = {}
+    for number, (name, (value, _)) in enumerate([("warm-up", (heads(13), "")), *MALFORMED.items()]):
+        folder = tmp_path_factory.mktemp(f"malformed-{number}")
+        config = {
+            **transformers.BertConfig(num_hidden_layers=3, num_attention_heads=4).to_dict(),
+            "architectures": ["BertModel"],
+            "hf_prune": value,
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+        folders[name] = str(folder)
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, "-c", REFUSE, json.dumps(folders)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows: dict[str, tuple[float, float]] = json.loads(result.stdout.splitlines()[-1])
+    assert rows.pop("warm-up")
+    return rows
+
+
+def test_malformed_sizes_allocate_nothing(refusals: dict[str, tuple[float, float]]) -> None:
+    assert refusals.keys() == MALFORMED.keys()
+    assert {name: megabytes for name, (_, megabytes) in refusals.items() if megabytes >= 200} == {}
+
+
+@pytest.mark.slow
+def test_malformed_sizes_are_refused_at_once(refusals: dict[str, tuple[float, float]]) -> None:
+    for name, (seconds, megabytes) in refusals.items():
+        print(f"{name:<28} {seconds:.3f} CPU s, {megabytes:.1f} MB")
+    assert max(seconds for seconds, _ in refusals.values()) < 1

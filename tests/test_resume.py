@@ -189,7 +189,7 @@ def test_scores_go_on_where_the_rule_is_scored_as_before(pruned_run: Path) -> No
         model = with_dropout(seed=0)
         model.load_state_dict(load_file(pruned_run / "checkpoint-3" / "model.safetensors"))
         callback.pruner = Pruner(model, callback.config, total_steps=12)
-        callback._load(pruned_run / "checkpoint-3", 3)
+        callback._load(pruned_run / "checkpoint-3")
         scores = {key for key in callback.pruner.state_dict() if "/criterion/" in key}
         assert scores == ({key for key in state if "/criterion/" in key} if kept else set())
 
@@ -229,6 +229,51 @@ def test_a_run_without_pruning_between_two_with_it(pruned_run: Path, tmp_path: P
     trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert pruner_of(trainer).sparsity() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("before", ["without pruning", "with another config"])
+def test_the_best_model_of_an_earlier_run(before: str, tmp_path: Path) -> None:
+    saving: dict[str, Any] = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 2,
+        "eval_steps": 2,
+        "eval_dataset": ROWS[:8],
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+    }
+    scores = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    settings = saving | {"compute_metrics": lambda _: {"score": next(scores)}}
+    if before == "without pruning":
+        first = trainer_for(tmp_path, {"pattern": "1x1"}, **settings)
+        first.remove_callback(PruningCallback)
+    else:
+        first = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED, "cooldown_steps": 8}, **settings)
+    first.train()
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    config = PruningConfig.from_dict({"pattern": "1x1", **SCHEDULED, "cooldown_steps": 8})
+    trainer = trainer_for(tmp_path, PruningCallback(config, allow_config_change=True), **settings)
+    trainer.train(resume_from_checkpoint=True)
+    # An unpruned model does not compete; one that was pruned to the target by other settings does, with its own masks.
+    best = {"without pruning": 10, "with another config": 4}[before]
+    assert trainer.state.best_global_step == best
+    assert_equal(snapshot(trainer.model), load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
+    assert pruner_of(trainer).sparsity() == pytest.approx(0.5, abs=1e-3)
+
+
+class Elsewhere(Trainer):
+    """Puts checkpoints where no other Trainer does."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / "elsewhere")
+
+
+def test_a_checkpoint_without_the_state_of_the_pruner_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, {"pattern": "4x1"}, kind=Elsewhere, **EVERY_STEP)
+    with pytest.raises(RuntimeError, match="checkpoint of step 1 is not where the Trainer puts checkpoints"):
+        trainer.train()
 
 
 def test_a_longer_run_goes_on(pruned_run: Path, tmp_path: Path) -> None:

@@ -294,20 +294,24 @@ def test_the_dataset_keeps_its_format_and_the_teacher_its_mode(cache: Path) -> N
 # -------------------------------------------------------------------------------------------------------------------- training
 
 
-def test_evaluation_ignores_cached_logits(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("unused", [True, False])
+def test_evaluation_ignores_cached_logits(unused: bool, tmp_path: Path, cache: Path) -> None:
+    """Whether or not the Trainer removes columns, and whether or not there are labels."""
     teacher, rows = TASKS["token"](seed=1, count=8)
-    data = Dataset.from_list(unpadded(rows))
+    data = Dataset.from_list(unpadded(rows)).remove_columns("sentence")
     cached = add_teacher_logits(data, teacher, collator_for("token"), 4, cache_dir=cache)
-    for unused in (True, False):
-        settings = {"data_collator": collator_for("token")}
-        rows_ = cached if unused else cached.remove_columns("sentence")
-        trainer = distiller(
-            tmp_path, TASKS["token"](seed=0, count=1)[0], None, rows_, LOGITS, trainer=settings, remove_unused_columns=unused
-        )
-        trainer.train()
-        losses = [trainer.evaluate(each)["eval_loss"] for each in (rows_, data.remove_columns("sentence"))]
-        assert losses[0] == losses[1]
-        assert (trainer.predict(rows_).predictions == trainer.predict(data.remove_columns("sentence")).predictions).all()
+    student, names = TASKS["token"](seed=0, count=1)[0], set()
+    student.register_forward_pre_hook(lambda _, __, given: names.update(given), with_kwargs=True)
+    settings = {"data_collator": collator_for("token")}
+    trainer = distiller(tmp_path, student, None, cached, LOGITS, trainer=settings, remove_unused_columns=unused)
+    trainer.train()
+    assert trainer.evaluate(cached)["eval_loss"] == trainer.evaluate(data)["eval_loss"]
+    assert (trainer.predict(cached).predictions == trainer.predict(data).predictions).all()
+    trainer.data_collator = TeacherLogitsCollator(DataCollatorWithPadding(tokenizer()))
+    unlabelled = [each.remove_columns("labels") for each in (cached, data)]
+    one, other = (trainer.predict(each).predictions for each in unlabelled)
+    assert (one == other).all()
+    assert not any(name.startswith("teacher") for name in names)
 
 
 def test_a_checkpoint_holds_the_tokenizer_of_the_collator(tmp_path: Path, cache: Path) -> None:

@@ -32,8 +32,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     Whatever a dead unit still added for every input alike is folded into the bias of the output projection, which gets one if it
     has none, so the smaller model computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the
     sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
-    kept; parameters of shrunk modules are new objects, so an optimizer has to be made anew. `config.hf_prune` then holds the sizes
-    (format: `resize.py`).
+    kept (but parameters without elements are frozen); parameters of shrunk modules are new objects, so an optimizer has to be made
+    anew. `config.hf_prune` then holds the sizes (format: `resize.py`).
 
     A layer that has nothing left and only adds to what it is given (pre-norm) goes too, where that is exact; see `layers.py`.
     `output_hidden_states` then has an entry less: what the removed layer was given. A post-norm layer keeps its LayerNorms.

@@ -266,7 +266,8 @@ def set_attribute(module: Any, name: str, value: Any) -> None:
 def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
     """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay.
 
-    LoRA adapters of the layer, active or not, lose the same outputs of B (inputs of A).
+    LoRA adapters of the layer, active or not, lose the same outputs of B (inputs of A). A projection that has no inputs left
+    returns its bias, see [`NoInputs`]; parameters without elements are frozen.
     """
     size = "out_features" if outputs else "in_features"
     if is_adapted(module):
@@ -281,22 +282,30 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
             continue
         dim = 0 if name == "bias" or outputs != stored_in_out else 1
         kept = parameter.detach().index_select(dim, features.to(parameter.device))
-        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        # one without elements never gets a gradient, which distributed training takes for an error
+        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad and kept.numel() > 0))
     if stored_in_out:
         size = "nf" if outputs else "nx"
     set_attribute(module, size, len(features))
-    if stored_in_out and not outputs and len(features) == 0:
-        module.__class__ = NoInputs
+    if not outputs and len(features) == 0:
+        module.__class__ = NoInputsConv1D if stored_in_out else NoInputsLinear
 
 
-class NoInputs(Conv1D):
-    """A Conv1D without inputs: the stock `forward` cannot tell the shape of a tensor without elements."""
+class NoInputs:
+    """The `forward` of a projection without inputs, its bias: Conv1D and ONNX take the shape of no tensor without elements."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        module: Any = self
+        shape = (*input.shape[:-1], out_features(module))
+        return module.bias.expand(shape) if has_bias(module) else input.new_zeros(shape)
+
+
+class NoInputsLinear(NoInputs, nn.Linear):
+    stock_class = nn.Linear
+
+
+class NoInputsConv1D(NoInputs, Conv1D):
     stock_class = Conv1D
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias: Tensor = self.bias
-        return bias.expand(*x.shape[:-1], self.nf)
 
 
 class NoHeads:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import PruningConfigError
-from .teacher import base_model, forward_arguments, select, teacher_arguments
+from .models import base_model, forward_arguments, select, teacher_arguments
 
 LOGITS, INDICES, LOST_MASS = COLUMNS = ("teacher_logits", "teacher_indices", "teacher_lost_mass")
 

@@ -60,6 +60,11 @@ class DistillationConfig:
         """The weight of each loss, by the loss's name."""
         return {name.removeprefix("alpha_"): value for name, value in vars(self).items() if name.startswith("alpha_")}
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss needs more of the teacher than its logits."""
+        return any(weight for name, weight in self.weights().items() if name not in ("task", "logits"))
+
     def _check_layer_map(self) -> None:
         names = ", ".join(repr(name) for name in LAYER_MAPS)
         allowed = f"must be {names} or a list of pairs [student layer, teacher layer], counted from 0."

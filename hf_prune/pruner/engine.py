@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..allocation import allocate, normalize
 from ..architectures.blocks import unwrapped
 from ..config import PruningConfig
-from ..distributed import bare_model, differing, is_sharded, placed_like, whole
+from ..distributed import bare_model, differing, is_sharded, local, placed_like, summed, whole
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
 from .plan import PruningPlan, make_plan
@@ -40,7 +40,7 @@ class Pruner:
 
     Args:
         model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
-            renamed or wrapped.
+            renamed or wrapped. Under LoRA the merged weights are pruned, see `lora.py`; other kinds of adapters are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
@@ -103,7 +103,7 @@ class Pruner:
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
-            RuntimeError: the model has no gradient at all, or something put other parameters into it since the pruner was made.
+            RuntimeError: the model has no gradient at all, or other parameters than when the pruner was made.
         """
         self._check_parameters()
         broken = _not_finite({name: item.grad for name, item in self.model.named_parameters() if item.grad is not None})
@@ -196,7 +196,7 @@ class Pruner:
 
     def unmasked_weights(self) -> dict[str, Tensor]:
         """By name, the parameters under a criterion that lets weights come back, with the values that masked ones left with."""
-        return {name: self._targets[name].parameter.detach() + away for name, away in self._values.items()}
+        return {name: self._targets[name].value() + away for name, away in self._values.items()}
 
     def figures(self) -> dict[str, float]:
         """What a log shall say: `sparsity`, `target_sparsity`, and what the criteria report, summed over the rules."""
@@ -274,7 +274,7 @@ class Pruner:
                 rule.criterion.detach()
         parameters = {name: target.parameter for name, target in self._targets.items()}
         self._locked = _placed(state, "locked/", parameters)
-        self._values |= _placed(state, "values/", {name: parameters[name] for name in self._values})
+        self._values |= {name: value for name, value in _placed(state, "values/", parameters).items() if name in self._values}
         self._rewind = _placed(state, "rewind/", dict(self.model.named_parameters())) if self._lotteries() else {}
         with torch.no_grad():
             for name, parameter in self._regrown_bases().items():
@@ -374,11 +374,11 @@ class Pruner:
 
     def _note(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._norms[name] = torch.linalg.vector_norm(parameter.grad.detach())
+            self._norms[name] = torch.linalg.vector_norm(local(parameter.grad.detach()))
 
     def _overflow(self, broken: list[str]) -> str:
         """The message about gradients that are not finite: where backward met the first of them."""
-        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(whole(norm))] or broken
+        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
         others = f", as are those of {len(more)} more parameters" if more else ""
         cause = ". All gradients are, so the loss seems to be" if len(more) + 1 == len(self._norms) else ""
         return f"Step {self.steps + 1}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
@@ -399,7 +399,10 @@ def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
             "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
             "backward cannot be used."
         )
-    if bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients.values())))):
+    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients.values()])
+    if any(is_sharded(gradient) for gradient in gradients.values()):
+        norm = summed(norm)
+    if bool(torch.isfinite(norm)):
         return []
     return [name for name, gradient in gradients.items() if not bool(torch.isfinite(whole(gradient)).all())]
 
@@ -412,5 +415,4 @@ def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> di
 def _placed(state: Mapping[str, Tensor], prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a state that belong to parameters, where those are."""
     named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    there = {name: value for name, value in named.items() if name in parameters}
-    return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in there.items()}
+    return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in named.items()}

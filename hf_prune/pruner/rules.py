@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from ..allocation import most_removable
 from ..architectures import Block, find_blocks
 from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
 from ..criteria import CRITERIA, ActivationCriterion, Criterion
-from ..distributed import is_tensor_parallel
+from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline
 from ..targets import body_prefix, check_names, names_module, prunable_modules
@@ -94,6 +95,8 @@ def match_rules(
     structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
     blocks = find_blocks(model) if structural else []
     prefix = body_prefix(model)
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    tied = {parameter for parameter, count in owners.items() if count > 1}
     rules: list[Rule] = []
     left_out: dict[str, str] = {}
     named: dict[str, dict[int, str]] = {}
@@ -107,7 +110,7 @@ def match_rules(
         if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
             raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
-        groups, reasons = _groups(name, settings, selected, chosen)
+        groups, reasons = _groups(name, settings, selected, chosen, tied)
         left_out |= reasons
         if not groups and name == "config" and taken:
             continue
@@ -146,9 +149,9 @@ def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
 
 
 def _groups(
-    name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block]
+    name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block], tied: set[int]
 ) -> tuple[list[UnitGroup], dict[str, str]]:
-    """The unit groups of a rule, and what it leaves out."""
+    """The unit groups of a rule, and what it leaves out. `tied`: ids of the parameters that several modules share."""
     try:
         groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
     except ValueError as error:
@@ -159,8 +162,17 @@ def _groups(
         if not target.parameter.is_floating_point():
             allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and is_sharded(target.parameter):
+            allowed = f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; do one of the two."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and id(target.parameter) in tied:
+            allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and is_sharded(target.parameter):
+            allowed = f"names {target.module_name!r}, which has an adapter and is sharded; train adapters with DDP, or one process."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
-        frozen = [group for group in groups if not all(view.target.requires_grad for view in group.weights)]
+        frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
     if left_out and settings.target_modules is not None:

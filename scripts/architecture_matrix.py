@@ -1,0 +1,130 @@
+"""Every family, masked and condensed, as one table: `python scripts/architecture_matrix.py [FAMILY ...]`
+
+On tiny random models (`tests/models.py`): heads, neurons and whole blocks masked at random, unevenly by layer, non-zero biases
+everywhere, ragged padded batches. The columns:
+
+- eager, sdpa: largest difference between masked and condensed, of all hidden states and outputs
+- gradient: the same of the gradients of surviving parameters, without dropout, relative to a parameter's largest above one
+- generate: tokens and logits for a left-padded batch, nothing left of the attention in the first layer of each stack
+- parameters: after, before
+- import, remote code: largest difference after loading in a fresh process; the second loads what the first saved again
+- saved twice: both files equal, and the weights and sizes that a loaded model saves
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import rich
+import transformers
+from rich.table import Table
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import models  # noqa: E402  (the tests are no package)
+import test_condense  # noqa: E402
+import test_reload  # noqa: E402
+
+from hf_prune import condense  # noqa: E402
+from hf_prune.architectures import AttentionBlock, find_blocks  # noqa: E402
+
+Row = dict[str, object]
+
+
+def compare(family: str, folder: Path) -> Row:
+    """Compare masked and condensed in this process, and save the condensed model twice, in `first` and `second` of `folder`."""
+    model = models.tiny(family)
+    models.prune_randomly(model)
+    before = {attention: test_condense.outputs(model, attention) for attention in models.attentions_of(model)}
+    parameters = model.num_parameters()
+    condense(model)
+    row: Row = {
+        attention: test_condense.gap(wanted, test_condense.outputs(model, attention)) for attention, wanted in before.items()
+    }
+    row["gradient"] = test_condense.gradient_gap(models.tiny(family))
+    row["parameters"] = (model.num_parameters(), parameters)
+    row["generate"] = generates(family) if family in models.GENERATORS else None
+    name = f"{family}-{models.HEADS[models.classifier_of(family)].__name__}"
+    for copy in ("first", "second"):
+        model.save_pretrained(folder / copy / name)
+    test_reload.save_expected(model, folder / "first" / name)
+    return row
+
+
+def generates(family: str) -> bool:
+    """Whether the condensed model generates what the masked one does."""
+    model = models.tiny(family, models.GENERATORS[family])
+    models.prune_randomly(model)
+    for block in find_blocks(model):
+        if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
+            models.zero_units(block, list(range(block.num_heads)), "out")
+    try:
+        test_condense.check_generation(model, family)
+    except AssertionError:
+        return False
+    return True
+
+
+def same_files(first: Path, second: Path, loaded: Path) -> bool:
+    """Whether two saves are equal byte for byte, and what a loaded model saved has the same weights and sizes."""
+    names = ("config.json", "model.safetensors", "modeling_hf_prune.py")
+    twice = all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+    weights = [load_file(folder / "model.safetensors") for folder in (first, loaded)]
+    sizes = [json.loads((folder / "config.json").read_text())["hf_prune"] for folder in (first, loaded)]
+    equal = weights[0].keys() == weights[1].keys() and all(value.equal(weights[1][name]) for name, value in weights[0].items())
+    return twice and equal and sizes[0] == sizes[1]
+
+
+def matrix(families: list[str], folder: Path) -> dict[str, Row]:
+    """The rows of the table. Two fresh processes load all checkpoints, one by import, then one by remote code."""
+    rows = {family: compare(family, folder) for family in families}
+    by_import = test_reload.reload("import", folder / "first", folder / "by-import")
+    by_remote = test_reload.reload("remote", folder / "by-import", folder / "by-remote")
+    for name, report in by_import.items():
+        row = rows[name.rpartition("-")[0]]
+        row["import"], row["remote code"] = report["gap"], by_remote[name]["gap"]
+        row["saved twice"] = same_files(*(folder / part / name for part in ("first", "second", "by-remote")))
+    return rows
+
+
+def holds(row: Row) -> bool:
+    """Whether everything in a row is as it must be."""
+    gaps = [value for value in row.values() if isinstance(value, float)]
+    return max(gaps) <= 1e-5 and row["generate"] is not False and row["saved twice"] is True
+
+
+def main() -> int:
+    """Print the table; return 1 if something differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default all: {', '.join(models.FAMILIES)}")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = matrix(arguments.families or list(models.FAMILIES), Path(folder))
+    table = Table(title="masked and condensed")
+    columns = ("eager", "sdpa", "gradient", "generate", "parameters", "import", "remote code", "saved twice")
+    for column in ("family", *columns):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    for family, row in rows.items():
+        cells = [f"{value:.0e}" if isinstance(value := row.get(column), float) else "" for column in columns]
+        after, before = row["parameters"]  # type: ignore[misc]
+        cells[columns.index("parameters")] = f"{after:,} of {before:,}"
+        for column in ("generate", "saved twice"):
+            cells[columns.index(column)] = {None: "", True: "equal", False: "DIFFERS"}[row[column]]  # type: ignore[index]
+        table.add_row(family, *cells, style="" if holds(row) else "red")
+    rich.print(table)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+    return int(not all(map(holds, rows.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
