@@ -146,9 +146,9 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Time and weigh a model beside the dense one, in turn, on one thread."""
-    model, dense = (load(local(one)).to(device) if one else None for one in (path, against))
-    assert model is not None
-    comparison = compare(model, dense, against, batch_size, tokens, repeats, progress)
+    model: Any = load(local(path))
+    dense = load(local(against)) if against else None
+    comparison = compare(model.to(device), dense, against, batch_size, tokens, repeats, progress)
     if as_json:
         return emit({"path": path, "against": against, **comparison.to_dict()})
     show(comparison)

@@ -149,8 +149,9 @@ def stock_twin(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
     condensed = getattr(model.config, "hf_prune", None) is not None
     config = stock_config(model.config, spec_for(model.config.model_type)) if condensed else copy.deepcopy(model.config)
     with torch.device(device):
-        twin = type(model)(config)
-    return twin.to(model.dtype).eval()
+        twin: Any = type(model)(config)
+    twin.to(model.dtype).eval()
+    return twin  # type: ignore[no-any-return]
 
 
 def original_blocks(model: PreTrainedModel) -> tuple[BlockSize, ...]:
@@ -267,7 +268,8 @@ def compare(
         track: wraps the rounds of measuring, to show progress.
     """
     reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")
-    models = {"dense": stock_twin(model).to(model.device) if dense is None else dense, "model": model}
+    twin: Any = stock_twin(model) if dense is None else dense
+    models = {"dense": twin.to(model.device), "model": model}
     inputs = sample_batch(models["dense"], rows, tokens, shortest=tokens)
     times = benchmark(models, inputs, repeats, track)
     costs = {name: Cost(one.num_parameters(), _bytes(one), _activations(one, inputs), times[name]) for name, one in models.items()}
@@ -282,20 +284,23 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-class _Held(TorchDispatchMode):
+_weak: Any = StorageWeakRef
+
+
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that operations made and that are still there; `most` is the maximum so far."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[StorageWeakRef, int] = {}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: dict[Any, int] = {}
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        before = {StorageWeakRef(part.untyped_storage()) for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)}
+        before = {_weak(part.untyped_storage()) for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)}
         self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
         for part in tree_leaves(made):
-            if isinstance(part, torch.Tensor) and (storage := StorageWeakRef(part.untyped_storage())) not in before:
+            if isinstance(part, torch.Tensor) and (storage := _weak(part.untyped_storage())) not in before:
                 self.sizes[storage] = part.untyped_storage().nbytes()
         self.most = max(self.most, sum(self.sizes.values()))
         return made
@@ -303,8 +308,8 @@ class _Held(TorchDispatchMode):
 
 def _activations(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
     """The most bytes of tensors that one forward holds at once, besides weights and inputs."""
-    training = model.training
-    with torch.no_grad(), _Held() as held:
+    training, held = model.training, _Held()
+    with torch.no_grad(), held:
         model.eval()(**inputs)
     model.train(training)
     return held.most

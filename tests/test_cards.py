@@ -287,6 +287,7 @@ def test_the_card_has_the_metrics_of_the_best_model(tmp_path: Path) -> None:
     logged = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     assert callback.facts.metrics_before["loss"] == logged[0]
     assert callback.facts.metrics["loss"] == logged[trainer.state.best_global_step]
+    assert callback.facts.dataset == "glue"
 
 
 def test_a_trainer_without_the_callback_writes_its_own_card(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
             model.config.layer_types = [kind for index, kind in types if index not in indices]
 
 
-def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> PreTrainedConfig:
+def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
     """The config of the model that a condensed one was made from. A removed layer is taken to be of the type of the one before."""
     stock: Any = copy.deepcopy(config)
     entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None

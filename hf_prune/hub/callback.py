@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import PruningConfig, dataclass_from_dict
+from ..distributed import bare_model, is_sharded
 from .card import CardFacts, write_card
+
+logger = logging.getLogger(__name__)
 
 #: The training arguments that a card lists.
 _LISTED = (
@@ -35,7 +39,8 @@ class ModelCardCallback(TrainerCallback):
     """Collects the facts of a model card while a Trainer trains, and writes the card into `output_dir` when training ends.
 
     The metrics before pruning are those of an evaluation before the first step: `trainer.evaluate()`, or `eval_on_start=True`. An
-    evaluation after training updates the card. `Trainer.push_to_hub` then publishes it, with its pictures.
+    evaluation after training updates the card. `Trainer.push_to_hub` then publishes it, with its pictures. Of a model in shards
+    (FSDP2) only the facts are written, from which `hf-prune card` makes the card of the saved model.
 
     Args:
         facts: fields of [`CardFacts`] that the Trainer does not know.
@@ -54,17 +59,12 @@ class ModelCardCallback(TrainerCallback):
         facts, self._over = self.facts, None
         if facts.base_model is None:
             facts.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        data = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-        # what Datasets calls data that was read from files is no dataset of the Hub
-        if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
-            facts.dataset, facts.dataset_config = data.builder_name, data.config_name
-            facts.dataset_split = None if data.split is None else str(data.split)
         if state.global_step > 0 and not facts.metrics_before:
             facts.metrics_before = CardFacts.load(str(args.output_dir)).metrics_before
         elif state.is_world_process_zero:
             facts.save(str(args.output_dir))
 
-    def on_evaluate(  # type: ignore[override]
+    def on_evaluate(
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -72,11 +72,17 @@ class ModelCardCallback(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        facts = self.facts
+        data: Any = getattr(kwargs.get("eval_dataloader"), "dataset", None)
+        # what Datasets calls data that was read from files is no dataset of the Hub
+        if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
+            facts.dataset, facts.dataset_config = data.builder_name, data.config_name
+            facts.dataset_split = None if data.split is None else str(data.split)
         measured = _metrics(metrics or {})
         if state.global_step == 0:
-            self.facts.metrics_before = measured or self.facts.metrics_before
+            facts.metrics_before = measured or facts.metrics_before
         else:
-            self.facts.metrics = measured or self.facts.metrics
+            facts.metrics = measured or facts.metrics
         if self._over is not None:
             self.write(args, state)
 
@@ -90,18 +96,23 @@ class ModelCardCallback(TrainerCallback):
         if args.load_best_model_at_end:
             best = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
             facts.metrics = next((found for entry in best if (found := _metrics(entry))), facts.metrics)
-        stored: Any = state.stateful_callbacks.get("PruningCallback")
-        self._over = model, PruningConfig.from_dict(stored["args"]["config"]) if stored else None
+        callbacks: Any = state.stateful_callbacks
+        stored = callbacks.get("PruningCallback")
+        self._over = bare_model(model), PruningConfig.from_dict(stored["args"]["config"]) if stored else None
         self.write(args, state)
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write the card, its pictures and `pruning_config.json` into the output folder, when training is over."""
         if self._over is None:
             raise RuntimeError("ModelCardCallback has no card yet: it is made when training ends.")
-        if state.is_world_process_zero:
-            model, config = self._over
-            folder = Path(str(args.output_dir))
-            self.facts.model_name = self.facts.model_name or (args.hub_model_id or folder.resolve().name).rpartition("/")[2]
+        if not state.is_world_process_zero:
+            return
+        (model, config), folder = self._over, Path(str(args.output_dir))
+        self.facts.model_name = self.facts.model_name or (args.hub_model_id or folder.resolve().name).rpartition("/")[2]
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            self.facts.save(folder)
+            logger.warning("This process holds a part of the model only; `hf-prune card` makes the card of the saved model.")
+        else:
             write_card(folder, model, config, self.facts, args.hub_model_id)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -127,7 +127,7 @@ def model_card(
     name = facts.model_name or (repo_id or "").rpartition("/")[2] or f"{stock.config.model_type}-pruned"
     condensed = getattr(stock.config, "hf_prune", None) is not None
     comparison = None if facts.comparison is None else Comparison.from_dict(_without_ratio(facts.comparison))
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         card_metadata(stock, facts, name),
         template_path=str(TEMPLATE),
         name=name,
@@ -155,6 +155,7 @@ def model_card(
         modules=report.modules,
         versions=_versions(),
     )
+    return card
 
 
 def write_card(
@@ -256,7 +257,8 @@ def _tasks() -> dict[str, str]:
     from transformers.pipelines import SUPPORTED_TASKS  # it imports every pipeline there is
 
     found: dict[str, str] = {}
-    for task, entry in SUPPORTED_TASKS.items():
+    tasks: dict[str, Any] = SUPPORTED_TASKS
+    for task, entry in tasks.items():
         for cls in entry["pt"]:
             found.setdefault(cls.__name__, task)
     return found

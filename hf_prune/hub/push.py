@@ -74,7 +74,7 @@ def push_to_hub(
         api.create_branch(repo, branch=revision, exist_ok=True)
     return api.upload_folder(
         repo_id=repo,
-        folder_path=model,
+        folder_path=Path(model),
         revision=revision,
         commit_message=commit_message or "Upload pruned model",
         ignore_patterns=list(LEFT_OUT),
