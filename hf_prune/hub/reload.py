@@ -143,7 +143,8 @@ def modeling_source(model_type: str) -> str:
 
 def _definitions(source: str, imports: dict[str, set[str]]) -> list[str]:
     """What a module of this library defines, each as source text; what it imports from elsewhere is added to `imports`."""
-    lines = source.splitlines()
+    lines = _with_brief_docstrings(source).splitlines()
+    source = "\n".join(lines)
     definitions: list[str] = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module not in (None, "__future__"):
@@ -152,3 +153,14 @@ def _definitions(source: str, imports: dict[str, set[str]]) -> list[str]:
             first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
             definitions.append("\n".join(lines[first - 1 : node.end_lineno]))
     return definitions
+
+
+def _with_brief_docstrings(source: str) -> str:
+    """Source text with the first paragraph alone of every docstring below the module's; the rest is for the library's readers."""
+    lines = source.splitlines()
+    documented = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    for node in sorted(documented, key=lambda node: -node.lineno):
+        text, first = ast.get_docstring(node, clean=False), node.body[0]
+        if text is not None and "\n\n" in text:
+            lines[first.lineno - 1 : first.end_lineno] = [f'{" " * first.col_offset}"""{text.partition(chr(10) * 2)[0]}"""']
+    return "\n".join(lines)
