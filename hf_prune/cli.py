@@ -148,7 +148,7 @@ def benchmark(
     """Time and weigh a model beside the dense one, in turn, on one thread."""
     model: Any = load(local(path))
     dense = load(local(against)) if against else None
-    comparison = compare(model.to(device), dense, against, batch_size, tokens, repeats, progress)
+    comparison = compare(model.to(device), dense, None, batch_size, tokens, repeats, progress)
     if as_json:
         return emit({"path": path, "against": against, **comparison.to_dict()})
     show(comparison)
@@ -184,9 +184,11 @@ def card(
     """Write the model card, with pictures, into a model's folder, from what is known there."""
     folder = local(str(path), download=False)
     model, facts = load(folder), CardFacts.load(folder)
+    facts.model_name = facts.model_name or folder.resolve().name
     if measure and (against or getattr(model.config, "hf_prune", None) is not None):
         dense = load(local(against)) if against else None
-        facts.comparison = compare(model, dense, against, batch_size, tokens, repeats, progress).to_dict()
+        published = None if against is None or Path(against).exists() else against
+        facts.comparison = compare(model, dense, published, batch_size, tokens, repeats, progress).to_dict()
     write_card(folder, model, config_of(folder), facts)
     written(folder / CARD_NAME, as_json)
 
@@ -247,7 +249,9 @@ def local(path: str, download: bool = True) -> Path:
         raise ValueError(f"PATH={path}: is no folder.{hint}")
     try:
         return Path(snapshot_download(path))
-    except (OSError, HFValidationError) as error:
+    except HFValidationError:
+        raise ValueError(f"PATH={path}: is no folder.{hint}") from None
+    except OSError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"PATH={path}: is no folder, and no model could be had from the Hub ({reason}).{hint}") from None
 
@@ -281,6 +285,7 @@ def save(model: PreTrainedModel, source: Path, out: Path) -> None:
             shutil.copy(file, out)
     facts = CardFacts.load(source)
     facts.comparison = None  # it was measured on the other model
+    facts.model_name = facts.model_name or out.resolve().name
     write_card(out, model, config_of(source), facts)
 
 

@@ -198,6 +198,8 @@ def test_metadata_survives_the_hubs_own_reader(tmp_path: Path) -> None:
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     card = hf_prune.model_card(halved(), facts=CardFacts(base_model=str(tmp_path), metrics={"accuracy": 0.5}))
     assert card.data.base_model is None
+    assert f"started from `{tmp_path.name}`" in card.text
+    assert str(tmp_path.parent) not in card.text
     assert card.data.eval_results is None
     assert "| accuracy |  | 0.5000 |  |" in card.text
     assert "No pruning config was recorded." in card.text
@@ -288,6 +290,19 @@ def test_the_card_has_the_metrics_of_the_best_model(tmp_path: Path) -> None:
     assert callback.facts.metrics_before["loss"] == logged[0]
     assert callback.facts.metrics["loss"] == logged[trainer.state.best_global_step]
     assert callback.facts.dataset == "glue"
+
+
+def test_where_a_model_lay_is_not_published(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "dense")
+    callback = ModelCardCallback()
+    trainer = trainer_with_card(tmp_path / "out", callback)
+    trainer.model.config._name_or_path = str(tmp_path / "dense")
+    trainer.train()
+    files = [path.read_text() for path in (tmp_path / "out").glob("*.*") if path.suffix in (".md", ".json")]
+    assert len(files) == 3
+    assert all(str(tmp_path) not in text for text in files)
+    assert callback.facts.base_model == "./dense"
+    assert "base_model" not in files[0].partition("# out")[0]
 
 
 def test_a_trainer_without_the_callback_writes_its_own_card(tmp_path: Path) -> None:

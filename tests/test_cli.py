@@ -112,7 +112,7 @@ def test_benchmark_and_card(cli: Run, condensed: Path, masked: Path, tmp_path: P
     figures = cli.json("benchmark", condensed, "--against", masked, *quick)
     assert figures["latency_ratio"] == figures["dense"]["milliseconds"] / figures["model"]["milliseconds"]
     assert figures["dense"]["parameters"] > figures["model"]["parameters"]
-    assert figures["reference"] == str(masked)
+    assert figures["against"] == str(masked)
     assert "times as fast as a random model" in cli("benchmark", condensed, *quick)
 
     condense(halved(how="out")).save_pretrained(tmp_path)
@@ -185,7 +185,7 @@ def test_errors_name_what_is_wrong(cli: Run, masked: Path, tmp_path: Path) -> No
 
     (tmp_path / "model").mkdir()
     assert "has no config.json" in fails("inspect", tmp_path / "model")
-    assert f"Did you mean '{tmp_path / 'model'}'" in fails("inspect", tmp_path / "modle")
+    assert f"is no folder. Did you mean '{tmp_path / 'model'}'" in fails("inspect", tmp_path / "modle")
     tiny_bert().save_pretrained(tmp_path / "dense")
     assert "below it there are models in dense" in fails("inspect", tmp_path)
     assert "nothing to cut out: 0.00%" in fails("condense", tmp_path / "dense", tmp_path / "out")

@@ -52,8 +52,8 @@ class CardFacts:
     """What a card says that cannot be read off the model.
 
     Args:
-        model_name: the model's name.
-        base_model: id (or path) of the model that training started from.
+        model_name: the model's name, for a card without the id of a repository.
+        base_model: id (or path, of which the last part is shown) of the model that training started from.
         dataset: id on the Hub of the data that the metrics are of; without it they are in the card but not in its metadata.
         dataset_name: what people call it; by default the id and the config.
         dataset_config, dataset_split: as `load_dataset` takes them.
@@ -124,7 +124,7 @@ def model_card(
     stock: Any = unwrapped(model)
     facts = facts or CardFacts()
     report, twin = sparsity_report(model), stock_twin(stock, "meta")
-    name = facts.model_name or (repo_id or "").rpartition("/")[2] or f"{stock.config.model_type}-pruned"
+    name = (repo_id or "").rpartition("/")[2] or facts.model_name or f"{stock.config.model_type}-pruned"
     condensed = getattr(stock.config, "hf_prune", None) is not None
     comparison = None if facts.comparison is None else Comparison.from_dict(_without_ratio(facts.comparison))
     card: ModelCard = ModelCard.from_template(
@@ -144,7 +144,7 @@ def model_card(
         removable=0 if condensed or stock.config.model_type not in SPECS else condense_plan(stock).parameters,
         comparison=comparison,
         costs=[] if comparison is None else [_cost("dense", comparison.dense), _cost("this model", comparison.model)],
-        base_model=facts.base_model,
+        base_model=(without_folders(facts.base_model) or "").removeprefix("./"),
         metrics=_metric_rows(facts),
         dataset_name=_dataset_name(facts),
         dataset_split=facts.dataset_split,
@@ -262,6 +262,11 @@ def _tasks() -> dict[str, str]:
         for cls in entry["pt"]:
             found.setdefault(cls.__name__, task)
     return found
+
+
+def without_folders(name: str | None) -> str | None:
+    """An id on the Hub as it is; of a local path the last part alone, as `./part`: where a model lay is nobody's business."""
+    return f"./{Path(name).resolve().name}" if name is not None and Path(name).exists() else name
 
 
 def _repo_id(name: str | None) -> str | None:
