@@ -29,8 +29,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, sparsity_report
+from hf_prune import config as config_module
 from hf_prune.callback import STATE_NAME
-from hf_prune.criteria import Criterion, gradient, register_criterion, weight
+from hf_prune.criteria import CRITERIA, Criterion, gradient, register_criterion, weight
 from hf_prune.targets import prunable_modules, weight_target
 from hf_prune.units import UnitGroup
 
@@ -454,14 +455,20 @@ class Alternating(Criterion):
         self.first = -self.first
 
 
-register_criterion("alternating", Alternating)
+@pytest.fixture
+def alternating() -> Iterator[str]:
+    """The name of the criterion, for as long as a test runs."""
+    register_criterion("alternating", Alternating)
+    yield "alternating"
+    del CRITERIA["alternating"]
+    config_module.CRITERIA.discard("alternating")
 
 
 @pytest.mark.parametrize("pattern", ["4x1", "head"])
-def test_what_comes_back_has_the_value_it_left_with(pattern: str) -> None:
+def test_what_comes_back_has_the_value_it_left_with(pattern: str, alternating: str) -> None:
     """When a mask is lifted, merged weight and bias are those put aside, whatever the adapter has learnt meanwhile."""
     model, inputs = adapted("bert"), batch("bert")
-    settings = config(pattern, criterion="alternating", schedule="linear", target_modules=["query", "key", "value"])
+    settings = config(pattern, criterion=alternating, schedule="linear", target_modules=["query", "key", "value"])
     pruner = Pruner(model, settings, 8)
     layer = model.get_base_model().bert.encoder.layer[1].attention.self.value
     name, bias = "bert.encoder.layer.1.attention.self.value", layer.base_layer.bias.detach().clone()
@@ -714,7 +721,7 @@ def test_refused_on_sharded_weights(tmp_path: Path) -> None:
     try:
         model = adapted()
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(PruningConfigError, match=r"'model.layers.0.self_attn.q_proj', which has an adapter and is sharded"):
+        with pytest.raises(PruningConfigError, match=r"'model.layers.0.self_attn.q_proj', which has a LoRA adapter and is sharded"):
             Pruner(model, config("2:4", criterion="magnitude"), 1)
     finally:
         dist.destroy_process_group()
