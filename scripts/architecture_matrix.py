@@ -19,7 +19,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import rich
 import transformers
 from rich.table import Table
 from safetensors.torch import load_file
@@ -33,6 +32,7 @@ import test_reload  # noqa: E402
 
 from hf_prune import condense  # noqa: E402
 from hf_prune.architectures import AttentionBlock, find_blocks  # noqa: E402
+from hf_prune.tables import as_text  # noqa: E402
 
 Row = dict[str, object]
 
@@ -120,7 +120,7 @@ def main() -> int:
         for column in ("generate", "saved twice"):
             cells[columns.index(column)] = {None: "", True: "equal", False: "DIFFERS"}[row[column]]  # type: ignore[index]
         table.add_row(family, *cells, style="" if holds(row) else "red")
-    rich.print(table)
+    print(as_text(table))  # wide, whatever it is printed to
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
     return int(not all(map(holds, rows.values())))
