@@ -186,7 +186,8 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
     for path in depths(model, spec):
         layers = [layer for layers in layer_lists(getattr(model, "base_model", model), path).values() for layer in layers]
         members = [[i for i, plan in enumerate(plans) if plan.block.layer == f"{path}.{index}"] for index in range(len(layers))]
-        constants = [_constant([plans[i] for i in places]) for places in members]
+        crosses = bool(getattr(config, "is_encoder_decoder", False))
+        constants = [_constant([plans[i] for i in places], crosses) for places in members]
         gone = removable(constants, [outline(layer) for layer in layers])
         keeper = -1
         for index, places in enumerate(members):
@@ -205,11 +206,18 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
     return removed
 
 
-def _constant(plans: list[BlockPlan]) -> Tensor | None:
-    """What a layer adds whatever it is given, `[hidden]`, if none of its blocks has a unit left, else None."""
+def _constant(plans: list[BlockPlan], crosses: bool) -> Tensor | None:
+    """What a layer adds whatever it is given, `[hidden]`, if none of its blocks has a unit left, else None.
+
+    Cross-attention is left out where a decoder is given no encoder states: its constant counts only if the model always `crosses`.
+    """
     if not plans or any(len(plan.kept) for plan in plans):
         return None
-    return torch.stack([bias(output_of(plan.block)).to(plan.shift) + plan.shift.to(plans[0].shift) for plan in plans]).sum(0)
+    terms = [bias(output_of(plan.block)).to(plan.shift) + plan.shift.to(plans[0].shift) for plan in plans]
+    attentions = [term for plan, term in zip(plans, terms) if isinstance(plan.block, AttentionBlock)]
+    if not crosses and any(bool(term.any()) for term in attentions[1:]):
+        return None
+    return torch.stack(terms).sum(0)
 
 
 def renumbered(name: str, path: str, removed: list[int]) -> str | None:
