@@ -32,6 +32,18 @@ TASK_TO_KEYS: dict[str, tuple[str, str | None]] = {
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
+def glue_files(folder: str, task_name: str) -> dict[str, str]:
+    """The files of a task in a folder of GLUE data, `TASK/SPLIT.jsonl` (or `.json`, `.csv`), by split.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {path.stem: str(path) for path in sorted(Path(folder, task_name).glob("*")) if path.suffix.lower() in _READERS}
+    if not found:
+        raise ValueError(f"glue_dir={folder!r}: has no {task_name}/train.jsonl (or another of {', '.join(_READERS)}).")
+    return found
+
+
 def load_raw_datasets(task_name: str | None, files: dict[str, str]) -> DatasetDict:
     """Load ``{split: file}`` (CSV, JSON or JSON lines), or the GLUE task from the Hub when no files are given.
 

