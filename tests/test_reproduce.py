@@ -1,0 +1,82 @@
+"""`scripts/reproduce.py` on a tiny model: what it measures, writes, keeps and refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import metadata_errors
+from transformers import AutoModelForSequenceClassification
+
+from hf_prune.report import sparsity_report
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import quickstart  # noqa: E402  (the scripts are no package)
+import reproduce  # noqa: E402
+
+TINY: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, list[dict[str, Any]]]:
+    """The row for half of the heads and neurons: arguments, folder, results."""
+    home = tmp_path_factory.mktemp("reproduce")
+    rows = [{**row, "label": int(row["label"] == "sense")} for row in quickstart.make_rows(40, seed=3)]
+    quickstart.make_start(home / "start", [str(row["sentence"]) for row in rows])
+    (home / "glue" / "mrpc").mkdir(parents=True)
+    quickstart.write_rows(home / "glue" / "mrpc" / "train.jsonl", rows[:24])
+    quickstart.write_rows(home / "glue" / "mrpc" / "validation.jsonl", rows[24:])
+    options = ["mrpc", "--rows", "half", "--seeds", "1", "--use_cpu", "--glue_dir", str(home / "glue")]
+    options += ["--model_name_or_path", str(home / "start"), "--output_dir", str(home / "runs"), "--results", str(home / "results")]
+    return options, home, reproduce.main([*options, "--overrides", json.dumps(TINY)])
+
+
+def test_a_row_says_what_its_model_is(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
+    _, home, (dense, half) = measured
+    folder = home / "runs" / "mrpc" / "half" / "seed-1"
+    masked, condensed = (AutoModelForSequenceClassification.from_pretrained(path) for path in (folder, folder / "condensed"))
+    assert half["sparsity"] == pytest.approx(sparsity_report(masked).sparsity)
+    assert half["parameters"] == [condensed.num_parameters()]
+    assert condensed.num_parameters() < masked.num_parameters()
+    assert dense["sparsity"] == 0
+    scores = json.loads((folder / "float32" / "eval_results.json").read_text())
+    assert half["mean"] == half["max"] == scores["eval_f1"]
+    assert half["relative_drop"] == pytest.approx(half["mean"] / dense["mean"] - 1)
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_tables_and_cards_are_written(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
+    _, home, lines = measured
+    assert json.loads((home / "results" / "results" / "mrpc.json").read_text())["rows"] == lines
+    heading, _, row = (home / "results" / "results" / "mrpc.md").read_text().splitlines()
+    assert heading.count("|") == row.count("|")
+    assert f"{lines[1]['mean']:.4f}" in row
+    card = home / "results" / "start-mrpc-half"
+    text = (card / "README.md").read_text()
+    assert metadata_errors(text) == []
+    assert f"{lines[1]['latency_ratio']:.2f}" in text
+    assert {"kept.png", "history.png", "latency.png"} == {path.name for path in (card / "pictures").iterdir()}
+
+
+def test_what_is_done_is_not_done_again(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
+    options, home, lines = measured
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
+    assert reproduce.main([*options, "--overrides", json.dumps(TINY)]) == lines
+    assert before == {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
+
+
+def test_other_settings_are_refused(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
+    options, _, _ = measured
+    with pytest.raises(ValueError, match=r"max_steps=7: .*dense/seed-1 holds a run with 6"):
+        reproduce.main([*options, "--overrides", json.dumps(TINY | {"max_steps": 7})])
+
+
+def test_unknown_row(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reproduce.main(["mrpc", "--rows", "4x2"])
+    assert "--rows 4x2: must be one of 4x1, 2in4" in capsys.readouterr().err
