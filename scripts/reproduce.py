@@ -204,12 +204,8 @@ class Run:
     def write_card(self, dense: Run, target: Path) -> None:
         """Write the card of the model that was measured beside it; copy it, with pictures and config, without weights."""
         measured, folder = self.measure(dense), self.model_folder
-        figures = {
-            "metrics": measured["metrics"],
-            "metrics_before": dense.measure()["metrics"],
-            "comparison": measured["comparison"],
-        }
-        facts = replace(CardFacts.load(self.folder), **self.facts, **figures)
+        facts = replace(CardFacts.load(self.folder), **self.facts, metrics_before=dense.measure()["metrics"])
+        facts.metrics, facts.comparison = measured["metrics"], measured["comparison"]
         write_card(folder, AutoModelForSequenceClassification.from_pretrained(folder), self.config, facts)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / "pictures", target / "pictures")
