@@ -528,11 +528,15 @@ class PruningArguments:
     pruning_warmup_steps: float | None = field(
         default=None, metadata={"help": "Steps before pruning starts; below 1, a ratio of the run."}
     )
-    pruning_warmup_epochs: float | None = field(default=None, metadata={"help": "Epochs before pruning starts."})
+    pruning_warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs before pruning starts.", "aliases": ["--sparsity_warm_epochs"]}
+    )
     pruning_cooldown_steps: float | None = field(
         default=None, metadata={"help": "Steps at the end with frozen masks; below 1, a ratio of the run."}
     )
-    pruning_cooldown_epochs: float | None = field(default=None, metadata={"help": "Epochs at the end with frozen masks."})
+    pruning_cooldown_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs at the end with frozen masks.", "aliases": ["--cooldown_epochs"]}
+    )
     pruning_target_modules: str | None = field(
         default=None, metadata={"help": "Regular expression that matches whole module names."}
     )

@@ -1,20 +1,26 @@
 """GLUE data and metrics for the example scripts: column names, loading, tokenising, scoring.
 
-GLUE: Wang et al. 2018, https://arxiv.org/abs/1804.07461. Metrics are computed with scikit-learn and SciPy, so nothing here
-needs the Hub when the data comes from local files.
+GLUE: Wang et al. 2018, https://arxiv.org/abs/1804.07461. Nothing here needs the Hub when the data comes from local files.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[Any]
 
 #: The text columns of each GLUE task.
 TASK_TO_KEYS: dict[str, tuple[str, str | None]] = {
@@ -139,21 +145,49 @@ def tokenize(
 
 
 def metrics_for(task_name: str | None, regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The official metric of the task: MCC for CoLA, Pearson and Spearman for STS-B, accuracy (and F1 for MRPC, QQP)."""
+    """The official metric of the task, by `evaluate` where its module can be had, else the same numbers computed here."""
+    module = None if task_name is None else glue_module(task_name)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         raw = prediction.predictions
         logits = np.asarray(raw[0] if isinstance(raw, tuple) else raw)
         labels = np.asarray(prediction.label_ids)
-        if regression:
-            values = logits.squeeze(-1) if logits.ndim > 1 else logits
-            return {"pearson": float(pearsonr(values, labels)[0]), "spearmanr": float(spearmanr(values, labels)[0])}
-        predicted = logits.argmax(-1)
-        if task_name == "cola":
-            return {"matthews_correlation": float(matthews_corrcoef(labels, predicted))}
-        scores = {"accuracy": float(accuracy_score(labels, predicted))}
-        if task_name in ("mrpc", "qqp"):
-            scores["f1"] = float(f1_score(labels, predicted))
-        return scores
+        flat = logits.squeeze(-1) if logits.ndim > 1 and logits.shape[-1] == 1 else logits
+        predicted = flat if regression else logits.argmax(-1)
+        if module is None:
+            return glue_scores(task_name, predicted, labels, regression)
+        return {name: float(value) for name, value in module.compute(predictions=predicted, references=labels).items()}
 
     return compute
+
+
+def glue_module(task_name: str) -> Any:
+    """The metric of `evaluate` for a task, or None where it is out of reach."""
+    if HF_HUB_OFFLINE:
+        return None
+    try:
+        import evaluate
+
+        return evaluate.load("glue", "mnli" if task_name.startswith("mnli") else task_name)
+    except (ImportError, OSError) as error:
+        logger.info("evaluate's GLUE metric is out of reach (%s); scikit-learn and SciPy compute the same numbers.", error)
+        return None
+
+
+def glue_scores(task_name: str | None, predicted: Array, labels: Array, regression: bool) -> dict[str, float]:
+    """MCC for CoLA, Pearson and Spearman for regression (STS-B), accuracy for the rest, with F1 for MRPC and QQP.
+
+    Args:
+        task_name: of GLUE; None for own data.
+        predicted: classes, or values of a regression, `[rows]`.
+        labels: the same, `[rows]`.
+        regression: whether they are values.
+    """
+    if regression:
+        return {"pearson": float(pearsonr(predicted, labels)[0]), "spearmanr": float(spearmanr(predicted, labels)[0])}
+    if task_name == "cola":
+        return {"matthews_correlation": float(matthews_corrcoef(labels, predicted))}
+    scores = {"accuracy": float(accuracy_score(labels, predicted))}
+    if task_name in ("mrpc", "qqp"):
+        scores["f1"] = float(f1_score(labels, predicted))
+    return scores

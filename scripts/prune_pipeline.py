@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rich
-from glue_data import label_names, load_raw_datasets, metrics_for, text_columns, tokenize
-from run_glue import DataTrainingArguments, ModelArguments, load_model, select_splits, splits_of
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from run_glue import DataTrainingArguments, ModelArguments, load_task, splits_of
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_prune.pipeline import Pipeline, PipelineResult, Recipe
 
@@ -44,25 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> PipelineResult:
         recipe = recipe.only(pipeline_args.stages)
     if pipeline_args.no_distillation:
         recipe = recipe.without_distillation()
-    training_args.do_train = training_args.do_eval = True
-
-    start, task = model_args.model_name_or_path, data_args.task_name
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or start)
-    raw = load_raw_datasets(task, data_args.files())
-    example = next(iter(raw.values()))
-    names = label_names(task, example)
-    splits = select_splits(raw, data_args, training_args)
-    data = tokenize(splits, tokenizer, text_columns(task, example), names, data_args.max_seq_length, pad_to_max_length=False)
+    task = load_task(model_args, data_args, {"train", "validation"})
     set_seed(training_args.seed)  # of a classifier that is new
     result = Pipeline(
         recipe=recipe,
-        model=load_model(start, names, model_args.dropout),
+        model=model_args.load(task.names),
         args=training_args,
-        train_dataset=data["train"],
-        eval_dataset=splits_of(data, "validation")[""],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=metrics_for(task, regression=names is None),
+        train_dataset=task.data["train"],
+        eval_dataset=splits_of(task.data, "validation")[""],
+        processing_class=task.tokenizer,
+        data_collator=task.data_collator,
+        compute_metrics=task.compute_metrics,
     ).run()
     rich.print(result)
     path = Path(str(training_args.output_dir), "pipeline_results.json")

@@ -2,7 +2,7 @@
 
 The script is transformers' `run_glue.py` with two more groups of arguments: pruning (`--do_prune`, `--pruning_pattern`,
 `--target_sparsity`, …, or `--pruning_config file.json` for rules) and distillation (`--teacher_model_name_or_path`,
-`--distill_alpha_hidden`, …). Without `--do_prune` it is plain fine-tuning. It writes
+`--distill_alpha_hidden`, …). Without `--do_prune` it is plain fine-tuning; `--push_to_hub` publishes what came out. It writes
 
 - `output_dir`: the model that was trained; a pruned one keeps its shape and has true zeros;
 - `output_dir/condensed`: the smaller, equal model, where whole heads or neurons were pruned;
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -39,15 +41,22 @@ from transformers import (
 )
 
 from hf_prune import (
+    CardFacts,
     DistillationConfig,
     DistillationTrainer,
     ModelCardCallback,
     PruningArguments,
     PruningCallback,
+    PruningConfig,
     condense,
     last_complete_checkpoint,
+    push_to_hub,
     sparsity_report,
 )
+from hf_prune.hub import write_card
+
+#: The folder of the condensed model, below that of the pruned one.
+CONDENSED = "condensed"
 
 
 @dataclass
@@ -65,6 +74,16 @@ class ModelArguments:
         default=None, metadata={"help": "Every dropout probability of the model; 0 suits a student that copies a teacher."}
     )
 
+    @property
+    def remote(self) -> dict[str, Any]:
+        """What `from_pretrained` takes besides the path."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    def load(self, names: list[str] | None) -> PreTrainedModel:
+        """The model to train; see [`load_model`]."""
+        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        return load_model(self.model_name_or_path, names, self.dropout, **self.remote, **attention)
+
 
 @dataclass
 class DataTrainingArguments:
@@ -78,7 +97,7 @@ class DataTrainingArguments:
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSON or JSON lines, with a column `label`."})
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens that a row is cut to."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens that a row is cut to.", "aliases": ["--max_length"]})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every row to max_seq_length, not to its batch."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for evaluation."})
@@ -94,7 +113,7 @@ class DataTrainingArguments:
         given = {split: file for split, file in files.items() if file is not None}
         return given if given or self.glue_dir is None or self.task_name is None else glue_files(self.glue_dir, self.task_name)
 
-    def card_facts(self) -> dict[str, str]:
+    def card_facts(self) -> dict[str, Any]:
         """What a model card says of the data: its id on the Hub, when it is GLUE."""
         if self.task_name is None or self.train_file or self.validation_file:
             return {}
@@ -115,12 +134,31 @@ class DistillationArguments:
         default=None, metadata={"help": "Weight of the loss on the last hidden state (0.0)."}
     )
 
+    distill_loss_weight: float | None = field(
+        default=None,
+        metadata={"help": "As in Intel Neural Compressor: learn the last hidden state alone, with this weight, and no task loss."},
+    )
+
     def to_config(self) -> DistillationConfig | None:
-        """The config these arguments describe, or None when none was given."""
+        """The config these arguments describe, or None when none was given.
+
+        Raises:
+            ValueError: weights were given in both ways.
+        """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if not given:
-            return None
-        return DistillationConfig(**{key.removeprefix("distill_"): given[key] for key in given if key.startswith("distill_")})
+        alphas = {name.removeprefix("distill_"): value for name, value in given.items() if name.startswith("distill_alpha_")}
+        if self.distill_loss_weight is not None:
+            if alphas:
+                raise ValueError(f"distill_loss_weight={self.distill_loss_weight}: must not be given with distill_{min(alphas)}.")
+            alphas = {"alpha_task": 0.0, "alpha_logits": 0.0, "alpha_hidden": self.distill_loss_weight}
+        if self.distill_temperature is not None:
+            alphas["temperature"] = self.distill_temperature
+        return DistillationConfig(**alphas) if given else None
+
+    def load_teacher(self, student: PreTrainedModel, names: list[str] | None) -> PreTrainedModel:
+        """The teacher that was named, or a copy of the student as it starts."""
+        path = self.teacher_model_name_or_path
+        return copy.deepcopy(student) if path is None else load_model(path, names)
 
 
 Arguments = tuple[ModelArguments, DataTrainingArguments, TrainingArguments, PruningArguments, DistillationArguments]
@@ -136,19 +174,26 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     return parser.parse_args_into_dataclasses(list(arguments))
 
 
-def select_splits(raw: DatasetDict, data_args: DataTrainingArguments, args: TrainingArguments) -> DatasetDict:
-    """The splits that the run uses, cut to the numbers of rows asked for.
+def needed_splits(args: TrainingArguments) -> set[str]:
+    """Which of `train`, `validation` and `test` a run of the Trainer uses."""
+    needs = {"train": args.do_train, "validation": args.do_eval or args.eval_strategy != "no", "test": args.do_predict}
+    return {kind for kind, needed in needs.items() if needed}
+
+
+def select_splits(raw: DatasetDict, data_args: DataTrainingArguments, kinds: set[str]) -> DatasetDict:
+    """The splits of these kinds, cut to the numbers of rows asked for.
 
     Raises:
         ValueError: a split is needed and not there, or none is needed.
     """
-    wanted = {
-        "train": (args.do_train, data_args.max_train_samples),
-        "validation": (args.do_eval or args.eval_strategy != "no", data_args.max_eval_samples),
-        "test": (args.do_predict, data_args.max_predict_samples),
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
     }
     selected = DatasetDict()
-    for kind, (needed, limit) in wanted.items():
+    for kind, limit in limits.items():
+        needed = kind in kinds
         # MNLI has two of each: validation_matched, validation_mismatched.
         found = [name for name in raw if name.split("_")[0] == kind]
         if needed and not found:
@@ -183,6 +228,47 @@ def load_model(path: str | Path, names: list[str] | None, dropout: float | None 
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: index for index, name in enumerate(names)}
     return model
+
+
+@dataclass
+class Task:
+    """A task's data and what scores it.
+
+    Attributes:
+        tokenizer: the model's.
+        names: of the classes in label order; None for regression.
+        data: the tokenized splits.
+        data_collator: makes batches.
+        compute_metrics: the task's metric.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    names: list[str] | None
+    data: DatasetDict
+    data_collator: Callable[[list[Any]], dict[str, Any]]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+
+
+def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, kinds: set[str]) -> Task:
+    """Load and tokenize the splits of these kinds.
+
+    Raises:
+        ValueError: the data is not what the arguments say.
+    """
+    start, task = model_args.model_name_or_path, data_args.task_name
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or start, **model_args.remote)
+    raw = load_raw_datasets(task, data_args.files())
+    example = next(iter(raw.values()))
+    names = in_model_order(label_names(task, example), AutoConfig.from_pretrained(start, **model_args.remote))
+    padding = data_args.pad_to_max_length
+    splits = select_splits(raw, data_args, kinds)
+    return Task(
+        tokenizer=tokenizer,
+        names=names,
+        data=tokenize(splits, tokenizer, text_columns(task, example), names, data_args.max_seq_length, padding),
+        data_collator=default_data_collator if padding else DataCollatorWithPadding(tokenizer),
+        compute_metrics=metrics_for(task, regression=names is None),
+    )
 
 
 def evaluate(trainer: Trainer, data: DatasetDict, prefix: str) -> dict[str, float]:
@@ -221,23 +307,44 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 
 def condense_saved(trainer: Trainer, data: DatasetDict, names: list[str] | None) -> dict[str, float]:
-    """Condense the model saved in `output_dir`, save it below, load it again; return the metrics of both.
-
-    The saved model is taken because the trained one still has its optimizer. Without a whole head or neuron to remove nothing
-    is written.
-    """
+    """Condense the model saved in `output_dir`, save it below, load it again; return the metrics of both."""
     source = Path(str(trainer.args.output_dir))
-    target = source / "condensed"
-    model = load_model(source, names)
-    if all(block.alive == block.units for block in sparsity_report(model).blocks):
+    model = condensed_from(source, names)
+    if model is None:
         return {}
-    condense(model, pad_to_multiple_of=16)  # odd numbers of neurons are slow
     metrics = evaluate(like(trainer, model), data, "condensed")
     if trainer.is_world_process_zero():
-        model.save_pretrained(target)
-        trainer.processing_class.save_pretrained(target)
+        save_condensed(model, source, trainer.processing_class)
     trainer.accelerator.wait_for_everyone()
-    return metrics | evaluate(like(trainer, load_model(target, names)), data, "reloaded")
+    return metrics | evaluate(like(trainer, load_model(source / CONDENSED, names)), data, "reloaded")
+
+
+def condensed_from(source: Path, names: list[str] | None) -> PreTrainedModel | None:
+    """The saved model, condensed; None when no whole head or neuron can be removed.
+
+    The saved model is taken because the trained one still has its optimizer.
+    """
+    model = load_model(source, names)
+    if all(block.alive == block.units for block in sparsity_report(model).blocks):
+        return None
+    return condense(model, pad_to_multiple_of=16)  # odd numbers of neurons are slow
+
+
+def save_condensed(model: PreTrainedModel, source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save the condensed model below the one it was made from, with a card of its own."""
+    target = source / CONDENSED
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    write_card(target, model, PruningConfig.from_pretrained(source), CardFacts.load(source))
+
+
+def publish(trainer: Trainer) -> None:
+    """Push to the Hub: the condensed model when there is one, else the model as it was trained, each with its card."""
+    condensed = Path(str(trainer.args.output_dir), CONDENSED)
+    if not condensed.is_dir():
+        trainer.push_to_hub()
+    elif trainer.is_world_process_zero():
+        push_to_hub(condensed, str(trainer.hub_model_id), token=trainer.args.hub_token)
 
 
 def like(trainer: Trainer, model: PreTrainedModel) -> Trainer:
@@ -263,32 +370,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError("do_train=False: must be set with --do_prune, since a model is pruned while it trains.")
     set_seed(training_args.seed)
 
-    start, task = model_args.model_name_or_path, data_args.task_name
-    remote = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or start, **remote)
-    raw = load_raw_datasets(task, data_args.files())
-    example = next(iter(raw.values()))
-    names = in_model_order(label_names(task, example), AutoConfig.from_pretrained(start, **remote))
-    padding = data_args.pad_to_max_length
-    splits = select_splits(raw, data_args, training_args)
-    data = tokenize(splits, tokenizer, text_columns(task, example), names, data_args.max_seq_length, padding)
-
-    attention = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
-    model = load_model(start, names, model_args.dropout, **remote, **attention)
+    task = load_task(model_args, data_args, needed_splits(training_args))
+    data, names = task.data, task.names
+    model = model_args.load(names)
     settings: dict[str, Any] = {
         "args": training_args,
         "train_dataset": data.get("train"),
         "eval_dataset": splits_of(data, "validation").get(""),
-        "processing_class": tokenizer,
-        "data_collator": default_data_collator if padding else DataCollatorWithPadding(tokenizer),
-        "compute_metrics": metrics_for(task, regression=names is None),
+        "processing_class": task.tokenizer,
+        "data_collator": task.data_collator,
+        "compute_metrics": task.compute_metrics,
         "callbacks": [PruningCallback(pruning), ModelCardCallback(**data_args.card_facts())] if pruning else [],
     }
     if distillation is None:
         trainer = Trainer(model=model, **settings)
     else:
-        path = distillation_args.teacher_model_name_or_path
-        teacher = copy.deepcopy(model) if path is None else load_model(path, names)
+        teacher = distillation_args.load_teacher(model, names)
         trainer = DistillationTrainer(model=model, teacher=teacher, distillation=distillation, **settings)
 
     metrics: dict[str, float] = {}
@@ -303,6 +400,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             pruning.save_pretrained(str(training_args.output_dir))
             rich.print(sparsity_report(model))
         metrics |= condense_saved(trainer, data, names)
+    if training_args.push_to_hub:
+        publish(trainer)
     return metrics
 
 
