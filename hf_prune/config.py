@@ -320,10 +320,10 @@ def _check_together(config: PruningConfig) -> None:
 
 
 def _with_pairs(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings given over others: steps and epochs of a phase replace the other's as a pair."""
+    """The settings given over others: steps and epochs of a phase replace the other's as a pair, and a frequency `updates`."""
     pairs = [(f"{phase}_steps", f"{phase}_epochs") for phase in ("warmup", "cooldown")]
-    replaced = {key: 0 for pair in pairs if any(key in given for key in pair) for key in pair}
-    return replaced | given
+    replaced: dict[str, Any] = {key: 0 for pair in pairs if any(key in given for key in pair) for key in pair}
+    return replaced | ({"updates": None} if "frequency" in given else {}) | given
 
 
 # ----------------------------------------------------------------------------------------------------------------- classes

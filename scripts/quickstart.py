@@ -16,7 +16,6 @@ from pathlib import Path
 
 import rich
 import run_glue
-from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -197,29 +196,6 @@ def compare(home: Path, metrics: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def write_card(folder: Path, metrics: dict[str, float]) -> None:
-    """A model card that says what the model is and how it loads."""
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=["hf_prune"], metrics=["accuracy"])
-    text = f"""---
-{data.to_yaml()}
----
-
-# Tiny BERT, half of its heads and neurons removed
-
-Tells whether a sentence about two animals makes sense. Made by `scripts/quickstart.sh` of hf_prune from sentences that the
-script generates; a demonstration, of no other use. Accuracy on {VALIDATION_ROWS} generated sentences:
-{metrics["reloaded_accuracy"]:.3f}.
-
-```python
-import hf_prune  # or, without hf_prune installed: from_pretrained(folder, trust_remote_code=True)
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-```
-"""
-    ModelCard(text).save(folder / "README.md")
-
-
 def main() -> None:
     train, validation = make_rows(TRAIN_ROWS, SEED), make_rows(VALIDATION_ROWS, SEED + 1)
     shutil.rmtree(HOME, ignore_errors=True)
@@ -230,7 +206,6 @@ def main() -> None:
 
     metrics = run_jobs(HOME)
     condensed = HOME / "pruned" / "condensed"
-    write_card(condensed, metrics["pruned"])
     rich.print("", compare(HOME, metrics))
     rich.print(f"A bag of words reaches {bag_of_words_accuracy(train, validation):.3f}.")
     rich.print(f"The condensed model and its card are in {condensed}")

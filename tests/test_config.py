@@ -125,6 +125,22 @@ def test_a_rule_inherits_what_it_leaves_open_except_the_modules() -> None:
     assert rule == replace(config, pattern="head", target_modules=None, rules=[])
 
 
+def test_a_frequency_wins_over_inherited_updates() -> None:
+    config = PruningConfig(
+        updates=12, rules=[PruningRule(pattern="head", frequency=7), PruningRule(pattern="neuron", frequency=7, updates=3)]
+    )
+    rules = config.resolved_rules()
+    assert (rules["rules[0]"].frequency, rules["rules[0]"].updates) == (7, None)
+    assert rules["rules[1]"].updates == 3
+
+
+def test_a_frequency_on_the_command_line_wins_over_updates_in_the_file(tmp_path: Path) -> None:
+    PruningConfig(pattern="head", updates=12).to_json_file(tmp_path / "pruning.json")
+    given = PruningArguments(do_prune=True, pruning_config=str(tmp_path / "pruning.json"), pruning_frequency=7).to_config()
+    assert given is not None
+    assert (given.frequency, given.updates) == (7, None)
+
+
 @pytest.mark.parametrize("phase", ["warmup", "cooldown"])
 @pytest.mark.parametrize(("outer", "inner"), [("steps", "epochs"), ("epochs", "steps")])
 def test_steps_and_epochs_are_inherited_as_a_pair(phase: str, outer: str, inner: str) -> None:

@@ -492,6 +492,27 @@ def test_projections_are_trained_saved_and_resumed_and_the_student_stays_plain(t
     assert_equal(snapshot(AutoModelForSequenceClassification.from_pretrained(folder)), ends["straight"][0])
 
 
+class FailsAfterSaving(TrainerCallback):
+    """Ends the run right after the Trainer has written a checkpoint."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_has_the_projections_before_older_ones_go(tmp_path: Path) -> None:
+    """They are there when the folder is rotated and when callbacks hear of it; the model that is saved in the end has none."""
+    settings = DistillationConfig(alpha_hidden=1.0)
+    teacher, rows = sequence_task(seed=1, count=16, **WIDE)
+    kept = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = distiller(tmp_path, sequence_task(seed=0, count=16)[0], teacher, rows, settings, [FailsAfterSaving()], **kept)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "distillation.safetensors").is_file()
+    trainer.save_model(str(tmp_path / "end"))
+    assert (tmp_path / "end" / "model.safetensors").is_file()
+    assert not (tmp_path / "end" / "distillation.safetensors").exists()
+
+
 def test_a_checkpoint_without_the_projections_is_refused(tmp_path: Path) -> None:
     teacher, rows = sequence_task(seed=1, count=16)
     kept = {"save_strategy": "steps", "save_steps": 1}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import PruningConfigError
 from .cache import COLUMNS, INDICES, LOGITS, TeacherLogitsCollator
@@ -106,6 +106,12 @@ class DistillationTrainer(Trainer):
             optimizer.add_param_group({"params": learned, "weight_decay": self.args.weight_decay})
         return optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; a checkpoint also gets what is learned beside the student, before older ones are removed."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            self._save_state(Path(output_dir) / STATE_NAME)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Also counts what each loss is a mean over, in all micro-batches and on all processes."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -189,13 +195,6 @@ class DistillationTrainer(Trainer):
         if classifier is not None:
             classifier.requires_grad_(True)
 
-    def save_learned(self, path: Path) -> None:
-        """Write what is learned beside the student, if anything is. All processes take part, the first writes."""
-        self._objective.refresh_layer_map(self._over_processes)
-        tensors = self._objective.state_dict(self._plain_projections)
-        if tensors and self.is_world_process_zero():
-            save_file(tensors, path)
-
     # ------------------------------------------------------------------------------------------------------------- inner works
 
     @property
@@ -247,6 +246,13 @@ class DistillationTrainer(Trainer):
         answers = dict(zip(ANSWERS, cached[LOGITS].unbind(dim=-1))) if "start_positions" in inputs else {}
         return {"logits": cached[LOGITS], INDICES: cached.get(INDICES), **answers}
 
+    def _save_state(self, path: Path) -> None:
+        """Write what is learned beside the student, if anything is. All processes take part, the first writes."""
+        self._objective.refresh_layer_map(self._over_processes)
+        tensors = self._objective.state_dict(self._plain_projections)
+        if tensors and self.is_world_process_zero():
+            save_file(tensors, path)
+
     def _load_state(self, path: Path) -> None:
         if path.is_file():
             self._objective.load_state_dict(load_file(path), self._plain_projections)
@@ -265,10 +271,6 @@ class _DistillationCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.reuse_classifier()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self.trainer.save_learned(folder / STATE_NAME)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.release_classifier()

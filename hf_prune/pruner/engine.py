@@ -258,12 +258,12 @@ class Pruner:
             raise ValueError(f"The pruner state has version {state.get('version')}, this hf_prune reads {_STATE_VERSION}.")
         expected = {f"{rule.name}/kept/{group.name}": group.num_units for rule in self._rules for group in rule.groups}
         found = {key: value.numel() for key, value in state.items() if "/kept/" in key}
-        differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        if differing and strict:
-            raise ValueError(f"The pruner state belongs to another config or model; it differs in {', '.join(differing[:5])}.")
+        others = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        if others and strict:
+            raise ValueError(f"The pruner state belongs to another config or model; it differs in {', '.join(others[:5])}.")
         self.steps = int(state["steps"])
         for rule in self._rules:
-            if any(key.startswith(f"{rule.name}/") for key in differing):
+            if any(key.startswith(f"{rule.name}/") for key in others):
                 rule.keep(alive_units(rule.groups))
                 rule.asked = sum(int((~kept).sum()) * group.unit_size for group, kept in zip(rule.groups, rule.kept)) / rule.size
             else:

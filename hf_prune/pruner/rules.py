@@ -168,9 +168,6 @@ def _groups(
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
-        if target.adapter is not None and is_sharded(target.parameter):
-            allowed = f"names {target.module_name!r}, which has an adapter and is sharded; train adapters with DDP, or one process."
-            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     if settings.criterion in GRADIENT_CRITERIA:
         frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
