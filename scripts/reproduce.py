@@ -109,9 +109,9 @@ TABLES = {
         dense={"num_train_epochs": 5, "learning_rate": 5e-5},
         pruned={"learning_rate": 1.5e-4},
         rows=(
-            Row("4x1", "4x1, 90 %", 8, {"pattern": "4x1", "target_sparsity": 0.9}, (0.8804, 0.8610, 0.8722)),
+            Row("4x1", "4x1, 90 %", 12, {"pattern": "4x1", "target_sparsity": 0.9}, (0.8804, 0.8610, 0.8722)),
             Row("2in4", "2:4, 50 %", 4, {"pattern": "2:4", "target_sparsity": 0.5}, (0.4795, 0.8666, 0.8689)),
-            Row("1xchannel", "1xchannel, 50 %", 4, {"pattern": "1xchannel", "target_sparsity": 0.5}, (0.66, 0.8629, 0.8680)),
+            Row("1xchannel", "1xchannel, 50 %", 8, {"pattern": "1xchannel", "target_sparsity": 0.5}, (0.66, 0.8629, 0.8680)),
             Row("half", "heads + neurons, 50 %", 3, {"rules": HEADS_AND_NEURONS, "target_sparsity": 0.5}),
             Row("two-thirds", "heads + neurons, 67 %", 4, {"rules": HEADS_AND_NEURONS, "target_sparsity": 0.67}),
         ),
