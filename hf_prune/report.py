@@ -20,9 +20,7 @@ from transformers import PreTrainedModel
 from .architectures import AttentionBlock, Block, blocks, find_blocks, spec_for
 from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
-from .condense.layers import stock_config
-from .condense.resize import block_key
-from .condense.verify import sample_batch
+from .condense import block_key, sample_batch, stock_config
 from .masks import count_zeros
 from .pruner import Pruner
 from .tables import as_text
@@ -277,6 +275,12 @@ def compare(
     clock = "time" if model.device.type == "cuda" else "CPU time"
     protocol = f"batch of {shape}, {model.dtype}, {model.device.type}, one thread, {clock}, median of {repeats} forwards in turn"
     return Comparison(costs["dense"], costs["model"], reference, protocol)
+
+
+def evaluated(logged: Mapping[str, float]) -> dict[str, float]:
+    """The metrics in what a Trainer logs or returns of an evaluation: without `eval_`, and without times."""
+    named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if not name.endswith(("runtime", "_per_second", "_time", "epoch"))}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -48,6 +48,7 @@ from hf_prune import (
     last_complete_checkpoint,
     sparsity_report,
 )
+from hf_prune.pipeline import set_dropout
 
 
 @dataclass
@@ -176,8 +177,7 @@ def load_model(path: str | Path, names: list[str] | None, dropout: float | None 
     count = 1 if names is None else len(names)
     config = AutoConfig.from_pretrained(path, num_labels=count, **kwargs)
     if dropout is not None:
-        rates = (name for name, value in config.to_dict().items() if "dropout" in name and isinstance(value, float))
-        config.update(dict.fromkeys(rates, dropout))
+        set_dropout(config, dropout)
     model = AutoModelForSequenceClassification.from_pretrained(path, config=config, **kwargs)
     if names is not None:
         model.config.id2label = dict(enumerate(names))

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
 from ..architectures.blocks import base_layer, layer_lists
+from ..config import PruningConfigError
 from ..lora import adapter_of
 from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
@@ -164,7 +165,7 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r}: must be a whole number, 1 or more, or None.")
+        raise PruningConfigError("pad_to_multiple_of", pad_to_multiple_of, "must be a whole number, 1 or more, or None.")
     found = find_blocks(model)
     for block in found:
         for part in (*inputs_of(block), output_of(block)):
