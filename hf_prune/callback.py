@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ class PruningCallback(TrainerCallback, ExportableState):
         given = {"config": self.config.to_dict(), "allow_config_change": self.allow_config_change}
         return {"args": given, "attributes": {"written": self.written, "restored": True}}
 
+    def check(self, args: TrainingArguments, model: nn.Module, train_dataloader: Any) -> None:
+        """Raise what training would raise before its first step. The model is left as it is.
+
+        Raises:
+            PruningConfigError: the config does not fit the model or the run.
+            ValueError: the Trainer is set up in a way that pruning cannot work with.
+        """
+        per_epoch = _steps_per_epoch(args, train_dataloader)
+        steps = args.max_steps if args.max_steps > 0 or per_epoch is None else math.ceil(args.num_train_epochs * per_epoch)
+        self._attached(args, model, steps, per_epoch).release()
+
     # ---------------------------------------------------------------------------------------------------------------- events
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -90,9 +102,10 @@ class PruningCallback(TrainerCallback, ExportableState):
             config, self.allow_config_change = args._pruning
             self.config = PruningConfig.from_dict(config)
         stored: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
-        _refuse(args, stored.get(type(self).__name__))
+        if isinstance(stored.get(type(self).__name__), list):
+            raise ValueError("The Trainer has two PruningCallbacks; give one of them a config with `rules` instead.")
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
-        self.pruner = Pruner(model, self.config, total_steps=state.max_steps, steps_per_epoch=steps_per_epoch)
+        self.pruner = self._attached(args, model, state.max_steps, steps_per_epoch)
         try:
             if state.global_step > 0:
                 self._resume(state, stored.get(type(self).__name__))
@@ -166,6 +179,11 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
         return self.pruner
 
+    def _attached(self, args: TrainingArguments, model: nn.Module, total_steps: int, steps_per_epoch: float | None) -> Pruner:
+        """A pruner for a run, attached to its model."""
+        _refuse(args)
+        return Pruner(model, self.config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
     def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
         """Go on from the checkpoint that the Trainer has read.
 
@@ -216,10 +234,8 @@ def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:
     return [f"{name} was {old[name]!r}, is {new[name]!r}" for name in new if old[name] != new[name]]
 
 
-def _refuse(args: TrainingArguments, entry: Any) -> None:
+def _refuse(args: TrainingArguments) -> None:
     """Raise if the Trainer is set up in a way that pruning cannot work with."""
-    if isinstance(entry, list):
-        raise ValueError("The Trainer has two PruningCallbacks; give one of them a config with `rules` instead.")
     if args.deepspeed or args.deepspeed_plugin is not None:
         raise ValueError(
             "PruningCallback does not work with DeepSpeed, which steps inside backward, so no event sees the complete gradients; "

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,15 @@ class PruningConfigError(ValueError):
     def within(self, prefix: str) -> PruningConfigError:
         """The same error about a field of a larger structure."""
         return PruningConfigError(prefix + self.name, self.value, self.allowed, self.match)
+
+
+@contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Errors inside are about a field of a larger structure; see [`PruningConfigError.within`]."""
+    try:
+        yield
+    except PruningConfigError as error:
+        raise error.within(prefix) from None
 
 
 def closest(value: object, known: Iterable[str]) -> str | None:
@@ -162,7 +172,7 @@ def parse_pattern(text: str, name: str = "pattern") -> Pattern:
 # -------------------------------------------------------------------------------------------------------------- validation
 
 
-def _check_share(name: str, value: object, upper_open: bool = True) -> None:
+def check_share(name: str, value: object, upper_open: bool = True) -> None:
     """A finite number in [0, 1), or in [0, 1]."""
     allowed = f"must be a number in [0, 1{')' if upper_open else ']'}."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -214,11 +224,28 @@ def dataclass_from_dict(cls: type[_T], data: object) -> _T:
     return cls(**data)
 
 
+def dataclass_from_json_file(cls: type[_T], path: str | os.PathLike[str]) -> _T:
+    """Build `cls` from a JSON file.
+
+    Raises:
+        PruningConfigError: there is no such file, it is not JSON, or it holds a key that is not a field of `cls`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        beside = [str(other) for other in sorted(file.parent.glob("*.json"))]
+        raise PruningConfigError(f"{cls.__name__} file", str(path), "must be a JSON file that is there.", closest(path, beside))
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise PruningConfigError(f"{cls.__name__} file", str(path), f"is not valid JSON ({error}).") from None
+    return dataclass_from_dict(cls, data)
+
+
 def _check_initial(name: str, value: object) -> None:
     if value != "from_model":
         if isinstance(value, str):
             raise PruningConfigError(name, value, "must be a number in [0, 1) or 'from_model'.", closest(value, ("from_model",)))
-        _check_share(name, value)
+        check_share(name, value)
 
 
 def _check_number(name: str, value: object) -> None:
@@ -257,7 +284,7 @@ def _check_frequency(name: str, value: object, unit: str = "steps") -> None:
 
 #: The check of each field that a config and a rule share.
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "target_sparsity": _check_share,
+    "target_sparsity": check_share,
     "initial_sparsity": _check_initial,
     "pattern": lambda name, value: parse_pattern(value, name),
     "criterion": partial(_check_name, known=CRITERIA),
@@ -276,8 +303,8 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "updates": partial(_check_frequency, unit="updates"),
     "target_modules": _check_modules,
     "exclude_modules": _check_modules,
-    "min_sparsity_per_module": _check_share,
-    "max_sparsity_per_module": partial(_check_share, upper_open=False),
+    "min_sparsity_per_module": check_share,
+    "max_sparsity_per_module": partial(check_share, upper_open=False),
 }
 
 
@@ -434,10 +461,8 @@ class PruningConfig:
             raise PruningConfigError("rules", self.rules, "must be a list of PruningRule or of dictionaries with its fields.")
         rules = []
         for index, rule in enumerate(self.rules):
-            try:
+            with within(f"rules[{index}]."):
                 rules.append(rule if isinstance(rule, PruningRule) else dataclass_from_dict(PruningRule, rule))
-            except PruningConfigError as error:
-                raise error.within(f"rules[{index}].") from None
         self.rules = rules
         for item in fields(self):
             if item.default is not None and getattr(self, item.name) is None:
@@ -462,10 +487,8 @@ class PruningConfig:
         resolved = {}
         for index, rule in enumerate(self.rules):
             given = _with_pairs({key: value for key, value in asdict(rule).items() if value is not None})
-            try:
+            with within(f"rules[{index}]."):
                 resolved[f"rules[{index}]"] = replace(self, **{"rules": [], "keep_zeros": False, "target_modules": None, **given})
-            except PruningConfigError as error:
-                raise error.within(f"rules[{index}].") from None
         if self.pattern is not None:
             resolved["config"] = replace(self, rules=[]) if self.rules else self
         return resolved
@@ -489,12 +512,8 @@ class PruningConfig:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> PruningConfig:
-        """Read a config from a JSON file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise PruningConfigError("config file", str(path), f"is not valid JSON ({error}).") from None
-        return cls.from_dict(data)
+        """Read a config from a JSON file; unknown keys are errors."""
+        return dataclass_from_json_file(cls, path)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `pruning_config.json` into a folder, which is made if needed."""

@@ -8,30 +8,48 @@ Transformer"; its hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import torch
 from datasets import Dataset
 from rich.table import Table
-from torch import Tensor
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from .architectures import AttentionBlock, FeedForwardBlock, find_blocks, spec_for
 from .callback import PruningCallback
 from .checkpoints import last_complete_checkpoint
-from .condense import condense, condense_plan
-from .condense.layers import layer_counts, remove_layers
-from .config import PruningConfig, PruningConfigError, PruningRule, closest, dataclass_from_dict, parse_pattern
+from .condense import condense, condense_plan, drop_layers, layer_counts
+from .config import (
+    PruningConfig,
+    PruningConfigError,
+    PruningRule,
+    check_share,
+    closest,
+    dataclass_from_dict,
+    dataclass_from_json_file,
+    within,
+)
+from .criteria import CRITERIA
 from .distillation import DistillationConfig, DistillationTrainer, add_teacher_logits
-from .patterns import build_groups
-from .pruner import Pruner
-from .report import benchmark
+from .masks import count_zeros
+from .pruner import recover
+from .report import compare, evaluated
 from .tables import as_text
-from .targets import weight_target
+from .targets import Target, weight_target
 
 RESULT_NAME = "stage_result.json"
 RECOVER = ("before", "trained")
@@ -46,10 +64,10 @@ class Stage:
         training: fields of `TrainingArguments` that differ from the recipe's.
         pruning: fields of a [`PruningConfig`]; without, nothing is pruned.
         distillation: fields of a [`DistillationConfig`]; the teacher is the recipe's dense model.
-        dropout: every dropout probability of the model; 0 suits a student that copies a teacher.
+        dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
         recover: after pruning blocks by role, what becomes of a head (or neuron) of which some blocks are left: it gets all its
-            weights back, as they were `"before"` the stage, like all others of the model, or as `"trained"`. Needs a criterion
-            whose weights come back (movement).
+            weights back, as they were `"before"` the stage, like all others of the model, or as `"trained"`. Needs criteria whose
+            weights come back (movement).
         neurons_per_head: prune the neurons of each layer to this share of the share of its heads that are left, as NNI does
             with 0.5. `pruning` then needs no target.
         drop_layers: remove layers that have no head left. This changes what the model computes, so train after it.
@@ -73,25 +91,24 @@ class Stage:
         if not self.name or Path(self.name).name != self.name:
             raise PruningConfigError("name", self.name, "must be a name that can be a folder's.")
         _check_training(self.training)
+        if self.dropout is not None:
+            check_share("dropout", self.dropout)
         if self.distillation is not None:
-            DistillationConfig.from_dict(self.distillation)
-        if self.recover is not None and self.recover not in RECOVER:
-            raise PruningConfigError(
-                "recover", self.recover, f"must be one of {', '.join(RECOVER)}.", closest(self.recover, RECOVER)
-            )
-        if self.recover is not None and (self.pruning or {}).get("criterion") not in ("movement", "soft_movement"):
-            raise PruningConfigError("recover", self.recover, "needs pruning by criterion 'movement' or 'soft_movement'.")
-        if self.neurons_per_head is not None:
-            if not 0 < self.neurons_per_head <= 1 or self.pruning is None:
-                raise PruningConfigError("neurons_per_head", self.neurons_per_head, "must be in (0, 1], in a stage with pruning.")
-            self.layered(dict.fromkeys(["layer"], 0.5))
-        elif self.pruning is not None:
-            PruningConfig.from_dict(self.pruning)
+            with within("distillation."):
+                DistillationConfig.from_dict(self.distillation)
+        if self.neurons_per_head is not None and (not 0 < self.neurons_per_head <= 1 or self.pruning is None):
+            raise PruningConfigError("neurons_per_head", self.neurons_per_head, "must be in (0, 1], in a stage with pruning.")
+        with within("pruning."):
+            config = self.config({"layer": 0.5})
+        if self.recover is not None:
+            _check_recover(self.recover, config)
 
-    def layered(self, sparsity: Mapping[str, float]) -> PruningConfig:
-        """The stage's pruning with a rule for the neurons of each block. `sparsity`: by block name."""
+    def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
+        """The stage's pruning, under `neurons_per_head` with a rule for the neurons of each block. `sparsity`: by block name."""
+        if self.pruning is None or self.neurons_per_head is None:
+            return None if self.pruning is None else PruningConfig.from_dict(self.pruning)
         rules = [PruningRule([name], pattern="neuron", target_sparsity=share) for name, share in sparsity.items()]
-        return PruningConfig.from_dict({"scope": "local", **(self.pruning or {}), "rules": rules})
+        return PruningConfig.from_dict({"scope": "local", **self.pruning, "rules": rules})
 
 
 @dataclass
@@ -115,10 +132,8 @@ class Recipe:
         _check_training(self.training)
         stages = []
         for index, stage in enumerate(self.stages):
-            try:
+            with within(f"stages[{index}]."):
                 stages.append(stage if isinstance(stage, Stage) else dataclass_from_dict(Stage, stage))
-            except PruningConfigError as error:
-                raise error.within(f"stages[{index}].") from None
         self.stages = stages
         names = [stage.name for stage in stages]
         if not names or len(set(names)) < len(names):
@@ -127,10 +142,7 @@ class Recipe:
     @classmethod
     def from_json_file(cls, path: str | Path) -> Recipe:
         """Read a recipe; unknown keys are errors."""
-        try:
-            return dataclass_from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise PruningConfigError("recipe", str(path), f"is not valid JSON ({error}).") from None
+        return dataclass_from_json_file(cls, path)
 
     def only(self, names: Sequence[str]) -> Recipe:
         """The recipe with these stages alone.
@@ -158,7 +170,7 @@ class StageResult:
         sparsity: share of the dense model's attention and feed-forward weights that are gone or zero.
         metrics: of the evaluation data, in float32, without `eval_`.
         parameters: of the model.
-        latency_ratio: CPU time of the dense model over that of this one, see [`benchmark`].
+        latency_ratio: CPU time of the dense model over that of this one, for 8 full rows of 128 tokens; see [`compare`].
         heads, neurons: how many each attention and feed-forward block has.
     """
 
@@ -231,13 +243,24 @@ class Pipeline:
     def run(self) -> PipelineResult:
         """Run what is left to do; return the figures of all stages.
 
+        Every stage that is left is first set up with the model to start from, and that model evaluated, so that a recipe that
+        cannot be run fails before anything is trained.
+
         Raises:
-            PruningConfigError: the folder holds stages that were run with other settings, or the metric does not exist.
+            PruningConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
+                were run with other settings.
         """
         dense = folder = self._folder(0, "start")
         if not (folder / "config.json").is_file():
             self._save(self.model, folder)
-        results = [self._start(folder)] if self.recipe.stages[0].pruning is not None else []
+        for index, stage in enumerate(self.recipe.stages):
+            if not (self._folder(index + 1, stage.name) / RESULT_NAME).is_file():
+                with within(f"stages[{index}]."):
+                    self._check(stage, folder)
+        results = [self._start(folder)]
+        if self.recipe.metric not in (known := results[0].metrics):
+            allowed = f"must be one of {', '.join(known)}."
+            raise PruningConfigError("metric", self.recipe.metric, allowed, closest(self.recipe.metric, known))
         pruned = False
         for number, stage in enumerate(self.recipe.stages, start=1):
             before, folder = folder, self._folder(number, stage.name)
@@ -249,85 +272,109 @@ class Pipeline:
 
     # ---------------------------------------------------------------------------------------------------------------- stages
 
+    def _check(self, stage: Stage, start: Path) -> None:
+        """Set a stage up with the model in `start`, as far as nothing is trained.
+
+        Raises:
+            PruningConfigError: the stage cannot be run.
+        """
+        model = self._load(start, stage.dropout)
+        if stage.drop_layers:
+            with within("drop_layers: "):
+                layer_counts(spec_for(model.config.model_type))
+        if stage.pruning is not None:
+            with _refused("pruning", stage.pruning):
+                condense_plan(model, stage.pad_to_multiple_of)
+        training = self._training(stage)
+        with _refused("training", training):
+            args = self._arguments(start, training)
+            teacher = {} if stage.distillation is None else {"teacher": self._load(start)}
+            trainer = self._trainer(stage, args, model, [], teacher)
+            batches = trainer.get_train_dataloader()
+            trainer.create_optimizer_and_scheduler(num_training_steps=len(batches))
+        if (config := self._pruning(stage, model)) is not None:
+            with _refused("pruning", stage.pruning), within("pruning."):
+                PruningCallback(config).check(args, model, batches)
+
     def _start(self, folder: Path) -> StageResult:
         settings = {"name": "start"}
         return _read(folder, settings) if (folder / RESULT_NAME).is_file() else self._finish(folder, settings, folder)
 
     def _stage(self, stage: Stage, before: Path, folder: Path, dense: Path) -> StageResult:
-        settings = asdict(stage) | {"training": {**self.recipe.training, **stage.training}}
+        settings = asdict(stage) | {"training": self._training(stage)}
         if (folder / RESULT_NAME).is_file():
             return _read(folder, settings)
         args = self._arguments(folder, settings["training"])
         set_seed(args.seed)
         model = self._load(before, stage.dropout)
         config = self._pruning(stage, model)
-        callback = None if config is None else PruningCallback(config)
-        trainer = self._trainer(stage, args, model, dense, [] if callback is None else [callback])
+        callbacks = [] if config is None else [PruningCallback(config)]
+        trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-        if callback is not None:
-            if stage.recover is not None:
-                weights = _whole_weights(callback.pruner) if stage.recover == "trained" else self._load(before).state_dict()
-                recover(model, weights)
-            if stage.drop_layers:
-                drop_layers(model)
-            model = condense(model, pad_to_multiple_of=stage.pad_to_multiple_of)
+        for callback in trainer.callback_handler.callbacks:  # from a checkpoint the Trainer may have made another one
+            if isinstance(callback, PruningCallback) and callback.pruner is not None:
+                if stage.recover is not None:
+                    trained = stage.recover == "trained"
+                    recover(model, callback.pruner.unmasked_weights() if trained else self._load(before).state_dict())
+                if stage.drop_layers:
+                    drop_layers(model)
+                condense(model, pad_to_multiple_of=stage.pad_to_multiple_of)
         self._save(model, folder)
         return self._finish(folder, settings, dense)
 
     def _pruning(self, stage: Stage, model: PreTrainedModel) -> PruningConfig | None:
-        if stage.pruning is None or stage.neurons_per_head is None:
-            return None if stage.pruning is None else PruningConfig.from_dict(stage.pruning)
+        if stage.neurons_per_head is None:
+            return stage.config({})
         heads = max(block.num_heads for block in find_blocks(self.model) if isinstance(block, AttentionBlock))
-        return stage.layered(neuron_sparsity(model, heads, stage.neurons_per_head))
+        return stage.config(neuron_sparsity(model, heads, stage.neurons_per_head))
 
-    def _trainer(
-        self, stage: Stage, args: TrainingArguments, model: PreTrainedModel, dense: Path, callbacks: list[PruningCallback]
-    ) -> Trainer:
-        settings: dict[str, Any] = {
+    def _evaluating(self, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
+        """The arguments of a Trainer that evaluates."""
+        return {
             "model": model,
             "args": args,
-            "train_dataset": self.train_dataset,
             "eval_dataset": self.eval_dataset,
             "processing_class": self.processing_class,
             "data_collator": self.data_collator,
             "compute_metrics": self.compute_metrics,
-            "callbacks": callbacks,
         }
+
+    def _trainer(
+        self,
+        stage: Stage,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        callbacks: list[PruningCallback],
+        teaching: Mapping[str, Any],
+    ) -> Trainer:
+        settings = {"train_dataset": self.train_dataset, "callbacks": callbacks, **self._evaluating(model, args), **teaching}
+        return (
+            Trainer(**settings) if stage.distillation is None else DistillationTrainer(**settings, distillation=stage.distillation)
+        )
+
+    def _teaching(self, stage: Stage, args: TrainingArguments, dense: Path) -> dict[str, Any]:
+        """What the Trainer of a stage with distillation is given besides: the teacher, or data with what the teacher says of it."""
         if stage.distillation is None:
-            return Trainer(**settings)
-        distillation = DistillationConfig.from_dict(stage.distillation)
+            return {}
         teacher = self._load(dense)
-        weights = distillation.weights()
-        if any(weight for name, weight in weights.items() if name not in ("task", "logits")):
-            return DistillationTrainer(**settings, teacher=teacher, distillation=distillation)
+        if DistillationConfig.from_dict(stage.distillation).needs_teacher:
+            return {"teacher": teacher}
         batch, cache = args.per_device_eval_batch_size, Path(str(self.args.output_dir), "teacher_logits")
-        settings["train_dataset"] = add_teacher_logits(self.train_dataset, teacher, self.data_collator, batch, cache_dir=cache)
-        return DistillationTrainer(**settings, distillation=distillation)
+        return {"train_dataset": add_teacher_logits(self.train_dataset, teacher, self.data_collator, batch, cache_dir=cache)}
 
     def _finish(self, folder: Path, settings: Mapping[str, Any], dense: Path) -> StageResult:
         """Evaluate and measure the saved model; write the result, which says that the stage is done, and drop its checkpoints."""
         model, reference = self._load(folder), self._load(dense)
         args = self._arguments(folder, {**self.recipe.training, "bf16": False, "fp16": False, "report_to": "none"})
-        trainer = Trainer(
-            model=model,
-            args=args,
-            eval_dataset=self.eval_dataset,
-            data_collator=self.data_collator,
-            processing_class=self.processing_class,
-            compute_metrics=self.compute_metrics,
-        )
-        scores = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-        metrics = {name: value for name, value in scores.items() if not name.endswith(("runtime", "_per_second", "_time", "epoch"))}
-        if self.recipe.metric not in metrics:
-            match = closest(self.recipe.metric, metrics)
-            raise PruningConfigError("metric", self.recipe.metric, f"must be one of {', '.join(metrics)}.", match)
+        metrics = evaluated(Trainer(**self._evaluating(model, args)).evaluate())
         blocks = find_blocks(model)
+        (zeros, weights), (_, dense_weights) = (count_zeros(_weights(each)) for each in (model, reference))
         result = StageResult(
             name=str(settings["name"]),
-            sparsity=1 - _weights_left(model) / _weights_left(reference, count_zeros=True),
+            sparsity=1 - (weights - zeros) / dense_weights,
             metrics=metrics,
             parameters=model.num_parameters(),
-            latency_ratio=self._latency_ratio(model, reference),
+            latency_ratio=compare(model.cpu(), reference).latency_ratio,
             heads=[block.num_heads for block in blocks if isinstance(block, AttentionBlock)],
             neurons=[block.num_neurons for block in blocks if isinstance(block, FeedForwardBlock)],
         )
@@ -339,18 +386,13 @@ class Pipeline:
         temporary.replace(folder / RESULT_NAME)
         return result
 
-    def _latency_ratio(self, model: PreTrainedModel, dense: PreTrainedModel) -> float:
-        """On a batch of evaluation rows, the longest first."""
-        rows = sorted(self.eval_dataset, key=lambda row: -len(row["input_ids"]))[:8]
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        batch = self.data_collator([{name: row[name] for name in names if name in row} for row in rows])
-        times = benchmark({"dense": dense.cpu(), "model": model.cpu()}, dict(batch), repeats=15)
-        return times["dense"] / times["model"]
-
     # ---------------------------------------------------------------------------------------------------------------- files
 
     def _folder(self, number: int, name: str) -> Path:
         return Path(str(self.args.output_dir), f"{number:02}-{name}")
+
+    def _training(self, stage: Stage) -> dict[str, Any]:
+        return {**self.recipe.training, **stage.training}
 
     def _arguments(self, folder: Path, training: Mapping[str, Any]) -> TrainingArguments:
         kept = {"save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": False}
@@ -359,64 +401,18 @@ class Pipeline:
     def _load(self, folder: Path, dropout: float | None = None) -> PreTrainedModel:
         config = type(self.model.config).from_pretrained(folder)
         if dropout is not None:
-            rates = (name for name, value in config.to_dict().items() if "dropout" in name and isinstance(value, float))
-            config.update(dict.fromkeys(rates, dropout))
+            set_dropout(config, dropout)
         model: PreTrainedModel = type(self.model).from_pretrained(folder, config=config)
         return model
 
     def _save(self, model: PreTrainedModel, folder: Path) -> None:
-        dropouts = {name: value for name, value in self.model.config.to_dict().items() if "dropout" in name}
-        model.config.update(dropouts)  # a stage's dropout is its own
+        model.config.update(_dropouts(self.model.config))  # a stage's dropout is its own
         model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------- heads and layers
-
-
-@torch.no_grad()
-def recover(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Give every head and neuron that is not dead all its weights; what is dead becomes zero as a whole.
-
-    Movement pruning by role leaves heads of which some blocks are masked. As in NNI, such a head stays as it is in `weights`, and
-    a head goes when none of it is left; dead is what [`condense_plan`] says.
-
-    Args:
-        model: as pruned; changed in place.
-        weights: its parameters without masks, by name.
-    """
-    dead = {plan.block.name: plan.dead for plan in condense_plan(model).changed}
-    model.load_state_dict({**model.state_dict(), **weights})
-    for kind in ("head", "neuron"):
-        for group in build_groups(parse_pattern(kind), (), find_blocks(model))[0]:
-            if group.name in dead:
-                group.apply(~dead[group.name].to(group.device))
-
-
-@torch.no_grad()
-def drop_layers(model: PreTrainedModel) -> list[str]:
-    """Remove the layers that have no living head. What the model computes changes: their feed-forward blocks and norms go too.
-
-    Returns:
-        The names of the layers that went; one always stays.
-
-    Raises:
-        ValueError: layers share their weights.
-    """
-    spec = spec_for(model.config.model_type)
-    alive: dict[str, bool] = {}
-    for plan in condense_plan(model).blocks:
-        if isinstance(plan.block, AttentionBlock):
-            alive[plan.block.layer] = alive.get(plan.block.layer, False) or bool(len(plan.kept))
-    removed: dict[str, list[int]] = {}
-    for path in layer_counts(spec):
-        layers = {name: lives for name, lives in alive.items() if name.rpartition(".")[0] == path}
-        gone = [int(name.rpartition(".")[2]) for name, lives in layers.items() if not lives]
-        if gone:
-            removed[path] = gone[1:] if len(gone) == len(layers) else gone
-    remove_layers(model, spec, removed)
-    return [f"{path}.{index}" for path, indices in removed.items() for index in indices]
+# ------------------------------------------------------------------------------------------------------------ sizes and rates
 
 
 def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[str, float]:
@@ -439,23 +435,71 @@ def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[s
     }
 
 
-def _whole_weights(pruner: Pruner | None) -> dict[str, Tensor]:
-    assert pruner is not None  # trained just now
-    return pruner.unmasked_weights()
+def set_dropout(config: PreTrainedConfig, probability: float) -> None:
+    """Set every dropout probability of a model's config.
+
+    Raises:
+        PruningConfigError: it is not in [0, 1).
+    """
+    check_share("dropout", probability)
+    config.update(dict.fromkeys(_dropouts(config), probability))
 
 
-def _weights_left(model: PreTrainedModel, count_zeros: bool = False) -> int:
-    """Weights of the attention and feed-forward blocks, zeros left out unless they count; a shared weight counts once."""
+def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The dropout probabilities of a config by their names, such as `hidden_dropout_prob` or, in GPT-2, `attn_pdrop`."""
+    numbers = {name: value for name, value in config.to_dict().items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if re.search("dropout|pdrop", name)}
+
+
+def _weights(model: PreTrainedModel) -> list[Target]:
+    """The weights of the attention and feed-forward blocks, a shared one once."""
     modules = {id(part.module): part for block in find_blocks(model) for part in block.projections}
-    weights = [weight_target(part.name, part.module).parameter.detach() for part in modules.values()]
-    return sum(weight.numel() if count_zeros else int(torch.count_nonzero(weight)) for weight in weights)
+    return [weight_target(part.name, part.module) for part in modules.values()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_recover(choice: str, config: PruningConfig | None) -> None:
+    """Raise unless the weights of all that is pruned can come back."""
+    if choice not in RECOVER:
+        raise PruningConfigError("recover", choice, f"must be one of {', '.join(RECOVER)}.", closest(choice, RECOVER))
+    used = {} if config is None else {name: rule.criterion for name, rule in config.resolved_rules().items()}
+    others = [f"{name} has {criterion!r}" for name, criterion in used.items() if not CRITERIA[criterion].regrows]
+    if others or not used:
+        regrowing = " or ".join(repr(name) for name, criterion in CRITERIA.items() if criterion.regrows)
+        raise PruningConfigError(
+            "recover", choice, f"needs pruning by criterion {regrowing}; {', '.join(others) or 'there is none'}."
+        )
+
+
+#: What a value of a type is called.
+_CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
+    """Raise unless names and types are those of `TrainingArguments`; the values are the Trainer's to judge."""
+    hints = get_type_hints(TrainingArguments)
     known = {item.name for item in fields(TrainingArguments)} - {"output_dir"}
     for name, value in training.items():
         if name not in known:
             raise PruningConfigError(f"training.{name}", value, "is not a field of TrainingArguments.", closest(name, known))
+        kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if not fits and all(kind in _CALLED for kind in kinds):
+            allowed = f"must be {' or '.join(_CALLED[kind] for kind in kinds)}."
+            raise PruningConfigError(f"training.{name}", value, allowed)
+
+
+@contextmanager
+def _refused(name: str, value: object) -> Iterator[None]:
+    """Whatever goes wrong inside is an error about a field."""
+    try:
+        yield
+    except PruningConfigError:
+        raise
+    except Exception as error:  # of transformers or torch, which have many kinds
+        raise PruningConfigError(name, value, f"cannot be used: {error}") from error
 
 
 def _read(folder: Path, settings: Mapping[str, Any]) -> StageResult:

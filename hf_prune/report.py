@@ -20,9 +20,7 @@ from transformers import PreTrainedModel
 from .architectures import AttentionBlock, Block, blocks, find_blocks, spec_for
 from .architectures.blocks import unwrapped
 from .architectures.families import SPECS
-from .condense.layers import stock_config
-from .condense.resize import block_key
-from .condense.verify import sample_batch
+from .condense import block_key, dead_units, sample_batch, stock_config
 from .masks import count_zeros
 from .pruner import Pruner
 from .tables import as_text
@@ -46,7 +44,10 @@ class ModuleSparsity:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Heads of an attention block or neurons of a feed-forward block: how many there are and how many are alive."""
+    """Heads of an attention block or neurons of a feed-forward block: how many there are and how many are alive.
+
+    Dead is what [`condense_plan`] says.
+    """
 
     name: str
     kind: str
@@ -130,15 +131,8 @@ def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityR
 
 
 def _block_size(block: Block) -> BlockSize:
-    """A unit is alive when it still reaches the block's output: some weight of its columns there is not zero."""
-    projection, size, kind, units = (
-        (block.output, block.head_size, "heads", block.num_heads)
-        if isinstance(block, AttentionBlock)
-        else (block.down, 1, "neurons", block.num_neurons)
-    )
-    matrix = weight_target(projection.name, projection.module).weight()
-    alive = int((matrix.view(matrix.shape[0], units, size) != 0).any(dim=2).any(dim=0).sum()) if units else 0
-    return BlockSize(block.name, kind, units, alive)
+    kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
+    return BlockSize(block.name, kind, units, alive=units - int(dead_units(block).sum()))
 
 
 def stock_twin(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
@@ -277,6 +271,12 @@ def compare(
     clock = "time" if model.device.type == "cuda" else "CPU time"
     protocol = f"batch of {shape}, {model.dtype}, {model.device.type}, one thread, {clock}, median of {repeats} forwards in turn"
     return Comparison(costs["dense"], costs["model"], reference, protocol)
+
+
+def evaluated(logged: Mapping[str, float]) -> dict[str, float]:
+    """The metrics in what a Trainer logs or returns of an evaluation: without `eval_`, and without times."""
+    named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if not name.endswith(("runtime", "_per_second", "_time", "epoch"))}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import rich
 from datasets import Dataset, DatasetDict
 from glue_data import TASK_TO_KEYS, glue_files, label_names, load_raw_datasets, metrics_for, text_columns, tokenize
 from transformers import (
@@ -49,11 +48,13 @@ from hf_prune import (
     PruningCallback,
     PruningConfig,
     condense,
+    condense_plan,
     last_complete_checkpoint,
     push_to_hub,
     sparsity_report,
 )
 from hf_prune.hub import write_card
+from hf_prune.pipeline import set_dropout
 
 #: The folder of the condensed model, below that of the pruned one.
 CONDENSED = "condensed"
@@ -221,8 +222,7 @@ def load_model(path: str | Path, names: list[str] | None, dropout: float | None 
     count = 1 if names is None else len(names)
     config = AutoConfig.from_pretrained(path, num_labels=count, **kwargs)
     if dropout is not None:
-        rates = (name for name, value in config.to_dict().items() if "dropout" in name and isinstance(value, float))
-        config.update(dict.fromkeys(rates, dropout))
+        set_dropout(config, dropout)
     model = AutoModelForSequenceClassification.from_pretrained(path, config=config, **kwargs)
     if names is not None:
         model.config.id2label = dict(enumerate(names))
@@ -325,9 +325,10 @@ def condensed_from(source: Path, names: list[str] | None) -> PreTrainedModel | N
     The saved model is taken because the trained one still has its optimizer.
     """
     model = load_model(source, names)
-    if all(block.alive == block.units for block in sparsity_report(model).blocks):
+    multiple = 16  # odd numbers of neurons are slow
+    if not condense_plan(model, multiple).changed:
         return None
-    return condense(model, pad_to_multiple_of=16)  # odd numbers of neurons are slow
+    return condense(model, pad_to_multiple_of=multiple)
 
 
 def save_condensed(model: PreTrainedModel, source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -398,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if pruning is not None:
         if trainer.is_world_process_zero():
             pruning.save_pretrained(str(training_args.output_dir))
-            rich.print(sparsity_report(model))
+            print(sparsity_report(model))
         metrics |= condense_saved(trainer, data, names)
     if training_args.push_to_hub:
         publish(trainer)

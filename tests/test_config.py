@@ -323,15 +323,22 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         ('{"pattern": "1x1", "targt_sparsity": 0.5}', "targt_sparsity=0.5: is not a field *. Did you mean 'target_sparsity'?"),
         ('{"rules": [{"pattern": "head", "scop": "local"}]}', "rules[0].scop='local': is not a field *. Did you mean 'scope'?"),
         ('{"pattern": "1x1", "target_sparsity": NaN}', f"target_sparsity=nan: {SHARE}"),
-        ('{"pattern": "1x1"', "config file='*config.json': is not valid JSON (*)."),
+        ('{"pattern": "1x1"', "PruningConfig file='*config.json': is not valid JSON (*)."),
+        ('{"pattern": "\xff"}', "PruningConfig file='*config.json': is not valid JSON (*utf-8*)."),
         ('["1x1"]', "PruningConfig=['1x1']: must be an object with the fields *."),
     ],
 )
 def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(PruningConfigError) as error:
         PruningConfig.from_json_file(tmp_path / "config.json")
     assert_says(error.value, message)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PruningConfigError, match=r"PruningConfig file='.*confg.json': .* Did you mean '.*/config.json'"):
+        PruningConfig.from_json_file(tmp_path / "confg.json")
 
 
 def freeze(*ends: str) -> Callable[[Any], None]:

@@ -15,12 +15,14 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import arguments, assert_equal, ragged_rows, tiny_bert
-from models import ragged_batch
-from transformers import AutoModelForSequenceClassification, EvalPrediction, default_data_collator
+from models import ragged_batch, tiny
+from transformers import AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel, default_data_collator
 
 from hf_prune import PruningConfig, PruningConfigError, condense, condense_plan
 from hf_prune.architectures import AttentionBlock, find_blocks
-from hf_prune.pipeline import Pipeline, PipelineResult, Recipe, drop_layers, neuron_sparsity, recover
+from hf_prune.condense import drop_layers
+from hf_prune.pipeline import Pipeline, PipelineResult, Recipe, Stage, neuron_sparsity, set_dropout
+from hf_prune.pruner import recover
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 TEACH = {"alpha_task": 0.1, "alpha_logits": 0.9}
@@ -63,10 +65,10 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, -1) == prediction.label_ids))}
 
 
-def pipeline(folder: Path, plan: Recipe | None = None) -> Pipeline:
+def pipeline(folder: Path, plan: Recipe | None = None, model: PreTrainedModel | None = None) -> Pipeline:
     return Pipeline(
         recipe=plan or recipe(),
-        model=tiny_bert(hidden_dropout_prob=0.1),
+        model=model or tiny_bert(hidden_dropout_prob=0.1),
         args=arguments(folder, learning_rate=5e-3, logging_steps=100),
         train_dataset=Dataset.from_list(ragged_rows(64)),
         eval_dataset=Dataset.from_list(ragged_rows(32, seed=1)),
@@ -156,7 +158,7 @@ def test_killed_at_every_stage_it_ends_with_the_same_table_and_model(finished: t
     for at_step in (6, 8, 11, 8, 7):
         killed(tmp_path, at_step)
     done = [path.parent.name for path in sorted(tmp_path.glob("*/stage_result.json"))]
-    assert done == ["01-fine-tune", "02-attention", "03-distil", "04-ffn"]
+    assert done == ["00-start", "01-fine-tune", "02-attention", "03-distil", "04-ffn"]
     result = pipeline(tmp_path).run()
     assert [{**vars(row), "latency_ratio": 0} for row in result.rows] == [
         {**vars(row), "latency_ratio": 0} for row in expected.rows
@@ -219,6 +221,18 @@ def test_layers_without_heads_are_dropped(empty: list[int], tmp_path: Path) -> N
     assert torch.equal(model.eval()(**batch).logits, again(**batch).logits)
 
 
+def test_a_first_layer_that_is_made_otherwise_stays(tmp_path: Path) -> None:
+    model = tiny("modernbert", "sequence-classification")  # whose first layer has no norm before attention
+    with torch.no_grad():
+        for layer in model.model.layers[:2]:
+            layer.attn.Wo.weight.zero_()
+    assert drop_layers(model) == ["layers.1"]
+    model.save_pretrained(tmp_path)
+    batch = ragged_batch(model)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(model.eval()(**batch).logits, again(**batch).logits)
+
+
 def test_neurons_follow_the_share_of_heads_that_is_left() -> None:
     model = tiny_bert()
     size = model.config.hidden_size // 4
@@ -245,10 +259,21 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
     [
         ({"attention": {"recover": "befor"}}, r"stages\[1\].recover='befor': .* Did you mean 'before'"),
         ({"distil": {"recover": "before"}}, r"stages\[2\].recover='before': needs pruning by criterion 'movement'"),
+        (
+            {"attention": {"pruning": {"pattern": "auto", "criterion": "movement", "rules": [{"criterion": "taylor"}]}}},
+            r"stages\[1\].recover='trained': needs pruning by criterion 'movement' or 'soft_movement'; rules\[0\] has 'taylor'",
+        ),
+        ({"attention": {"dropout": 1.5}}, r"stages\[1\].dropout=1.5: must be a number in \[0, 1\)"),
         ({"ffn": {"neurons_per_head": 2}}, r"stages\[3\].neurons_per_head=2: must be in \(0, 1\]"),
-        ({"ffn": {"pruning": {"criterion": "tailor"}}}, r"stages\[3\].*criterion='tailor'.*Did you mean 'taylor'"),
-        ({"distil": {"distillation": {"alpha_logit": 1}}}, r"stages\[2\].*alpha_logit=1: .*Did you mean 'alpha_logits'"),
+        ({"ffn": {"pruning": {"criterion": "tailor"}}}, r"stages\[3\].pruning.criterion='tailor'.*Did you mean 'taylor'"),
+        (
+            {"distil": {"distillation": {"alpha_logit": 1}}},
+            r"stages\[2\].distillation.alpha_logit=1: .*Did you mean 'alpha_logits'",
+        ),
         ({"last": {"training": {"learning_rat": 1}}}, r"stages\[4\].training.learning_rat=1: .*Did you mean 'learning_rate'"),
+        ({"last": {"training": {"learning_rate": "5e-5"}}}, r"stages\[4\].training.learning_rate='5e-5': must be a number."),
+        ({"last": {"training": {"bf16": 1}}}, r"stages\[4\].training.bf16=1: must be true or false."),
+        ({"last": {"training": {"seed": 0.5}}}, r"stages\[4\].training.seed=0.5: must be a whole number."),
         ({"last": {"nam": "x"}}, r"stages\[4\].nam='x': is not a field of Stage"),
         ({"last": {"name": "a/b"}}, r"stages\[4\].name='a/b'"),
         ({"last": {"name": "ffn"}}, "stages=.*a name of its own"),
@@ -259,10 +284,73 @@ def test_bad_recipes(change: dict[str, Any], message: str) -> None:
         recipe(**change)
 
 
-def test_unknown_stage_and_metric(tmp_path: Path) -> None:
+def test_unknown_stage() -> None:
     with pytest.raises(PruningConfigError, match=r"stages='atention': must be one of .*Did you mean 'attention'"):
         recipe().only(["atention"])
-    plan = recipe().only(["last"]).without_distillation()
-    plan.metric = "acuracy"
-    with pytest.raises(PruningConfigError, match=r"metric='acuracy': .*Did you mean 'accuracy'"):
-        pipeline(tmp_path, plan).run()
+
+
+def test_a_recipe_that_is_no_file_or_no_json(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(PruningConfigError, match=r"Recipe file='.*recipe.json': is not valid JSON"):
+        Recipe.from_json_file(tmp_path / "recipe.json")
+    with pytest.raises(PruningConfigError, match=r"Recipe file='.*recpe.json': .* Did you mean '.*/recipe.json'"):
+        Recipe.from_json_file(tmp_path / "recpe.json")
+
+
+def refused(folder: Path, plan: Recipe, message: str, model: PreTrainedModel | None = None) -> None:
+    """Assert that a recipe is refused before any of its stages begins."""
+    with pytest.raises(PruningConfigError, match=message):
+        pipeline(folder, plan, model).run()
+    assert [path.name for path in folder.iterdir()] == ["00-start"]
+
+
+#: Prunes at once, and by what needs no training.
+HEADS = {"pattern": "head", "criterion": "magnitude", "schedule": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"pruning": {**HEADS, "target_modules": ["atention"]}}, r"pruning.config.target_modules='atention': .*'attention"),
+        ({"pruning": {**HEADS, "cooldown_steps": 8}}, r"pruning.config.cooldown_steps=8: "),
+        ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.cooldown_epochs=1: "),
+        ({"pruning": HEADS, "training": {"optim": "adamw_8bit"}}, r"pruning=.*optim='adamw_8bit' does not work"),
+        ({"pruning": HEADS, "pad_to_multiple_of": 0}, r"pad_to_multiple_of=0: must be a whole number, 1 or more"),
+        ({"training": {"save_strategy": "step"}}, r"training=.*'save_strategy': 'step'.*: cannot be used: .*\['no', 'steps'"),
+        ({"training": {"learning_rate": -1.0}}, r"training=.*'learning_rate': -1.0.*: cannot be used: Invalid learning rate"),
+        ({"training": {"per_device_train_batch_size": 0}}, r"training=.*cannot be used: batch_size should be a positive integer"),
+        ({"training": {"lr_scheduler_type": "linea"}}, r"training=.*cannot be used: 'linea' is not a valid SchedulerType"),
+        (
+            {"distillation": {"alpha_hidden_layers": 1.0, "layer_map": [[0, 9]]}},
+            r"layer_map=\[\[0, 9\]\]: the teacher has layers 0 to 2, so no layer 9",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_be_run_is_refused_before_the_first_begins(stage: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plan = Recipe([Stage("first"), Stage("bad", **stage)], metric="accuracy", training={"max_steps": 8})
+    refused(tmp_path, plan, rf"stages\[1\].{message}")
+
+
+def test_layers_that_cannot_go_are_refused_before_the_first_stage(tmp_path: Path) -> None:
+    plan = Recipe([Stage("first"), Stage("bad", pruning=HEADS, drop_layers=True)], metric="accuracy")
+    message = (
+        r"stages\[1\].drop_layers: model_type='albert': its layers .* cannot be counted one by one, .* those of bart, bert, .* can"
+    )
+    refused(tmp_path, plan, message, tiny("albert", "sequence-classification"))
+
+
+def test_a_metric_that_is_not_there_is_refused_before_the_first_stage(tmp_path: Path) -> None:
+    plan = Recipe([Stage("first")], metric="acuracy")
+    refused(tmp_path, plan, r"metric='acuracy': must be one of loss, accuracy. Did you mean 'accuracy'")
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "bart"])
+def test_every_dropout_is_set(family: str) -> None:
+    config = tiny(family, "sequence-classification").config
+    set_dropout(config, 0.25)
+    model = AutoModelForSequenceClassification.from_config(config)
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates
+    assert set(rates) == {0.25}
+    with pytest.raises(PruningConfigError, match=r"dropout=-1: must be a number in \[0, 1\)"):
+        set_dropout(config, -1)

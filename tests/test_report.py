@@ -11,7 +11,7 @@ from models import ragged_batch
 from torch import nn
 
 from hf_prune import condense, sparsity_report
-from hf_prune.report import benchmark
+from hf_prune.report import benchmark, original_blocks
 
 
 def test_counts_equal_the_weights() -> None:
@@ -34,6 +34,16 @@ def test_counts_equal_the_weights() -> None:
     assert json.loads(json.dumps(report.to_dict()))["blocks"][0]["alive"] == 2
     condense(model.eval())
     assert [(block.units, block.alive) for block in sparsity_report(model).blocks][:2] == [(2, 2), (30, 30)]
+
+
+def test_units_that_are_constant_are_dead_as_condense_sees_them() -> None:
+    model = tiny_bert()
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.attention.self.value.weight[:8] = 0
+        layer.intermediate.dense.weight[5:12] = 0
+    assert [block.alive for block in sparsity_report(model).blocks][:2] == [3, 33]
+    assert [block.alive for block in original_blocks(condense(model.eval()))][:2] == [3, 33]
 
 
 def test_it_prints_every_module_and_block() -> None:

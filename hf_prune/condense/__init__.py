@@ -1,6 +1,7 @@
 """Condensing: a model with dead heads and neurons becomes a smaller model that computes the same.
 
-`plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `verify.py` proves that nothing changed.
+`plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `layers.py` takes whole layers, and `verify.py`
+proves that nothing changed.
 """
 
 from __future__ import annotations
@@ -13,15 +14,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import Projection, spec_for
+from ..architectures import AttentionBlock, Projection, spec_for
 from ..architectures.blocks import base_layer, layer_lists, unwrapped
 from ..lora import adapter_of
-from .layers import owner_of, remove_layers, without_inputs
-from .plan import BlockPlan, CondensePlan, condense_plan
-from .resize import add_bias, inputs_of, keep_units, output_of, set_own_heads, shrink
-from .verify import compare, observe
+from .layers import layer_counts, outline, owner_of, removable, remove_layers, stock_config, without_inputs
+from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
+from .resize import add_bias, block_key, inputs_of, keep_units, output_of, set_own_heads, shrink
+from .verify import compare, observe, sample_batch
 
-__all__ = ["BlockPlan", "CondensePlan", "condense", "condense_plan", "shrink"]
+__all__ = [
+    "BlockPlan",
+    "CondensePlan",
+    "block_key",
+    "condense",
+    "condense_plan",
+    "dead_units",
+    "drop_layers",
+    "layer_counts",
+    "sample_batch",
+    "shrink",
+    "stock_config",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,6 +94,37 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         if before is not None:
             compare(without_inputs(before, plan.removed), observe(body), body.dtype)
     return model
+
+
+@torch.no_grad()
+def drop_layers(model: PreTrainedModel) -> list[str]:
+    """Remove the layers that have no living head. What the model computes changes: their feed-forward blocks and norms go too.
+
+    One layer always stays, and so does one that the stock model makes otherwise than the layer that would come in its place (T5's
+    first has the position bias).
+
+    Returns:
+        The names of the layers that went.
+
+    Raises:
+        PruningConfigError: layers share their weights.
+    """
+    spec = spec_for(model.config.model_type)
+    heads: dict[str, int] = {}
+    for plan in condense_plan(model).blocks:
+        if isinstance(plan.block, AttentionBlock):
+            heads[plan.block.layer] = heads.get(plan.block.layer, 0) + len(plan.kept)
+    removed: dict[str, list[int]] = {}
+    for path in layer_counts(spec):
+        for layers in layer_lists(model.base_model, path).values():
+            empty = [heads.get(f"{path}.{index}") == 0 for index in range(len(layers))]
+            constants = [torch.zeros(()) if gone else None for gone in empty]
+            if all(empty):
+                constants[0] = None
+            if gone := removable(constants, [outline(layer) for layer in layers]):
+                removed[path] = gone
+    remove_layers(model, spec, removed)
+    return [f"{path}.{index}" for path, indices in removed.items() for index in indices]
 
 
 @torch.no_grad()

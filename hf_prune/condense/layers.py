@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architectures import ArchitectureSpec
+from ..architectures import SPECS, ArchitectureSpec
 from ..architectures.blocks import layer_lists
+from ..config import PruningConfigError
 
 
 def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
@@ -31,12 +32,19 @@ def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
     """The config attribute that counts the layers of each list, whether or not they can go without a trace.
 
     Raises:
-        ValueError: layers share their weights, so there is no list to take one from.
+        PruningConfigError: layers share their weights, so there is no list to take one from.
     """
-    counts = dict(zip(spec.layers, spec.depths or ["num_hidden_layers"]))
-    if len(counts) < len(spec.layers) or any("*" in path for path in counts):
-        raise ValueError(f"layers: those of {', '.join(spec.layers)} cannot be counted one by one, so none can be removed.")
-    return counts
+    if not _countable(spec):
+        families = ", ".join(sorted(name for name, known in SPECS.items() if _countable(known)))
+        allowed = (
+            f"its layers ({', '.join(spec.layers)}) cannot be counted one by one, so none can be removed; those of {families} can."
+        )
+        raise PruningConfigError("model_type", ", ".join(spec.model_types), allowed)
+    return dict(zip(spec.layers, spec.depths or ["num_hidden_layers"]))
+
+
+def _countable(spec: ArchitectureSpec) -> bool:
+    return len(spec.layers) <= max(len(spec.depths), 1) and not any("*" in path for path in spec.layers)
 
 
 def outline(layer: nn.Module) -> dict[str, type]:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
 from ..architectures.blocks import base_layer, layer_lists
+from ..config import PruningConfigError
 from ..lora import adapter_of
 from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
@@ -164,7 +165,7 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r}: must be a whole number, 1 or more, or None.")
+        raise PruningConfigError("pad_to_multiple_of", pad_to_multiple_of, "must be a whole number, 1 or more, or None.")
     found = find_blocks(model)
     for block in found:
         for part in (*inputs_of(block), output_of(block)):
@@ -233,12 +234,19 @@ def _reason(row: dict[str, Any]) -> str:
     return f" ({row['masked']} of them dead, but their key and value heads are shared)" if row["masked"] else ""
 
 
+@torch.no_grad()
+def dead_units(block: Block) -> Tensor:
+    """Which heads or neurons add the same to the output for every input, `[units]`; see [`condense_plan`]."""
+    if isinstance(block, FeedForwardBlock):
+        return (_zero_columns(block.down) | _values(block)[1]).cpu()
+    silent = _zero_rows(block.value).view(block.num_key_value_heads, block.head_size).all(1)
+    unread = _zero_columns(block.output).view(block.num_heads, block.head_size).all(1)
+    return (unread | silent.repeat_interleave(block.heads_per_group)).cpu()
+
+
 def _attention(block: AttentionBlock) -> BlockPlan:
-    heads, per_group = (block.num_heads, block.head_size), block.heads_per_group
-    grouped = (block.num_key_value_heads, block.head_size)
-    constant = bias(block.value).view(grouped).repeat_interleave(per_group, 0)
-    silent = _zero_rows(block.value).view(grouped).repeat_interleave(per_group, 0)
-    dead = (_zero_columns(block.output).view(heads).all(1) | silent.all(1)).cpu()
+    per_group, dead = block.heads_per_group, dead_units(block)
+    constant = bias(block.value).view(block.num_key_value_heads, block.head_size).repeat_interleave(per_group, 0)
     kept, key_values = regroup(dead, per_group)
     gone = torch.ones_like(dead)
     gone[kept] = False
@@ -274,18 +282,20 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
 
 
 def _ffn(block: FeedForwardBlock, multiple: int = 1) -> BlockPlan:
-    up_bias, up_zero = bias(block.up), _zero_rows(block.up)
-    if block.gate is None:
-        constant, same = block.activation(up_bias), up_zero
-    else:
-        gated, gate_zero = block.activation(bias(block.gate)), _zero_rows(block.gate)
-        constant = gated * up_bias
-        # a product is constant when both factors are, or when one of them is zero
-        same = (up_zero & gate_zero) | (up_zero & (up_bias == 0)) | (gate_zero & (gated == 0))
-    dead = (_zero_columns(block.down) | same).cpu()
+    dead = dead_units(block)
     alive = int((~dead).sum())
     dead[dead.nonzero().flatten()[: -alive % multiple]] = False
-    return BlockPlan(block, dead, None, *_shift(block, dead, constant))
+    return BlockPlan(block, dead, None, *_shift(block, dead, _values(block)[0]))
+
+
+def _values(block: FeedForwardBlock) -> tuple[Tensor, Tensor]:
+    """What neurons give when their rows are zero, and which give just that for every input, `[neurons]` each."""
+    up_bias, up_zero = bias(block.up), _zero_rows(block.up)
+    if block.gate is None:
+        return block.activation(up_bias), up_zero
+    gated, gate_zero = block.activation(bias(block.gate)), _zero_rows(block.gate)
+    # a product is constant when both factors are, or when one of them is zero
+    return gated * up_bias, (up_zero & gate_zero) | (up_zero & (up_bias == 0)) | (gate_zero & (gated == 0))
 
 
 def _shift(block: Block, dead: Tensor, constant: Tensor) -> tuple[Tensor, bool]:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import PruningConfig, dataclass_from_dict
 from ..distributed import bare_model, is_sharded
+from ..report import evaluated
 from .card import CardFacts, without_folders, write_card
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ _LISTED = (
     "fp16",
     "seed",
 )
-_NO_METRICS = ("runtime", "_per_second", "_time", "epoch")
 
 
 class ModelCardCallback(TrainerCallback):
@@ -78,7 +78,7 @@ class ModelCardCallback(TrainerCallback):
         if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
             facts.dataset, facts.dataset_config = data.builder_name, data.config_name
             facts.dataset_split = None if data.split is None else str(data.split)
-        measured = _metrics(metrics or {})
+        measured = evaluated(metrics or {})
         if state.global_step == 0:
             facts.metrics_before = measured or facts.metrics_before
         else:
@@ -95,7 +95,7 @@ class ModelCardCallback(TrainerCallback):
         facts.history = [_history(entry) for entry in state.log_history]
         if args.load_best_model_at_end:
             best = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
-            facts.metrics = next((found for entry in best if (found := _metrics(entry))), facts.metrics)
+            facts.metrics = next((found for entry in best if (found := evaluated(entry))), facts.metrics)
         callbacks: Any = state.stateful_callbacks
         stored = callbacks.get("PruningCallback")
         self._over = bare_model(model), PruningConfig.from_dict(stored["args"]["config"]) if stored else None
@@ -137,12 +137,6 @@ def install_card_hook() -> None:
     Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
 
 
-def _metrics(logged: Mapping[str, float]) -> dict[str, float]:
-    """What was evaluated, without `eval_` and without times."""
-    named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
-    return {name: value for name, value in named.items() if not name.endswith(_NO_METRICS)}
-
-
 def _history(entry: Mapping[str, float]) -> dict[str, float]:
     kept = {name: entry[name] for name in ("step", "sparsity", "target_sparsity") if name in entry}
-    return kept | _metrics(entry)
+    return kept | evaluated(entry)
