@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rich
-from run_glue import DataTrainingArguments, ModelArguments, load_task, splits_of
+from job import ModelArguments, splits_of
+from run_glue import DataTrainingArguments, load_task
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_prune.pipeline import Pipeline, PipelineResult, Recipe
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> PipelineResult:
     set_seed(training_args.seed)  # of a classifier that is new
     result = Pipeline(
         recipe=recipe,
-        model=model_args.load(task.names),
+        model=model_args.load(task.load),
         args=training_args,
         train_dataset=task.data["train"],
         eval_dataset=splits_of(task.data, "validation")[""],

@@ -23,18 +23,8 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import Dataset
-from run_glue import (
-    CONDENSED,
-    DataTrainingArguments,
-    DistillationArguments,
-    ModelArguments,
-    Task,
-    condensed_from,
-    load_model,
-    load_task,
-    save_condensed,
-    splits_of,
-)
+from job import CONDENSED, DistillationArguments, ModelArguments, Task, condensed_from, save_condensed, splits_of
+from run_glue import DataTrainingArguments, load_task
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -258,12 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if args.seed is not None:
         set_seed(args.seed)
     task = load_task(model_args, data_args, {"train", "validation"})
-    model = model_args.load(task.names)
-    teacher = distillation_args.load_teacher(model, task.names)
+    model = model_args.load(task.load)
+    teacher = distillation_args.load_teacher(model, task.load)
     if args.with_tracking:
         accelerator.init_trackers("glue_no_trainer", {**vars(args), "lr_scheduler_type": str(args.lr_scheduler_type)})
     loop = Loop(accelerator, args, task, model, pruning, distillation, teacher)
-    facts = card_facts(loop, data_args)
+    facts = card_facts(loop)
     loop.run()
     metrics = finish(loop, pruning, facts)
     if args.push_to_hub and accelerator.is_main_process:
@@ -272,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     return metrics
 
 
-def card_facts(loop: Loop, data_args: DataTrainingArguments) -> CardFacts:
+def card_facts(loop: Loop) -> CardFacts:
     """What a model card says of the data and of the model before training; a run that goes on finds it written down."""
     folder = loop.args.output_dir
     if loop.args.resume_from_checkpoint is not None:
@@ -281,7 +271,7 @@ def card_facts(loop: Loop, data_args: DataTrainingArguments) -> CardFacts:
     listed = ("num_train_epochs", "learning_rate", "num_warmup_steps", "weight_decay", "per_device_train_batch_size", "seed")
     training = {name: getattr(loop.args, name) for name in listed}
     training |= {"lr_scheduler_type": loop.args.lr_scheduler_type.value, "steps": loop.total_steps}
-    facts = CardFacts(**data_args.card_facts(), metrics_before=before, training=training)
+    facts = CardFacts(**loop.task.card, metrics_before=before, training=training)
     if loop.accelerator.is_main_process:
         facts.save(folder)
     return facts
@@ -300,13 +290,13 @@ def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts) -> dict[
             write_card(folder, model, pruning, facts)
             print(sparsity_report(model))
     accelerator.wait_for_everyone()
-    small = None if pruning is None else condensed_from(folder, task.names)
+    small = None if pruning is None else condensed_from(folder, task.load)
     if small is not None:
         found["condensed"] = evaluate(accelerator, small.to(accelerator.device), task, args.per_device_eval_batch_size)
         if accelerator.is_main_process:
             save_condensed(small, folder, task.tokenizer)
         accelerator.wait_for_everyone()
-        again = load_model(folder / CONDENSED, task.names).to(accelerator.device)
+        again = task.load(folder / CONDENSED).to(accelerator.device)
         found["reloaded"] = evaluate(accelerator, again, task, args.per_device_eval_batch_size)
     metrics = {f"{kind}_{name}": value for kind, scores in found.items() for name, value in scores.items()}
     if accelerator.is_main_process:

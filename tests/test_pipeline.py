@@ -311,15 +311,15 @@ HEADS = {"pattern": "head", "criterion": "magnitude", "schedule": "constant"}
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"pruning": {**HEADS, "target_modules": ["atention"]}}, r"pruning.config.target_modules='atention': .*'attention"),
-        ({"pruning": {**HEADS, "cooldown_steps": 8}}, r"pruning.config.cooldown_steps=8: "),
-        ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.cooldown_epochs=1: "),
-        ({"pruning": HEADS, "training": {"optim": "adamw_8bit"}}, r"pruning=.*optim='adamw_8bit' does not work"),
+        ({"pruning": {**HEADS, "target_modules": ["atention"]}}, r"pruning.config.target_modules='atention': matches no module"),
+        ({"pruning": {**HEADS, "cooldown_steps": 8}}, r"pruning.config.warmup_steps=0: .*cool-down \(8 steps\)"),
+        ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.warmup_steps=0: .*cool-down \(8 steps\)"),
+        ({"pruning": HEADS, "training": {"optim": "adamw_8bit"}}, r"training=.*'adamw_8bit'.*: cannot be used"),
         ({"pruning": HEADS, "pad_to_multiple_of": 0}, r"pad_to_multiple_of=0: must be a whole number, 1 or more"),
         ({"training": {"save_strategy": "step"}}, r"training=.*'save_strategy': 'step'.*: cannot be used: .*\['no', 'steps'"),
         ({"training": {"learning_rate": -1.0}}, r"training=.*'learning_rate': -1.0.*: cannot be used: Invalid learning rate"),
         ({"training": {"per_device_train_batch_size": 0}}, r"training=.*cannot be used: batch_size should be a positive integer"),
-        ({"training": {"lr_scheduler_type": "linea"}}, r"training=.*cannot be used: 'linea' is not a valid SchedulerType"),
+        ({"training": {"lr_scheduler_type": "linea"}}, r"training=.*cannot be used: '?linea'? is not a valid SchedulerType"),
         (
             {"distillation": {"alpha_hidden_layers": 1.0, "layer_map": [[0, 9]]}},
             r"layer_map=\[\[0, 9\]\]: the teacher has layers 0 to 2, so no layer 9",
@@ -333,9 +333,7 @@ def test_a_stage_that_cannot_be_run_is_refused_before_the_first_begins(stage: di
 
 def test_layers_that_cannot_go_are_refused_before_the_first_stage(tmp_path: Path) -> None:
     plan = Recipe([Stage("first"), Stage("bad", pruning=HEADS, drop_layers=True)], metric="accuracy")
-    message = (
-        r"stages\[1\].drop_layers: model_type='albert': its layers .* cannot be counted one by one, .* those of bart, bert, .* can"
-    )
+    message = r"stages\[1\].drop_layers: model_type='albert': .* cannot be counted one by one, .* those of bert, camembert, .* can"
     refused(tmp_path, plan, message, tiny("albert", "sequence-classification"))
 
 

@@ -1,0 +1,137 @@
+"""Fine-tune, prune and condense a causal language model on text: `.txt`, or `.csv`, `.json`, `.jsonl` with a column `text`.
+
+Arguments for pruning and distillation are those of `run_glue.py`; what is written is listed in `job.py`. The metric is perplexity.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict, load_dataset
+from job import ModelArguments, SampleArguments, Task, load_model, needed_splits, parse_arguments, run
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+)
+
+#: What reads a file, by its ending.
+READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+@dataclass
+class DataTrainingArguments(SampleArguments):
+    """Which data, and how it is cut; numbers of samples are of rows before that."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data on the Hub, such as Salesforce/wikitext."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as wikitext-2-raw-v1."})
+    train_file: str | None = field(default=None, metadata={"help": f"A file that ends in {', '.join(READERS)}."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    text_column: str = field(default="text", metadata={"help": "The column with the text."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens of a row; the model may take fewer."})
+
+    def load(self) -> DatasetDict:
+        """The rows of text.
+
+        Raises:
+            ValueError: there is no data, a file has an unknown ending, or there is no such column.
+        """
+        files = {"train": self.train_file, "validation": self.validation_file}
+        given = {split: file for split, file in files.items() if file is not None}
+        for split, file in given.items():
+            if Path(file).suffix not in READERS:
+                raise ValueError(f"{split}_file={file!r}: the ending must be one of {', '.join(READERS)}.")
+        if given:
+            raw = DatasetDict(
+                {split: load_dataset(READERS[Path(file).suffix], data_files=file, split="train") for split, file in given.items()}
+            )
+        elif self.dataset_name is None:
+            raise ValueError("Give --dataset_name, or --train_file and --validation_file.")
+        else:
+            raw = load_dataset(self.dataset_name, self.dataset_config_name)
+        for split, rows in raw.items():
+            if self.text_column not in rows.column_names:
+                raise ValueError(f"text_column={self.text_column!r}: the {split} data has only {', '.join(rows.column_names)}.")
+        return raw
+
+
+def blocks_of_text(raw: DatasetDict, tokenizer: PreTrainedTokenizerBase, column: str, size: int) -> DatasetDict:
+    """Join the tokens of all rows of a split and cut them into rows of one size.
+
+    What is left over at the end of every thousand rows is dropped.
+
+    Raises:
+        ValueError: a split has fewer tokens than a row needs.
+    """
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return {"input_ids": [ids + end for ids in tokenizer(rows[column], verbose=False)["input_ids"]]}
+
+    def group(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        tokens = [token for row in rows["input_ids"] for token in row]
+        cut = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+        return {"input_ids": cut, "labels": cut}
+
+    blocks = DatasetDict()
+    for split, rows in raw.items():
+        encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
+        blocks[split] = encoded.map(group, batched=True, remove_columns=encoded.column_names)
+        if not len(blocks[split]):
+            raise ValueError(f"block_size={size}: the {split} data has fewer tokens.")
+    return blocks
+
+
+def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """-log p of each token after the first, `[rows, tokens - 1]`; logits themselves would fill the memory."""
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    return cross_entropy(scores[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """e to the mean of [`token_losses`]."""
+    return {"perplexity": float(np.exp(np.asarray(prediction.predictions, dtype=np.float64).mean()))}
+
+
+def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, args: TrainingArguments) -> Task:
+    """Load and cut the splits that the run needs.
+
+    Raises:
+        ValueError: the data is not what the arguments say.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path, **model_args.remote)
+    rows = data_args.select(data_args.load(), needed_splits(args))
+    size = min(data_args.block_size, tokenizer.model_max_length)
+    card = {"dataset": data_args.dataset_name, "dataset_config": data_args.dataset_config_name, "dataset_split": "validation"}
+    return Task(
+        load=partial(load_model, AutoModelForCausalLM),
+        tokenizer=tokenizer,
+        data=blocks_of_text(rows, tokenizer, data_args.text_column, size),
+        data_collator=default_data_collator,
+        compute_metrics=perplexity,
+        card=card if data_args.dataset_name else {},
+        trainer={"preprocess_logits_for_metrics": torch.no_grad()(token_losses)},
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the job that the arguments (by default the command line's) describe; return its metrics."""
+    given = sys.argv[1:] if arguments is None else arguments
+    model_args, data_args, training_args, *others = parse_arguments(DataTrainingArguments, given)
+    return run(load_task(model_args, data_args, training_args), model_args, training_args, *others)
+
+
+if __name__ == "__main__":
+    main()
