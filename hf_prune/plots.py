@@ -69,7 +69,7 @@ def plot_history(history: Sequence[Mapping[str, float]], metric: str | None = No
     names = [["target_sparsity", "sparsity"], *([[metric]] if metric else [])]
     figure = _figure(6.4, 1.2 + 1.9 * len(names))
     rows = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    styles = {"target_sparsity": (_GREY, "--", ""), "sparsity": (_BLUE, "-", "")}
+    styles = {"target_sparsity": (_GREY, "--", "."), "sparsity": (_BLUE, "-", ".")}
     for axes, keys in zip(rows, names):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
@@ -77,6 +77,7 @@ def plot_history(history: Sequence[Mapping[str, float]], metric: str | None = No
             axes.plot(*zip(*points) if points else ((), ()), line, color=colour, marker=marker, label=key.replace("_", " "))
         axes.set_ylabel(keys[-1])
         axes.grid(alpha=0.3)
+    rows[0].margins(y=0.08)
     rows[0].set_ylim(bottom=0)
     rows[0].legend(frameon=False, loc="lower right")
     rows[-1].set_xlabel("optimizer step")

@@ -345,6 +345,7 @@ def like(trainer: Trainer, model: PreTrainedModel, task: Task) -> Trainer:
     other = Trainer(
         model=model,
         args=trainer.args,
+        eval_dataset=trainer.eval_dataset,
         data_collator=task.data_collator,
         processing_class=task.tokenizer,
         compute_metrics=task.compute_metrics,

@@ -29,6 +29,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_prune import CardFacts, PruningConfig
 from hf_prune.hub import write_card
 from hf_prune.report import compare, total_sparsity
+from hf_prune.tables import as_text
 
 HEADS_AND_NEURONS = [{"pattern": "head"}, {"pattern": "neuron"}]
 #: For rows as short as GLUE's eager attention trains faster on a CPU; half precision halves the time again.
@@ -182,6 +183,14 @@ class Run:
         if self.config is not None:
             self.config.to_json_file(self.arguments["pruning_config"])
         run_glue(settings, self.folder / "train.log")
+        measured = self.weigh(dense)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        result.write_text(json.dumps(measured, indent=2) + "\n")
+        return measured
+
+    def weigh(self, dense: Run | None) -> dict[str, Any]:
+        """Metrics, sparsity and costs of the model that was trained."""
         kept = ("task_name", "glue_dir", "max_seq_length", "per_device_eval_batch_size", "use_cpu", "report_to", "disable_tqdm")
         evaluation = {name: value for name, value in self.arguments.items() if name in kept}
         evaluation |= {"model_name_or_path": str(self.model_folder), "output_dir": str(self.folder / "float32"), "do_eval": True}
@@ -196,9 +205,6 @@ class Run:
             reference = AutoModelForSequenceClassification.from_pretrained(dense.folder)
             comparison = compare(model, reference, reference="the dense model that pruning started from", repeats=60)
             measured["comparison"] = comparison.to_dict()
-        for checkpoint in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        result.write_text(json.dumps(measured, indent=2) + "\n")
         return measured
 
     def write_card(self, dense: Run, target: Path) -> None:
@@ -268,7 +274,8 @@ def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Name
     if row is None:
         return Run(folder, arguments)
     model = options.model_name_or_path
-    return Run(folder, arguments, row.config(), {"model_name": card_name(table, row, model), "base_model": hub_id(model)})
+    facts = {"model_name": card_name(table, row, model), "base_model": hub_id(model), "metric": table.metric}
+    return Run(folder, arguments, row.config(), facts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- results
@@ -363,7 +370,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     printed = Table(*HEADINGS, title=f"{table.task}, {table.metric}, seeds {', '.join(map(str, options.seeds))}")
     for line in shown:
         printed.add_row(*line)
-    rich.print(printed)
+    print(as_text(printed))
     folder = options.results / "results"
     folder.mkdir(parents=True, exist_ok=True)
     data = {"task": table.task, "metric": table.metric, "seeds": options.seeds, "settings": table.pruned, "rows": lines}

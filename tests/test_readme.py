@@ -64,7 +64,6 @@ TINY = {
     "scripts/prune_pipeline.py": "--max_train_samples=24 --max_eval_samples=8 --disable_tqdm=true --use_cpu",
     "scripts/reproduce.py": """--rows half --seeds 1 --use_cpu --model_name_or_path start --overrides
         '{"max_steps": 6, "max_train_samples": 24, "max_eval_samples": 8}' --results runs/results""",
-    "scripts/benchmark_latency.py": "--repeats=1 --tokens=16",
     "hf-prune benchmark": "--repeats=1",
     "hf-prune card": "--repeats=1",
 }
@@ -145,12 +144,7 @@ def execute(call: list[str], sandbox: Path) -> None:
     else:
         script = importlib.import_module(Path(call[0]).stem)
         assert Path(str(script.__file__)) == ROOT / call[0]
-        if call[0] == "scripts/benchmark_latency.py":
-            sys.argv, before = call, sys.argv
-            script.main()
-            sys.argv = before
-        else:
-            script.main(call[1:])
+        script.main(call[1:])
 
 
 @pytest.mark.parametrize("page", PAGES)

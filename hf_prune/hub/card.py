@@ -188,8 +188,8 @@ def write_pictures(folder: Path, blocks: tuple[BlockSize, ...], facts: CardFacts
     if blocks:
         figures["kept.png"] = plot_kept(blocks)
     if any("sparsity" in entry for entry in facts.history):
-        drawn = metric if any(metric in entry for entry in facts.history) else None
-        figures["history.png"] = plot_history(facts.history, drawn)
+        history = [{"step": 0, **facts.metrics_before}, *facts.history]
+        figures["history.png"] = plot_history(history, metric if any(metric in entry for entry in facts.history) else None)
     if facts.comparison is not None and metric in facts.metrics and metric in facts.metrics_before:
         costs = ("dense", facts.metrics_before), ("model", facts.metrics)
         points = {name: (facts.comparison[name]["milliseconds"], values[metric]) for name, values in costs}
