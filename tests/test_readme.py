@@ -25,7 +25,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from helpers import arguments
 from hub_server import serving
+from models import tiny
 from test_hub_server import run as run_with_hub
+from test_scripts_qa_clm import EXAMPLES
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune.cli
@@ -61,6 +63,8 @@ set -euo pipefail
 TINY = {
     "scripts/run_glue.py": """--max_steps=6 --save_strategy=no --max_train_samples=24 --max_eval_samples=8 --disable_tqdm=true
         --use_cpu""",
+    "scripts/run_qa.py": "--max_steps=4 --save_strategy=no --max_seq_length=12 --doc_stride=2 --disable_tqdm=true --use_cpu",
+    "scripts/run_clm.py": "--max_steps=4 --save_strategy=no --block_size=16 --disable_tqdm=true --use_cpu",
     "scripts/prune_pipeline.py": "--max_train_samples=24 --max_eval_samples=8 --disable_tqdm=true --use_cpu",
     "scripts/reproduce.py": """--rows half --seeds 1 --use_cpu --model_name_or_path start --overrides
         '{"max_steps": 6, "max_train_samples": 24, "max_eval_samples": 8}' --results runs/results""",
@@ -96,6 +100,14 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         quickstart.write_rows(tmp_path / folder / "validation.jsonl", rows[24:])
     for task in ("mrpc", "sst2"):
         shutil.copytree(tmp_path / "start", tmp_path / "runs" / task / "dense-1")
+    tokenizer = quickstart.make_tokenizer([row["context"] for row in EXAMPLES])
+    for family, head, task in (("bert", "question-answering", "squad"), ("gpt2", "causal-lm", "gpt2")):
+        tiny(family, head, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "runs" / task / "dense")
+        tokenizer.save_pretrained(tmp_path / "runs" / task / "dense")
+    for folder, name in (("squad", "train.json"), ("squad", "dev.json"), ("text", "train.txt"), ("text", "validation.txt")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = json.dumps(EXAMPLES) if folder == "squad" else "\n".join(row["context"] for row in EXAMPLES)
+        (tmp_path / folder / name).write_text(text)
     shutil.copytree(SCRIPTS / "recipes", tmp_path / "scripts" / "recipes")
     for path in RECIPES:
         (tmp_path / "scripts" / "recipes" / path.name).write_text(json.dumps(shrink(json.loads(path.read_text()))))
