@@ -133,18 +133,26 @@ def test_a_folder_without_the_task(start: Path, glue: Path, tmp_path: Path) -> N
         run_glue.main(flags(model_name_or_path=start, task_name="rte", glue_dir=glue, output_dir=tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("pattern", "loaded"), [("head", "condensed"), ("2:4", "")])
-def test_push(pattern: str, loaded: str, start: Path, glue: Path, tmp_path: Path) -> None:
-    """The condensed model is published, or the pruned one when nothing could be cut out; its metadata is the Hub's."""
-    settings = {"do_prune": True, "pruning_pattern": pattern, "pruning_frequency": 1}
-    settings |= {"push_to_hub": True, "hub_model_id": "me/small", "save_strategy": "epoch"}
-    command = flags(model_name_or_path=start, task_name="mrpc", glue_dir=glue, output_dir=tmp_path / "out", **settings)
-    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import run_glue; run_glue.main(sys.argv[1:])"
+def test_push(start: Path, glue: Path, tmp_path: Path) -> None:
+    """The condensed model is published, or the pruned one when nothing could be cut out."""
+    settings = {"do_prune": True, "pruning_frequency": 1, "push_to_hub": True, "save_strategy": "epoch"}
+    settings |= {"model_name_or_path": start, "task_name": "mrpc", "glue_dir": glue}
+    commands = [
+        flags(**settings, pruning_pattern=pattern, hub_model_id=f"me/{name}", output_dir=tmp_path / name)
+        for name, pattern in (("small", "head"), ("sparse", "2:4"))
+    ]
+    code = f"""import json, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import run_glue
+for arguments in json.loads(sys.argv[1]):
+    run_glue.main(arguments)"""
     with serving() as (hub, endpoint):
-        done = run_with_hub(code, *command, endpoint=endpoint, home=tmp_path / "hub")
+        done = run_with_hub(code, json.dumps(commands), endpoint=endpoint, home=tmp_path / "hub")
         assert done.returncode == 0, done.stdout + done.stderr
-        files = hub.branches["me/small"]["main"]
-    assert {"model.safetensors", "config.json", "README.md", "pruning_config.json", "tokenizer.json"} <= set(files)
-    config = json.loads((tmp_path / "out" / loaded / "config.json").read_text())
-    assert ("hf_prune" in config) == (loaded == "condensed")
-    assert any(name.startswith("modeling") for name in files) == (loaded == "condensed")
+        small, sparse = (hub.branches[f"me/{name}"]["main"] for name in ("small", "sparse"))
+    for files in (small, sparse):
+        assert {"model.safetensors", "README.md", "pruning_config.json", "tokenizer.json"} <= set(files)
+    assert "hf_prune" in json.loads(small["config.json"])
+    assert "hf_prune" not in json.loads(sparse["config.json"])
+    assert "modeling_hf_prune.py" in small
+    assert "modeling_hf_prune.py" not in sparse
