@@ -207,6 +207,11 @@ class Task:
     card: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """How much it learns from, for a model card."""
+        return {"training_rows": len(self.data["train"])} if "train" in self.data else {}
+
 
 def load_model(
     auto_class: Any, path: str | Path, dropout: float | None = None, num_labels: int | None = None, **kwargs: Any
@@ -247,7 +252,7 @@ def run(
         "processing_class": task.tokenizer,
         "data_collator": task.data_collator,
         "compute_metrics": task.compute_metrics,
-        "callbacks": [PruningCallback(pruning), ModelCardCallback(**task.card)] if pruning else [],
+        "callbacks": [PruningCallback(pruning), ModelCardCallback(**task.card, training=task.size)] if pruning else [],
         **task.trainer,
     }
     if distillation is None:

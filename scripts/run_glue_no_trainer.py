@@ -269,7 +269,7 @@ def card_facts(loop: Loop) -> CardFacts:
         return CardFacts.load(folder)
     before = evaluate(loop.accelerator, loop.model, loop.task, loop.args.per_device_eval_batch_size)
     listed = ("num_train_epochs", "learning_rate", "num_warmup_steps", "weight_decay", "per_device_train_batch_size", "seed")
-    training = {name: getattr(loop.args, name) for name in listed}
+    training = loop.task.size | {name: getattr(loop.args, name) for name in listed}
     training |= {"lr_scheduler_type": loop.args.lr_scheduler_type.value, "steps": loop.total_steps}
     facts = CardFacts(**loop.task.card, metrics_before=before, training=training)
     if loop.accelerator.is_main_process:

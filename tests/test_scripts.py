@@ -135,6 +135,8 @@ def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path) -> None:
     assert metrics["eval_accuracy"] == metrics["condensed_accuracy"] == metrics["reloaded_accuracy"]
     assert metrics["reloaded_loss"] == metrics["condensed_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
     folders = (tmp_path / "out", tmp_path / "out" / "condensed")
+    for folder in folders:
+        assert "| training_rows | 32 |\n| num_train_epochs |" in (folder / "README.md").read_text()
     models = [AutoModelForSequenceClassification.from_pretrained(folder) for folder in folders]
     masked, condensed = (encoder_weights(model) for model in models)
     # Half is gone, but for dead neurons that fill each layer up to a multiple of 16.

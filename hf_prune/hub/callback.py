@@ -91,7 +91,8 @@ class ModelCardCallback(TrainerCallback):
     ) -> None:
         facts = self.facts
         listed = {name: getattr(args, name) for name in _LISTED}
-        facts.training = {name: getattr(value, "value", value) for name, value in listed.items()} | {"steps": state.global_step}
+        settings = {name: getattr(value, "value", value) for name, value in listed.items()}
+        facts.training = facts.training | settings | {"steps": state.global_step}
         facts.history = [_history(entry) for entry in state.log_history]
         if args.load_best_model_at_end:
             best = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
