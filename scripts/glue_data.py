@@ -146,7 +146,7 @@ def tokenize(
 
 def metrics_for(task_name: str | None, regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
     """The official metric of the task, by `evaluate` where its module can be had, else the same numbers computed here."""
-    module = None if task_name is None else glue_module(task_name)
+    module = None if task_name is None else metric_module("glue", "mnli" if task_name.startswith("mnli") else task_name)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         raw = prediction.predictions
@@ -161,16 +161,16 @@ def metrics_for(task_name: str | None, regression: bool) -> Callable[[EvalPredic
     return compute
 
 
-def glue_module(task_name: str) -> Any:
-    """The metric of `evaluate` for a task, or None where it is out of reach."""
+def metric_module(*name: str) -> Any:
+    """A metric of `evaluate`, or None where it is out of reach. `name`: as for `evaluate.load`."""
     if HF_HUB_OFFLINE:
         return None
     try:
         import evaluate
 
-        return evaluate.load("glue", "mnli" if task_name.startswith("mnli") else task_name)
+        return evaluate.load(*name)
     except (ImportError, OSError) as error:
-        logger.info("evaluate's GLUE metric is out of reach (%s); scikit-learn and SciPy compute the same numbers.", error)
+        logger.info("evaluate's metric %s is out of reach (%s); the same numbers are computed here.", " ".join(name), error)
         return None
 
 

@@ -80,12 +80,20 @@ class ModelArguments:
 
 
 @dataclass
-class SampleArguments:
-    """How much of the data is used."""
+class DataArguments:
+    """Which files, and how much of the data is used."""
 
+    train_file: str | None = field(default=None, metadata={"help": "Data to train on; see the top of the script for its form."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for evaluation."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for prediction."})
+
+    def files(self) -> dict[str, str]:
+        """The files that were given, by split."""
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: file for split, file in files.items() if file is not None}
 
     def select(self, raw: DatasetDict, kinds: set[str]) -> DatasetDict:
         """The splits of these kinds, cut to the numbers of rows asked for.

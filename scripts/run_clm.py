@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict, load_dataset
-from job import ModelArguments, SampleArguments, Task, load_model, needed_splits, parse_arguments, run
+from job import DataArguments, ModelArguments, Task, load_model, needed_splits, parse_arguments, run
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -32,13 +32,11 @@ READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass
-class DataTrainingArguments(SampleArguments):
+class DataTrainingArguments(DataArguments):
     """Which data, and how it is cut; numbers of samples are of rows before that."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data on the Hub, such as Salesforce/wikitext."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as wikitext-2-raw-v1."})
-    train_file: str | None = field(default=None, metadata={"help": f"A file that ends in {', '.join(READERS)}."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     text_column: str = field(default="text", metadata={"help": "The column with the text."})
     block_size: int = field(default=1024, metadata={"help": "Tokens of a row; the model may take fewer."})
 
@@ -48,8 +46,7 @@ class DataTrainingArguments(SampleArguments):
         Raises:
             ValueError: there is no data, a file has an unknown ending, or there is no such column.
         """
-        files = {"train": self.train_file, "validation": self.validation_file}
-        given = {split: file for split, file in files.items() if file is not None}
+        given = self.files()
         for split, file in given.items():
             if Path(file).suffix not in READERS:
                 raise ValueError(f"{split}_file={file!r}: the ending must be one of {', '.join(READERS)}.")
@@ -111,6 +108,8 @@ def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, args
     Raises:
         ValueError: the data is not what the arguments say.
     """
+    if args.do_predict:
+        raise ValueError("do_predict=True: must not be set; give the text as --validation_file, with --do_eval.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path, **model_args.remote)
     rows = data_args.select(data_args.load(), needed_splits(args))
     size = min(data_args.block_size, tokenizer.model_max_length)

@@ -1,4 +1,4 @@
-"""Fine-tune, prune and condense a text classifier on a GLUE task or on your own CSV, JSON or JSON lines files.
+"""Fine-tune, prune and condense a text classifier on a GLUE task or on your own CSV, JSON or JSON lines files with a column `label`.
 
 The script is transformers' `run_glue.py` with two more groups of arguments: pruning (`--do_prune`, `--pruning_pattern`,
 `--target_sparsity`, …, or `--pruning_config file.json` for rules) and distillation (`--teacher_model_name_or_path`,
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glue_data import TASK_TO_KEYS, glue_files, label_names, load_raw_datasets, metrics_for, text_columns, tokenize
-from job import ModelArguments, SampleArguments, Task, load_model, needed_splits, parse_arguments, run, splits_of
+from job import DataArguments, ModelArguments, Task, load_model, needed_splits, parse_arguments, run, splits_of
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -31,7 +31,7 @@ from transformers import (
 
 
 @dataclass
-class DataTrainingArguments(SampleArguments):
+class DataTrainingArguments(DataArguments):
     """Which data, and how it is cut."""
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(TASK_TO_KEYS)}."})
@@ -39,9 +39,6 @@ class DataTrainingArguments(SampleArguments):
         default_factory=lambda: os.environ.get("HF_PRUNE_GLUE_DIR"),
         metadata={"help": "A folder with TASK/SPLIT.jsonl (or .json, .csv) instead of the Hub's GLUE; or set HF_PRUNE_GLUE_DIR."},
     )
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON or JSON lines, with a column `label`."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens that a row is cut to.", "aliases": ["--max_length"]})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every row to max_seq_length, not to its batch."})
 
@@ -51,8 +48,7 @@ class DataTrainingArguments(SampleArguments):
 
     def files(self) -> dict[str, str]:
         """The files that were given, or those of the task in `glue_dir`, by split."""
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        given = {split: file for split, file in files.items() if file is not None}
+        given = super().files()
         return given if given or self.glue_dir is None or self.task_name is None else glue_files(self.glue_dir, self.task_name)
 
     def card_facts(self) -> dict[str, Any]:

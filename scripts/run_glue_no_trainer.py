@@ -120,7 +120,7 @@ class Loop:
         model: what is trained.
         pruning: what is pruned; None for plain fine-tuning.
         distillation: the weights of the losses; None for the task's alone.
-        teacher: whom the model learns from; only used with `distillation`.
+        teacher: whom the model learns from, with `distillation`.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Loop:
         model: PreTrainedModel,
         pruning: PruningConfig | None,
         distillation: DistillationConfig | None,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
     ) -> None:
         self.accelerator, self.args, self.task, self.distillation = accelerator, args, task, distillation
         rows: Dataset = task.data["train"]
@@ -147,7 +147,7 @@ class Loop:
             args.lr_scheduler_type, optimizer, args.num_warmup_steps * processes, num_training_steps=self.total_steps * processes
         )
         self.scheduler = accelerator.prepare(schedule)
-        self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
         self.pruner = None if pruning is None else Pruner(self.model, pruning, self.total_steps, self.steps_per_epoch)
         if self.pruner is not None:
             accelerator.print(self.pruner.plan())
@@ -202,7 +202,7 @@ class Loop:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a batch, from the teacher too when there is distillation."""
-        if self.distillation is None:
+        if self.distillation is None or self.teacher is None:
             plain: Tensor = self.model(**batch).loss
             return plain
         with torch.no_grad(), self.accelerator.autocast():
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         set_seed(args.seed)
     task = load_task(model_args, data_args, {"train", "validation"})
     model = model_args.load(task.load)
-    teacher = distillation_args.load_teacher(model, task.load)
+    teacher = None if distillation is None else distillation_args.load_teacher(model, task.load)
     if args.with_tracking:
         accelerator.init_trackers("glue_no_trainer", {**vars(args), "lr_scheduler_type": str(args.lr_scheduler_type)})
     loop = Loop(accelerator, args, task, model, pruning, distillation, teacher)

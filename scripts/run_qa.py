@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from job import ModelArguments, SampleArguments, Task, like, load_model, needed_splits, parse_arguments, run
+from job import DataArguments, ModelArguments, Task, like, load_model, needed_splits, parse_arguments, run
 from squad_data import best_answers, load_squad, metrics_for, windows
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 
 @dataclass
-class DataTrainingArguments(SampleArguments):
+class DataTrainingArguments(DataArguments):
     """Which data, how it is cut, and how answers are chosen."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data on the Hub, such as rajpurkar/squad."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON or JSON lines in SQuAD's format."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
     n_best_size: int = field(default=20, metadata={"help": "How many starts and ends of a window are tried."})
@@ -41,11 +38,6 @@ class DataTrainingArguments(SampleArguments):
     def __post_init__(self) -> None:
         if not 0 <= self.doc_stride < self.max_seq_length:
             raise ValueError(f"doc_stride={self.doc_stride}: must be less than max_seq_length={self.max_seq_length}.")
-
-    def files(self) -> dict[str, str]:
-        """The files that were given, by split."""
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return {split: file for split, file in files.items() if file is not None}
 
     @property
     def choice(self) -> dict[str, Any]:

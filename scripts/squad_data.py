@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from glue_data import metric_module
 from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
@@ -181,7 +181,7 @@ def metrics_for(
         find: [`best_answers`] with its settings.
         without_answers: whether there are questions without an answer (SQuAD 2).
     """
-    module = squad_module("squad_v2" if without_answers else "squad")
+    module = metric_module("squad_v2" if without_answers else "squad")
     answers = list(examples["answers"])
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -195,18 +195,6 @@ def metrics_for(
         return {"exact_match": float(scores["exact" if without_answers else "exact_match"]), "f1": float(scores["f1"])}
 
     return compute
-
-
-def squad_module(name: str) -> Any:
-    """The metric of `evaluate`, or None where it is out of reach."""
-    if HF_HUB_OFFLINE:
-        return None
-    try:
-        import evaluate
-
-        return evaluate.load(name)
-    except (ImportError, OSError):
-        return None
 
 
 def squad_scores(found: list[str], answers: list[list[str]]) -> dict[str, float]:
