@@ -1,4 +1,4 @@
-"""Fine-tune, prune and condense a text classifier on a GLUE task or on your own CSV, JSON or JSON lines files with a column `label`.
+"""Fine-tune, prune and condense a text classifier on a GLUE task, or on CSV, JSON or JSON lines files with a column `label`.
 
 The script is transformers' `run_glue.py` with two more groups of arguments: pruning (`--do_prune`, `--pruning_pattern`,
 `--target_sparsity`, …, or `--pruning_config file.json` for rules) and distillation (`--teacher_model_name_or_path`,
