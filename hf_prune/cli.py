@@ -14,14 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import typer
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from typer.core import TyperGroup
 
 from .condense import condense as condense_model
@@ -31,6 +30,7 @@ from .hub import CardFacts, write_card
 from .hub import push_to_hub as push_model
 from .hub.card import CARD_NAME, FACTS_NAME
 from .legacy import convert_v4_pruned_heads
+from .loading import load_model
 from .pruner import Pruner
 from .report import compare, megabytes, original_blocks, sparsity_report, total_sparsity
 
@@ -82,7 +82,7 @@ Device = Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda
 def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) -> None:
     """Say how sparse a model is, what it weighs, and what `condense` would do."""
     folder = local(path)
-    model = load(folder)
+    model = load_model(folder)
     report, blocks = sparsity_report(model), original_blocks(model)
     saved = condense_plan(model, pad_to_multiple_of).parameters if blocks else 0
     facts = {
@@ -115,7 +115,7 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool =
     folder = local(path)
     if out.exists() and out.resolve() == folder.resolve():
         raise ValueError(f"OUT={out}: is the folder of the model itself; give another one.")
-    model = load(folder)
+    model = load_model(folder)
     before = model.num_parameters()
     with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
         condense_model(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
@@ -146,8 +146,8 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Time and weigh a model beside the dense one, in turn, on one thread."""
-    model: Any = load(local(path))
-    dense = load(local(against)) if against else None
+    model: Any = load_model(local(path))
+    dense = load_model(local(against)) if against else None
     comparison = compare(model.to(device), dense, None, batch_size, tokens, repeats, progress)
     if as_json:
         return emit({"path": path, "against": against, **comparison.to_dict()})
@@ -164,7 +164,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a pruning config would do to each module of a model, and what it leaves out and why."""
-    planned = Pruner(load(local(path)), PruningConfig.from_json_file(config), steps, steps_per_epoch).plan()
+    planned = Pruner(load_model(local(path)), PruningConfig.from_json_file(config), steps, steps_per_epoch).plan()
     if as_json:
         return emit(planned.to_dict())
     show(planned)
@@ -183,10 +183,10 @@ def card(
 ) -> None:
     """Write the model card, with pictures, into a model's folder, from what is known there."""
     folder = local(str(path), download=False)
-    model, facts = load(folder), CardFacts.load(folder)
+    model, facts = load_model(folder), CardFacts.load(folder)
     facts.model_name = facts.model_name or folder.resolve().name
     if measure and (against or getattr(model.config, "hf_prune", None) is not None):
-        dense = load(local(against)) if against else None
+        dense = load_model(local(against)) if against else None
         published = None if against is None or Path(against).exists() else against
         facts.comparison = compare(model, dense, published, batch_size, tokens, repeats, progress).to_dict()
     write_card(folder, model, config_of(folder), facts)
@@ -205,7 +205,7 @@ def push(
 ) -> None:
     """Publish a folder on the Hub: weights, config, modelling file, card and pictures."""
     folder = local(str(path), download=False)
-    model = load(folder)  # what cannot be loaded is not published
+    model = load_model(folder)  # what cannot be loaded is not published
     if new_card:
         write_card(folder, model, config_of(folder), CardFacts.load(folder), repo_id)
     commit = push_model(folder, repo_id, private=private, revision=revision, commit_message=message)
@@ -254,22 +254,6 @@ def local(path: str, download: bool = True) -> Path:
     except OSError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"PATH={path}: is no folder, and no model could be had from the Hub ({reason}).{hint}") from None
-
-
-def load(folder: Path) -> PreTrainedModel:
-    """The model in a folder, of the class that its config names.
-
-    Raises:
-        ValueError: the config names no class that transformers has.
-    """
-    names = AutoConfig.from_pretrained(folder).architectures or ["(none)"]
-    cls = getattr(transformers, names[0], None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        close = difflib.get_close_matches(names[0], dir(transformers), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"architectures={names[0]!r} in {folder / 'config.json'}: must name a model class of transformers.{hint}")
-    model: PreTrainedModel = cls.from_pretrained(folder)
-    return model
 
 
 def config_of(folder: Path) -> PruningConfig | None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import AttentionBlock, Block, Projection, find_blocks
 from .condense.resize import block_key, inputs_of, output_of, stock_sizes
+from .loading import load_whole
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,7 +36,7 @@ def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str
     Raises:
         ValueError: the family has no architecture spec, a tensor is smaller in another way (CoFi's hidden sizes), a block is
             missing as a whole (CoFi then leaves out its LayerNorm too, which no stock model does), or the config does not say which
-            heads are left where the family needs to know (T5, MPNet).
+            heads are left where the family needs to know (T5, MPNet), or the checkpoint lacks a tensor of the model.
     """
     options = {name: kwargs[name] for name in ("revision", "token", "subfolder", "cache_dir", "local_files_only") if name in kwargs}
     config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
@@ -60,8 +61,7 @@ def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str
             layers.setdefault(block.layer, {})[block_key(block)] = sizes
     if layers:
         config.hf_prune = {"version": 1, "layers": layers}
-    model: PreTrainedModel = cls.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
-    return model
+    return load_whole(cls, pretrained_model_name_or_path, config=config, **kwargs)
 
 
 def _names(parts: list[Projection]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers import tiny_bert
 from hub_server import TOKEN, serving
 from test_cards import FACTS, HALF, halved
 from test_hub_server import run as run_with_hub
+from test_loading import without
 from test_reload import save_tokenizer
 from transformers import AutoModelForSequenceClassification
 
@@ -105,6 +107,25 @@ def test_condense(cli: Run, masked: Path, tmp_path: Path) -> None:
     assert CardFacts.load(tmp_path / "small") == FACTS
     assert "trust_remote_code" in (tmp_path / "small" / "README.md").read_text()
     assert f"{made['parameters']:,} parameters" in cli("condense", masked, tmp_path / "again", "--pad-to-multiple-of", 8)
+
+
+@pytest.mark.parametrize("command", ["inspect", "condense", "convert", "benchmark", "plan", "card", "push"])
+def test_no_command_makes_tensors_up(command: str, cli: Run, condensed: Path, masked: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(masked, folder)
+    HALF.to_json_file(tmp_path / "half.json")
+    without(folder, "classifier.weight")
+    more = {
+        "condense": [folder, out],
+        "convert": [folder, out],
+        "benchmark": [condensed, "--against", folder],
+        "plan": [folder, tmp_path / "half.json"],
+        "push": [folder, "me/half"],
+    }
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    cli(command, *more.get(command, [folder]), code=1)
+    assert "model: the checkpoint lacks classifier.weight" in " ".join(cli.err.split())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_benchmark_and_card(cli: Run, condensed: Path, masked: Path, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Models from their folders: whole, or not at all."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+_NAMED = 10
+
+
+def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model in a folder, of the class that its config names.
+
+    Raises:
+        ValueError: the config names no class that transformers has, or see [`load_whole`].
+    """
+    names = AutoConfig.from_pretrained(folder).architectures or ["(none)"]
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        close = difflib.get_close_matches(names[0], dir(transformers), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"architectures={names[0]!r} in {Path(folder, 'config.json')}: must name a model class of transformers.{hint}"
+        )
+    return load_whole(cls, folder)
+
+
+def load_whole(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """`cls.from_pretrained(path, **kwargs)`, but for a checkpoint without some of the model's tensors.
+
+    transformers fills those with random numbers and a warning, which is right for a head that is to be trained, but not for a model
+    that is to be measured, written or published. Tensors that need not be saved, such as tied weights, are not missing.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    model: PreTrainedModel
+    model, seen = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+    if missing := sorted(seen["missing_keys"]):
+        named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
+        raise ValueError(
+            f"PATH={os.fspath(path)}: the checkpoint lacks {named}, which {type(model).__name__} would start from random numbers. "
+            "Take a checkpoint that holds them, or write the class that it was saved from into `architectures` in config.json."
+        )
+    return model
