@@ -3,7 +3,7 @@
 Importing the package also lets `AutoModel….from_pretrained` load condensed models, whose layers differ in size.
 """
 
-from .callback import PruningCallback
+from .callback import PruningCallback, install_log_hook
 from .checkpoints import last_complete_checkpoint, remember_folders
 from .condense import CondensePlan, condense, condense_plan
 from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
@@ -42,5 +42,6 @@ __all__ = [
 ]
 
 install_card_hook()
+install_log_hook()
 install_reload_hook()
 remember_folders()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -37,10 +38,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains.
 
     Adds `sparsity` (true zeros in the weights named by the rules), `target_sparsity` (what the schedule asks for) and, in soft
-    movement pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to the Trainer's logs, and writes its state and
-    `pruning_config.json` into every checkpoint, from which it resumes: exactly, from any folder. From the checkpoint of a run
-    without the callback, pruning starts where the schedule is by then. A second `train()` on the same model keeps the masks that
-    are there.
+    movement pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to all that the Trainer logs, wherever the
+    callback stands among the others. Writes its state and `pruning_config.json` into every checkpoint, from which it resumes:
+    exactly, from any folder. From the checkpoint of a run without the callback, pruning starts where the schedule is by then. A
+    second `train()` on the same model keeps the masks that are there.
 
     Args:
         config: a [`PruningConfig`] or a dictionary with its fields.
@@ -117,6 +118,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         # The next save expects an entry, which a checkpoint written without this callback lacks; it names the config of this run.
         stored[type(self).__name__] = self.state()
         self._best_competes = (state.best_global_step or 0) >= self.pruner.last_update
+        if state.is_world_process_zero:
+            logger.info("Pruning starts at step %d of %d: %s.", state.global_step, state.max_steps, self.pruner.summary())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._between_steps = None
@@ -129,21 +132,6 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._between_steps = args, state
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.pruner is None or logs is None:
-            return
-        figures = self.pruner.figures()
-        logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A model below the final sparsity does not compete to be the best: the first one that has it starts the competition.
@@ -166,6 +154,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint))
         self._running.finish()
+        figures = self._running.figures()  # under FSDP2 all processes have to count
+        if state.is_world_process_zero:
+            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            logger.info("Pruning ended at step %d: %s.", state.global_step, said)
         if (shortfall := self._running.shortfall) is not None:
             logger.warning(shortfall)
 
@@ -226,6 +218,27 @@ class PruningCallback(TrainerCallback, ExportableState):
             if name not in rules or any(getattr(rules[name], field) != getattr(before[name], field) for field in _SCORED_BY):
                 state = {key: value for key, value in state.items() if not key.startswith(f"{name}/")}
         self._running.load_state_dict(state, strict=not _differing_fields(saved, self.config))
+
+
+def install_log_hook() -> None:
+    """Let everything that a Trainer with a [`PruningCallback`] logs carry the pruner's figures.
+
+    `on_log` comes too late: it is called in the order of the callbacks, and the loggers of `report_to` always come first, so they
+    would have reported already. Calling this again changes nothing; a Trainer without the callback logs as ever.
+    """
+    stock = Trainer.log
+    if getattr(stock, "knows_pruning_callback", False):
+        return
+
+    @functools.wraps(stock)
+    def log(self: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PruningCallback) and callback.pruner is not None:
+                logs.update(callback.pruner.figures())
+        stock(self, logs, *args, **kwargs)
+
+    log.knows_pruning_callback = True  # type: ignore[attr-defined]
+    Trainer.log = log  # type: ignore[method-assign]
 
 
 def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:

@@ -89,6 +89,15 @@ class Timeline:
         """The step of the last update."""
         return max(self.begin, 1) if self.schedule == "constant" else self.end
 
+    @property
+    def updates(self) -> list[int]:
+        """The steps right after which masks change to a sparsity above 0, in order."""
+        last = self.last_update
+        counts = range(math.ceil((last - self.begin) / self.frequency) + 1)
+        steps = {self.begin + math.floor(count * self.frequency + 0.5) for count in counts}
+        due = {step for step in steps if max(self.begin, 1) <= step < last} | {last}
+        return sorted(step for step in due if self.sparsity(step) > 0)
+
     def is_due(self, step: int) -> bool:
         """Whether masks change right after optimizer step `step`."""
         if step == self.last_update:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,66 @@ def test_evaluation_logs_carry_sparsity_too(tmp_path: Path) -> None:
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"]]
     assert [entry["sparsity"] for entry in evaluations] == [logs_of(trainer)[step]["sparsity"] for step in (6, 12)]
+
+
+class Recorder(TrainerCallback):
+    """Keeps what `on_log` is given, as a logger would."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+#: How a callback reaches a Trainer.
+WAYS = ("callbacks", "add_callback")
+
+
+def trained_with_loggers(way: str, folder: Path, **overrides: Any) -> tuple[Trainer, Recorder]:
+    """A Trainer that has trained, whose first callback is a logger, where those of `report_to` are."""
+    trainer = trainer_for(folder, PruningConfig(pattern="1x1", **SCHEDULED), **overrides)
+    if way == "add_callback":
+        trainer.add_callback(trainer.pop_callback(PruningCallback))
+    recorder = Recorder()
+    trainer.callback_handler.callbacks.insert(0, recorder)
+    trainer.train()
+    return trainer, recorder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loggers_and_console_get_sparsity_wherever_the_callback_stands(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, recorder = trained_with_loggers(way, tmp_path)
+    known = {step: log["sparsity"] for step, log in logs_of(trainer).items()}
+    assert known[12] == pytest.approx(0.5, abs=1e-4)
+    assert [log["sparsity"] for log in recorder.logs] == [*known.values(), known[12]]  # the last says how long training took
+    assert [{**log, "step": entry["step"]} for log, entry in zip(recorder.logs, trainer.state.log_history)] == (
+        trainer.state.log_history
+    )
+    assert sum("'sparsity'" in line for line in capsys.readouterr().out.splitlines()) == 13
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensorboard_gets_sparsity(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer, _ = trained_with_loggers(way, tmp_path / "out", report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    written = {event.step: event.value for event in events.Scalars("train/sparsity")}
+    assert written == pytest.approx({step: log["sparsity"] for step, log in logs_of(trainer).items()})
+
+
+def test_the_log_says_when_pruning_starts_and_with_what_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hf_prune"):
+        trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED)).train()
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_prune.callback"] == [
+        "Pruning starts at step 0 of 12: 1x1 50.00%, from step 4 to 10 in 4 updates.",
+        "Pruning ended at step 12: sparsity 0.5000, target_sparsity 0.5000.",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- loops and resuming

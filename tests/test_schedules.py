@@ -36,6 +36,7 @@ def test_every_update(name: str, begin: int, end: int, frequency: int) -> None:
         assert updates == [first]
     else:
         assert updates == sorted({*(s for s in range(begin, end, frequency) if s >= first), end})
+    assert timeline.updates == updates
     for step in range(0, 201):
         if step < first:
             wanted = 0.0
@@ -54,6 +55,7 @@ def test_updates_are_as_many_as_asked_for_and_evenly_spread(begin: int, end: int
     timeline = Timeline(begin, end, (end - begin) / updates, "exp", 0.0, 0.8)
     due = [step for step in range(begin + 1, end + 10) if timeline.is_due(step)]
     assert (len(due), due[-1]) == (updates, end)
+    assert timeline.updates == due  # at the beginning nothing is asked for yet
     gaps = {later - earlier for earlier, later in zip([begin, *due], due)}
     assert max(gaps) - min(gaps) <= 1
     assert [timeline.last_due(step) for step in due] == due

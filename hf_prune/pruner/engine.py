@@ -206,6 +206,10 @@ class Pruner:
                 figures[name] = figures.get(name, 0.0) + value
         return figures
 
+    def summary(self) -> str:
+        """What is going to happen, in a line: each rule's pattern, target, steps and number of updates."""
+        return "; ".join(rule.summary() for rule in self._rules) or "the zeros that are there stay"
+
     @property
     def last_update(self) -> int:
         """The step of the last mask update of all rules."""

@@ -66,6 +66,13 @@ class Rule:
         """Whether the last mask update has happened."""
         return step >= self.timeline.last_update and not self.behind(step)
 
+    def summary(self) -> str:
+        """Pattern, target, steps and number of updates, in words."""
+        updates, settings = self.timeline.updates, self.settings
+        target = f"scores up to {settings.threshold:g}" if settings.scope == "threshold" else f"{settings.target_sparsity:.2%}"
+        when = f"from step {updates[0]} to {updates[-1]} in {len(updates)} updates" if updates else "never"
+        return f"{settings.pattern} {target}, {when}"
+
     @property
     def size(self) -> int:
         """Weights of its groups."""
