@@ -1,18 +1,27 @@
 """hf_prune: pruning of Hugging Face transformers inside the Trainer.
 
-Importing the package also lets `AutoModel….from_pretrained` load condensed models, whose layers differ in size.
+Importing the package also lets `AutoModel….from_pretrained` load condensed models, whose layers differ in size. It is quick: what a
+name needs, such as torch or the Trainer, is imported when the name is first used.
 """
 
-from .callback import PruningCallback, install_log_hook
-from .checkpoints import last_complete_checkpoint, remember_folders
-from .condense import CondensePlan, condense, condense_plan
-from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
-from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
-from .hub import CardFacts, ModelCardCallback, install_card_hook, install_reload_hook, model_card, push_to_hub
-from .legacy import convert_v4_pruned_heads
-from .pruner import Pruner
-from .report import SparsityReport, sparsity_report
-from .sparse import to_sparse
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .hooks import install_reload_hook
+
+if TYPE_CHECKING:
+    from .callback import PruningCallback
+    from .checkpoints import last_complete_checkpoint
+    from .condense import CondensePlan, condense, condense_plan
+    from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
+    from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
+    from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
+    from .legacy import convert_v4_pruned_heads
+    from .pruner import Pruner
+    from .report import SparsityReport, sparsity_report
+    from .sparse import to_sparse
 
 __version__ = "0.1.0"
 
@@ -41,7 +50,40 @@ __all__ = [
     "to_sparse",
 ]
 
-install_card_hook()
-install_log_hook()
+#: Module → the names that it lends to the package's face.
+_HOMES = {
+    "callback": ("PruningCallback",),
+    "checkpoints": ("last_complete_checkpoint",),
+    "condense": ("CondensePlan", "condense", "condense_plan"),
+    "config": ("PruningArguments", "PruningConfig", "PruningConfigError", "PruningRule"),
+    "distillation": ("DistillationConfig", "DistillationTrainer", "TeacherLogitsCollator", "add_teacher_logits"),
+    "hub": ("CardFacts", "ModelCardCallback", "model_card", "push_to_hub"),
+    "legacy": ("convert_v4_pruned_heads",),
+    "pruner": ("Pruner",),
+    "report": ("SparsityReport", "sparsity_report"),
+    "sparse": ("to_sparse",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+class _Face(ModuleType):
+    """The package as a module whose public names are imported on first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, ModuleType):  # `condense` is a function, also after its module was imported
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Face
 install_reload_hook()
-remember_folders()

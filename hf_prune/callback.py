@@ -15,7 +15,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from .checkpoints import STATE_NAME, changed_files, folder_being_written, load_state, record_of, save_state, written
+from .checkpoints import (
+    STATE_NAME,
+    changed_files,
+    folder_being_written,
+    load_state,
+    record_of,
+    remember_folders,
+    save_state,
+    written,
+)
 from .config import PruningConfig
 from .pruner import Pruner
 
@@ -267,3 +276,8 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
     except TypeError:
         return None
     return max(-(-batches // args.gradient_accumulation_steps), 1)
+
+
+# Here, so that they hold wherever a callback is, also one that was unpickled.
+install_log_hook()
+remember_folders()

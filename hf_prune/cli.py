@@ -12,27 +12,19 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers import PreTrainedModel
 from typer.core import TyperGroup
 
-from .condense import condense as condense_model
-from .condense import condense_plan
+import hf_prune
+
 from .config import CONFIG_NAME, PruningConfig
-from .hub import CardFacts, write_card
-from .hub import push_to_hub as push_model
-from .hub.card import CARD_NAME, FACTS_NAME
-from .legacy import convert_v4_pruned_heads
-from .loading import load_model
-from .pruner import Pruner
-from .report import compare, megabytes, original_blocks, sparsity_report, total_sparsity
+
+if TYPE_CHECKING:  # it takes seconds, so what needs torch is imported where it is used, and `--help` does without
+    from transformers import PreTrainedModel
 
 #: What lies beside the weights and has nothing to do with their sizes: tokenizers, processors, and what hf_prune knows.
 BESIDE = (
@@ -45,7 +37,7 @@ BESIDE = (
     "*processor_config.json",
     "chat_template*",
     CONFIG_NAME,
-    FACTS_NAME,
+    "pruning_facts.json",
 )
 
 stderr = Console(stderr=True)
@@ -64,7 +56,22 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(cls=Commands, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    help=__doc__,
+    invoke_without_command=True,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def print_version(asked: bool) -> None:
+    """Print the version, if it was asked for, and end."""
+    if asked:
+        print(f"hf-prune {hf_prune.__version__}")
+        raise typer.Exit
+
 
 Model = Annotated[str, typer.Argument(metavar="PATH", help="A model's folder, or its id on the Hub.")]
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A model's folder.")]
@@ -75,16 +82,24 @@ Against = Annotated[str | None, typer.Option(help="The dense model; by default a
 Rows = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Forwards of each model that count.")]
+Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")]
 Device = Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda.")]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """The options of `hf-prune` itself."""
 
 
 @app.command()
 def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) -> None:
     """Say how sparse a model is, what it weighs, and what `condense` would do."""
+    from .report import megabytes, original_blocks, total_sparsity
+
     folder = local(path)
-    model = load_model(folder)
-    report, blocks = sparsity_report(model), original_blocks(model)
-    saved = condense_plan(model, pad_to_multiple_of).parameters if blocks else 0
+    model = load(folder)
+    report, blocks = hf_prune.sparsity_report(model), original_blocks(model)
+    saved = hf_prune.condense_plan(model, pad_to_multiple_of).parameters if blocks else 0
     facts = {
         "path": path,
         "class": type(model).__name__,
@@ -115,12 +130,12 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool =
     folder = local(path)
     if out.exists() and out.resolve() == folder.resolve():
         raise ValueError(f"OUT={out}: is the folder of the model itself; give another one.")
-    model = load_model(folder)
+    model = load(folder)
     before = model.num_parameters()
     with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
-        condense_model(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
+        hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
     if model.num_parameters() == before:
-        found = f"{sparsity_report(model).sparsity:.2%} of its weights are zero"
+        found = f"{hf_prune.sparsity_report(model).sparsity:.2%} of its weights are zero"
         raise ValueError(f"PATH={path}: there is nothing to cut out: {found}, but no whole head or neuron is.")
     save(model, folder, out)
     saved_to(out, model, before, as_json)
@@ -130,7 +145,7 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool =
 def convert(path: Model, out: Out, as_json: Json = False) -> None:
     """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
     folder = local(path)
-    model = convert_v4_pruned_heads(folder)
+    model = hf_prune.convert_v4_pruned_heads(folder)
     save(model, folder, out)
     saved_to(out, model, None, as_json)
 
@@ -146,8 +161,10 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Time and weigh a model beside the dense one, in turn, on one thread."""
-    model: Any = load_model(local(path))
-    dense = load_model(local(against)) if against else None
+    from .report import compare
+
+    model: Any = load(local(path))
+    dense = load(local(against)) if against else None
     comparison = compare(model.to(device), dense, None, batch_size, tokens, repeats, progress)
     if as_json:
         return emit({"path": path, "against": against, **comparison.to_dict()})
@@ -164,7 +181,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a pruning config would do to each module of a model, and what it leaves out and why."""
-    planned = Pruner(load_model(local(path)), PruningConfig.from_json_file(config), steps, steps_per_epoch).plan()
+    planned = hf_prune.Pruner(load(local(path)), PruningConfig.from_json_file(config), steps, steps_per_epoch).plan()
     if as_json:
         return emit(planned.to_dict())
     show(planned)
@@ -182,11 +199,14 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card, with pictures, into a model's folder, from what is known there."""
+    from .hub.card import CARD_NAME, write_card
+    from .report import compare
+
     folder = local(str(path), download=False)
-    model, facts = load_model(folder), CardFacts.load(folder)
+    model, facts = load(folder), hf_prune.CardFacts.load(folder)
     facts.model_name = facts.model_name or folder.resolve().name
     if measure and (against or getattr(model.config, "hf_prune", None) is not None):
-        dense = load_model(local(against)) if against else None
+        dense = load(local(against)) if against else None
         published = None if against is None or Path(against).exists() else against
         facts.comparison = compare(model, dense, published, batch_size, tokens, repeats, progress).to_dict()
     write_card(folder, model, config_of(folder), facts)
@@ -204,11 +224,13 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a folder on the Hub: weights, config, modelling file, card and pictures."""
+    from .hub import write_card
+
     folder = local(str(path), download=False)
-    model = load_model(folder)  # what cannot be loaded is not published
+    model = load(folder)  # what cannot be loaded is not published
     if new_card:
-        write_card(folder, model, config_of(folder), CardFacts.load(folder), repo_id)
-    commit = push_model(folder, repo_id, private=private, revision=revision, commit_message=message)
+        write_card(folder, model, config_of(folder), hf_prune.CardFacts.load(folder), repo_id)
+    commit = hf_prune.push_to_hub(folder, repo_id, private=private, revision=revision, commit_message=message)
     if as_json:
         return emit({"repo_id": repo_id, "commit": commit.oid, "url": str(commit.repo_url)})
     show(f"Published as {commit.repo_url}, commit {commit.oid[:8]}.")
@@ -233,6 +255,9 @@ def local(path: str, download: bool = True) -> Path:
     Raises:
         ValueError: there is no model; names what comes closest.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     folder = Path(path)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -256,6 +281,13 @@ def local(path: str, download: bool = True) -> Path:
         raise ValueError(f"PATH={path}: is no folder, and no model could be had from the Hub ({reason}).{hint}") from None
 
 
+def load(folder: Path) -> PreTrainedModel:
+    """The model in a folder; see [`load_model`]."""
+    from .loading import load_model
+
+    return load_model(folder)
+
+
 def config_of(folder: Path) -> PruningConfig | None:
     """The config that a model was pruned with, if it is there."""
     return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
@@ -263,11 +295,13 @@ def config_of(folder: Path) -> PruningConfig | None:
 
 def save(model: PreTrainedModel, source: Path, out: Path) -> None:
     """Save a model that was made from the one in `source`, with what lies beside that and a card of its own."""
+    from .hub import write_card
+
     model.save_pretrained(out)
     for pattern in BESIDE:
         for file in source.glob(pattern):
             shutil.copy(file, out)
-    facts = CardFacts.load(source)
+    facts = hf_prune.CardFacts.load(source)
     facts.comparison = None  # it was measured on the other model
     facts.model_name = facts.model_name or out.resolve().name
     write_card(out, model, config_of(source), facts)
@@ -278,6 +312,8 @@ def save(model: PreTrainedModel, source: Path, out: Path) -> None:
 
 def progress(rounds: range) -> Iterable[int]:
     """Show a progress bar on stderr."""
+    from rich.progress import track
+
     return track(rounds, description="measuring", console=stderr, disable=not stderr.is_terminal)
 
 
@@ -291,6 +327,8 @@ def blocks_table(blocks: Iterable[Any]) -> Table:
 
 def saved_to(out: Path, model: PreTrainedModel, before: int | None, as_json: bool) -> None:
     """Report a model that was written."""
+    from .report import original_blocks
+
     after, blocks = model.num_parameters(), original_blocks(model)
     if as_json:
         entries = [vars(block) for block in blocks]

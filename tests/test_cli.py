@@ -20,6 +20,7 @@ from test_loading import without
 from test_reload import save_tokenizer
 from transformers import AutoModelForSequenceClassification
 
+import hf_prune
 from hf_prune import CardFacts, PruningConfig, condense, condense_plan, sparsity_report
 from hf_prune.cli import main
 from hf_prune.hub import write_card
@@ -196,6 +197,23 @@ def test_help_and_usage(cli: Run) -> None:
     assert "--json" in cli.err
     cli("benchmark", "x", "--repeats", 0, code=2)
     cli("condense", "x", code=2)
+
+
+def test_version(cli: Run) -> None:
+    assert cli("--version") == f"hf-prune {hf_prune.__version__}\n"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from hf_prune.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "plan", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_errors_name_what_is_wrong(cli: Run, masked: Path, tmp_path: Path) -> None:

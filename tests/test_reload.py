@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_prune import condense
-from hf_prune.hub import MODELING, install_reload_hook, modeling_source
+from hf_prune.hooks import install_reload_hook
+from hf_prune.hub import MODELING, modeling_source
 
 # What a user's process does with every checkpoint in a folder: load it in one way, compare with what the model computed before it
 # was saved, save it again. It prints a JSON report.

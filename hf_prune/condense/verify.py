@@ -141,7 +141,7 @@ def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the floating-point tensors in nested outputs with their dotted names; caches and the like are passed over."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value
+        yield name, value.detach()  # `enable_input_require_grads` makes what the embedding gives a leaf, also under `no_grad`
     elif isinstance(value, dict):
         for key, part in value.items():
             yield from _tensors(f"{name}.{key}", part)

@@ -1,18 +1,16 @@
 """Checkpoints as people share them: how they load (`reload.py`), what their card says (`card.py`, filled while training by
 `callback.py`), and their way to the Hub (`push.py`)."""
 
-from .callback import ModelCardCallback, install_card_hook
+from .callback import ModelCardCallback
 from .card import CardFacts, model_card, write_card
 from .push import push_to_hub
-from .reload import MODELING, auto_map, install_reload_hook, modeling_source
+from .reload import MODELING, auto_map, modeling_source
 
 __all__ = [
     "MODELING",
     "CardFacts",
     "ModelCardCallback",
     "auto_map",
-    "install_card_hook",
-    "install_reload_hook",
     "model_card",
     "modeling_source",
     "push_to_hub",

@@ -141,3 +141,6 @@ def install_card_hook() -> None:
 def _history(entry: Mapping[str, float]) -> dict[str, float]:
     kept = {name: entry[name] for name in ("step", "sparsity", "target_sparsity") if name in entry}
     return kept | evaluated(entry)
+
+
+install_card_hook()  # here, so that it holds wherever a callback is, also one that was unpickled

@@ -1,4 +1,4 @@
-"""Saving condensed models so that they load like any other, and the hook that loads them.
+"""Saving condensed models so that they load like any other; `hooks.py` has what makes transformers do it.
 
 A checkpoint of a condensed model has the sizes of its blocks in `config.json` (format: `condense/resize.py`) and its weights as
 usual. It loads in two ways, and what was loaded in either can be saved again:
@@ -14,17 +14,15 @@ With neither way, transformers refuses the checkpoint because its tensors do not
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import os
 import pprint
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from ..architectures import ArchitectureSpec, blocks, spec_for
@@ -67,40 +65,12 @@ class Condensed:
 _CLASS = "class {name}(Condensed, transformers.{name}): ..."
 
 
-def install_reload_hook() -> None:
-    """Teach transformers, for this process, to load and to save condensed models; calling it again changes nothing.
+def write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathLike[str]) -> None:
+    """Write the modelling file of a condensed model into a folder, and point the config's `auto_map` to it.
 
-    Two methods are wrapped. `PreTrainedModel.post_init` shrinks a model whose config has a `hf_prune` entry, before its weights are
-    loaded. `PreTrainedConfig.save_pretrained` writes the modelling file beside such a config: every way to save or push a model
-    passes through it, and on one process only. Models and configs without the entry pass through untouched.
+    The file holds stock classes: none is written for a family that transformers does not have, which is loaded by its own.
     """
-    _call_first(PreTrainedModel, "post_init", _shrink)
-    _call_first(PreTrainedConfig, "save_pretrained", _write_modeling_file)
-
-
-def _call_first(owner: type, name: str, first: Callable[..., None]) -> None:
-    """Make the method `owner.name` call `first` with its arguments before it does what it always did."""
-    stock = getattr(owner, name)
-    if getattr(stock, "calls_first", None) is first:
-        return
-
-    @functools.wraps(stock)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        first(self, *args, **kwargs)
-        return stock(self, *args, **kwargs)
-
-    method.calls_first = first  # type: ignore[attr-defined]
-    setattr(owner, name, method)
-
-
-def _shrink(model: PreTrainedModel) -> None:
-    if getattr(model.config, "hf_prune", None) is not None:
-        shrink(model, spec_for(model.config.model_type))
-
-
-def _write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    # the file holds stock classes; a family that transformers does not have is loaded by its own
-    if getattr(config, "hf_prune", None) is not None and any(_auto_classes(config.model_type)):
+    if any(_auto_classes(config.model_type)):
         os.makedirs(save_directory, exist_ok=True)
         Path(save_directory, f"{MODELING}.py").write_text(modeling_source(config.model_type), encoding="utf-8")
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config)}
