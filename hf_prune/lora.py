@@ -13,14 +13,13 @@ pruned: another may round the product differently. With `lora_dropout` a trainin
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architectures.blocks import base_layer, is_adapted
+from .architectures.blocks import Adapted, adapted, base_layer, is_adapted
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ class Adapter:
         """Let a weight of lower precision than its adapter be merged exactly: see [`RoundsToBase`]."""
         stock: Any = type(self.layer)
         if self.lora_B.get_parameter("weight").dtype != base_layer(self.layer).weight.dtype and not issubclass(stock, RoundsToBase):
-            self.layer.__class__ = _rounding(stock)
+            self.layer.__class__ = adapted(stock, (RoundsToBase,))
 
 
 def _matrix_and_step(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -86,7 +85,7 @@ def _matrix_and_step(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
     return parameter.detach().flatten(1), gradient.flatten(1)
 
 
-class RoundsToBase:
+class RoundsToBase(Adapted):
     """Mixin of LoRA layers whose adapter has another dtype than the weight, as PEFT makes them for models in half precision.
 
     `merge()` adds the adapter's product in float32 and rounds the sum, so that W = −s·BA, itself rounded, leaves a rest. Here the
@@ -97,11 +96,6 @@ class RoundsToBase:
         stock: Any = super()
         delta: Tensor = stock.get_delta_weight(adapter)
         return delta.to(base_layer(self).weight.dtype)
-
-
-@functools.cache
-def _rounding(stock: Any) -> type[Any]:
-    return type(stock.__name__, (RoundsToBase, stock), {"__module__": stock.__module__})
 
 
 def adapter_of(name: str, module: nn.Module) -> Adapter | None:
@@ -128,7 +122,7 @@ def _obstacle(layer: Any) -> str:
     """Why the merged weight of an adapted layer is not W + s·BA, or an empty string."""
     from peft.tuners.lora.layer import Conv1d, Conv2d, Linear  # there is an adapted layer, so it is imported already
 
-    stock = type(layer).__bases__[-1] if isinstance(layer, RoundsToBase) else type(layer)
+    stock = layer.stock_class if isinstance(layer, RoundsToBase) else type(layer)
     if stock not in (Linear, Conv1d, Conv2d) or is_adapted(layer.base_layer):
         return f"its adapter is a {stock.__module__}.{stock.__name__}, whose merged weight is not W + BA"
     active = [name for name in layer.active_adapters if name in layer.lora_A]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from pathlib import Path
 
 import models
 import pytest
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import PruningConfig, PruningRule, condense, condense_plan
-from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks
+from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
+from hf_prune.condense import drop_layers, stock_config
 from hf_prune.condense.plan import regroup
 from hf_prune.condense.resize import inputs_of, output_of, unit_features
 from hf_prune.targets import weight_target
@@ -708,3 +710,37 @@ def test_failed_verification_brings_layers_back(monkeypatch: pytest.MonkeyPatch)
     assert [stack.config.num_layers for stack in (model.encoder, model.decoder)] == [5, 5]
     assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == [(n, i) for n, (i, _) in state.items()]
     check_removal(model, gone)
+
+
+@pytest.mark.parametrize("emptier", ["encoder", "decoder"])
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "whisper"])
+def test_generates_the_same_with_unequal_stacks(family: str, emptier: str, tmp_path: Path) -> None:
+    model = five_layers(family, models.GENERATORS[family])
+    for block in find_blocks(model):
+        if int(block.layer.rpartition(".")[2]) in ({1, 2, 3} if block.layer.startswith(emptier) else {2}):
+            units = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+            models.zero_units(block, list(range(units)), "in")
+    check_generation(model, family)
+    assert sorted(map(len, model.config.hf_prune["removed_layers"].values())) == [1, 3]
+    assert stock_config(model.config, spec_for(model.config.model_type)).get_text_config(decoder=True).num_hidden_layers == 5
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    inputs = {model.main_input_name: models.ragged_batch(model)[model.main_input_name]}
+    assert again.generate(**inputs, max_new_tokens=3).equal(model.generate(**inputs, max_new_tokens=3))
+
+
+def test_dropped_layers_are_as_if_they_had_never_been(tmp_path: Path) -> None:
+    model = five_layers("llama-with-biases", "causal-lm")
+    models.zero_units(find_blocks(model)[1], [0], "in")
+    models.zero_units(find_blocks(model)[9], [3, 4], "in")
+    models.empty_layers(model, {3})
+    condense(model)
+    assert model.config.hf_prune["removed_layers"] == {"layers": [3]}
+    models.zero_units(find_blocks(model)[0], list(range(8)), "out")
+    assert drop_layers(model) == ["layers.0"]
+    wanted = {"version": 1, "layers": {"layers.2": {"mlp.up_proj": {"intermediate_size": 38}}}, "removed_layers": {"layers": [2]}}
+    assert model.config.hf_prune == wanted
+    assert stock_config(model.config, spec_for("llama")).num_hidden_layers == 4
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert gap(outputs(model), outputs(again)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,30 @@ def active_copy(module: Any) -> Any:
         return module
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
     return module.modules_to_save[active[0]] if active else module.original_module
+
+
+class Adapted:
+    """Base of what is mixed into stock classes to give their modules another `forward`; see [`adapted`]."""
+
+    stock_class: type[Any]
+    mixins: tuple[type[Any], ...]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled as what the class was made of, because no module has it under its name."""
+        stock: Any = super()
+        _, _, *state = stock.__reduce_ex__(max(protocol, 2))
+        return _new, (self.stock_class, self.mixins), *state
+
+
+@functools.cache
+def adapted(stock: Any, mixins: tuple[type[Any], ...]) -> type[Any]:
+    """A subclass of a stock class, by its name, with [`Adapted`] mixins in front."""
+    return type(stock.__name__, (*mixins, stock), {"__module__": stock.__module__, "stock_class": stock, "mixins": mixins})
+
+
+def _new(stock: Any, mixins: tuple[type[Any], ...]) -> Any:
+    cls: Any = adapted(stock, mixins)
+    return cls.__new__(cls)
 
 
 def is_adapted(module: Any) -> bool:

@@ -1,14 +1,14 @@
 """Condensing: a model with dead heads and neurons becomes a smaller model that computes the same.
 
 `plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `layers.py` takes whole layers, and `verify.py`
-proves that nothing changed.
+proves that nothing changed; `snapshot.py` puts back what was changed in vain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from ..architectures import AttentionBlock, Projection, spec_for
 from ..architectures.blocks import base_layer, layer_lists, unwrapped
 from ..lora import adapter_of
-from .layers import layer_counts, outline, owner_of, removable, remove_layers, stock_config, without_inputs
-from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
+from .layers import layer_counts, outline, removable, remove_layers, stock_config, without_inputs
+from .plan import BlockPlan, CondensePlan, condense_plan, dead_units, without_layers
 from .resize import add_bias, block_key, inputs_of, keep_units, output_of, set_own_heads, shrink
+from .snapshot import all_or_nothing, own_configs
 from .verify import compare, observe, sample_batch
 
 __all__ = [
@@ -46,7 +47,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     has none, so the smaller model computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the
     sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
     kept (but parameters without elements are frozen); parameters of shrunk modules are new objects, so an optimizer has to be made
-    anew. `config.hf_prune` then holds the sizes (format: `resize.py`).
+    anew. So is `model.config`, which may be shared with another model; its `hf_prune` then holds the sizes (format: `resize.py`).
 
     A layer that has nothing left and only adds to what it is given (pre-norm) goes too, where that is exact; see `layers.py`.
     `output_hidden_states` then has an entry less: what the removed layer was given. A post-norm layer keeps its LayerNorms.
@@ -81,8 +82,9 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     plan = condense_plan(body, pad_to_multiple_of)
     if not plan.changed and not plan.removed:
         return model
-    before = observe(body) if verify else None
-    with _all_or_nothing(body, plan):
+    with all_or_nothing(model):
+        before = observe(body) if verify else None
+        own_configs(model)
         with _zeros_held(plan):
             for block in plan.changed:
                 _fold(block)
@@ -123,7 +125,11 @@ def drop_layers(model: PreTrainedModel) -> list[str]:
                 constants[0] = None
             if gone := removable(constants, [outline(layer) for layer in layers]):
                 removed[path] = gone
-    remove_layers(model, spec, removed)
+    with all_or_nothing(model):
+        own_configs(model)
+        remove_layers(model, spec, removed)
+        if entry := getattr(model.config, "hf_prune", None):
+            model.config.hf_prune = without_layers(entry, removed)
     return [f"{path}.{index}" for path, indices in removed.items() for index in indices]
 
 
@@ -156,29 +162,3 @@ def _zeros_held(plan: CondensePlan) -> Iterator[None]:
 def _parts(plan: CondensePlan) -> list[Projection]:
     """The projections that lose something."""
     return [part for block in plan.changed for part in (*inputs_of(block.block), output_of(block.block))]
-
-
-@contextmanager
-def _all_or_nothing(model: PreTrainedModel, plan: CondensePlan) -> Iterator[None]:
-    """If the body raises, put back every changed module and the config: not equal values but the very same parameters."""
-    modules = {module for part in _parts(plan) for module in part.module.modules()}
-    modules |= {block.block.module for block in plan.changed if hasattr(block.block, "module")}
-    for path in plan.removed:
-        modules |= set(layer_lists(model.base_model, path)[path].modules())
-    before = [
-        (module, type(module), {**vars(module), "_parameters": dict(module._parameters), "_modules": dict(module._modules)})
-        for module in modules
-    ]
-    own: list[Any] = [model, *(owner_of(model, path) for path in plan.removed)]
-    configs = [(module.config, dict(vars(module.config))) for module in own]
-    try:
-        yield
-    except BaseException:
-        for module, cls, state in before:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(state)
-        for config, state in configs:
-            vars(config).clear()
-            vars(config).update(state)
-        raise

@@ -92,6 +92,17 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
         if getattr(model.config, "layer_types", None) is not None:
             types = list(enumerate(model.config.layer_types))
             model.config.layer_types = [kind for index, kind in types if index not in indices]
+    if removed:
+        _name_decoder_depth(model.config, spec)
+
+
+def _name_decoder_depth(config: Any, spec: ArchitectureSpec) -> None:
+    """Say how many layers the decoder has under the name by which `get_text_config` looks for it, and so `generate` for its cache.
+
+    T5 has another name for it, under which nobody looks, so its cache has as many layers as its encoder.
+    """
+    if config.is_encoder_decoder:
+        config.decoder_layers = getattr(config, layer_counts(spec)[spec.layers[-1]])
 
 
 def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
@@ -104,6 +115,8 @@ def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
         if getattr(stock, "layer_types", None) is not None:
             for index in indices:
                 stock.layer_types.insert(index, stock.layer_types[max(index - 1, 0)])
+    if entry.get("removed_layers"):
+        _name_decoder_depth(stock, spec)
     return stock
 
 

@@ -107,10 +107,9 @@ class CondensePlan:
                 parts[key] = parts.get(key, {}) | plan.sizes
         gone = {path: list(indices) for path, indices in before.get("removed_layers", {}).items()}
         for path, indices in self.removed.items():
-            layers = {new: parts for name, parts in layers.items() if (new := renumbered(name, path, indices)) is not None}
+            layers = _renumbered(layers, path, indices)
             earlier = gone.get(path, [])
-            left = [index for index in range(max(indices) + len(earlier) + 1) if index not in earlier]
-            gone[path] = sorted(earlier + [left[index] for index in indices])
+            gone[path] = sorted(earlier + _stock_numbers(indices, earlier))
         return {"version": 1, "layers": layers} | ({"removed_layers": gone} if gone else {})
 
     def to_dict(self) -> list[dict[str, Any]]:
@@ -221,13 +220,38 @@ def _constant(plans: list[BlockPlan], crosses: bool) -> Tensor | None:
     return torch.stack(terms).sum(0)
 
 
-def renumbered(name: str, path: str, removed: list[int]) -> str | None:
-    """A layer's name after the removal of layers from the list at `path`; None if it is one of them."""
-    start, _, number = name.rpartition(".")
-    if start != path:
-        return name
-    index = int(number)
-    return None if index in removed else f"{path}.{index - sum(gone < index for gone in removed)}"
+def without_layers(entry: dict[str, Any], removed: dict[str, list[int]]) -> dict[str, Any]:
+    """The `config.hf_prune` of a model that has lost layers as if the stock model had never had them.
+
+    Args:
+        entry: the one it had before.
+        removed: indices, in the model as it was, by the path of the list.
+    """
+    layers, gone = entry.get("layers", {}), dict(entry.get("removed_layers", {}))
+    for path, indices in removed.items():
+        layers = _renumbered(layers, path, indices)
+        if path in gone:
+            never = _stock_numbers(indices, gone[path])
+            gone[path] = [index - sum(other < index for other in never) for index in gone[path]]
+    return {**entry, "layers": layers} | ({"removed_layers": gone} if gone else {})
+
+
+def _renumbered(layers: dict[str, Any], path: str, removed: list[int]) -> dict[str, Any]:
+    """What is said of layers, by their names after the removal of some from the list at `path`."""
+    said = {}
+    for name, parts in layers.items():
+        start, _, number = name.rpartition(".")
+        if start != path:
+            said[name] = parts
+        elif int(number) not in removed:
+            said[f"{path}.{int(number) - sum(gone < int(number) for gone in removed)}"] = parts
+    return said
+
+
+def _stock_numbers(indices: list[int], earlier: list[int]) -> list[int]:
+    """The numbers in the stock model of layers of a list that has lost those at `earlier`."""
+    left = [index for index in range(max(indices) + len(earlier) + 1) if index not in earlier]
+    return [left[index] for index in indices]
 
 
 def _reason(row: dict[str, Any]) -> str:

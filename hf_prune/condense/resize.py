@@ -34,7 +34,6 @@ architecture specs alone.
 from __future__ import annotations
 
 import difflib
-import functools
 import reprlib
 from collections.abc import Collection
 from typing import Any
@@ -45,7 +44,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
-from ..architectures.blocks import base_layer, is_adapted, layer_lists, out_features
+from ..architectures.blocks import Adapted, adapted, base_layer, is_adapted, layer_lists, out_features
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -308,7 +307,7 @@ class NoInputsConv1D(NoInputs, Conv1D):
     stock_class = Conv1D
 
 
-class NoHeads:
+class NoHeads(Adapted):
     """The `forward` of an attention module that has no head left: stock ones cannot tell the shape of a tensor without elements.
 
     Returns an empty context, `[batch, tokens, 0]`, or what the output projection makes of it, `[batch, tokens, hidden]`, where the
@@ -355,7 +354,7 @@ class NoHeads:
         return states.shape[2]
 
 
-class OwnHeads:
+class OwnHeads(Adapted):
     """The `forward` of an attention module that is given a position bias for every stock head: it takes that of its own heads."""
 
     own_heads: list[int]
@@ -376,9 +375,3 @@ class OwnHeads:
         past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
         keys = past + tokens if mask is None else mask.shape[-1]
         return module.compute_bias(tokens, keys, device=hidden_states.device, past_seen_tokens=past)
-
-
-@functools.cache
-def adapted(stock: Any, mixins: tuple[type, ...]) -> type[Any]:
-    """A subclass of a stock attention class with another `forward`."""
-    return type(stock.__name__, (*mixins, stock), {"__module__": stock.__module__, "stock_class": stock})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+
+from .snapshot import unchanged
 
 Outputs = dict[str, Tensor]
 
@@ -29,18 +30,24 @@ def observe(model: PreTrainedModel) -> Outputs:
 
     It is computed in float64, so that what differs is the model and not the order of its sums: a trained model has activations
     whose rounding in float32 alone exceeds 1e-5. A model that gives no finite numbers there (its softmax is in float32, where the
-    mask of a query that sees nothing becomes −inf) is taken as it is. Modes, values, attention implementation and the global random
-    state are left as they were.
+    mask of a query that sees nothing becomes −inf) is taken as it is. The model is left as it was, without the hooks by which
+    transformers records hidden states.
     """
-    with _in_float64(model):
-        seen = _observe(model)
+    seen = _observe(model, wide=True)
     return seen if all(bool(value.isfinite().all()) for value in seen.values()) else _observe(model)
 
 
-def _observe(model: PreTrainedModel) -> Outputs:
-    batch = sample_batch(model)
+@torch.no_grad()
+def _observe(model: PreTrainedModel, wide: bool = False) -> Outputs:
+    """What a model puts out, if `wide` in float64 where the device has it."""
     seen: Outputs = {}
-    with _evaluating(model), torch.no_grad():
+    with unchanged(model):
+        model.train(False)
+        if wide and model.device.type != "mps":
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.double()
+        batch = sample_batch(model)
         for implementation in implementations(model):
             model.set_attn_implementation(implementation)
             outputs = model(**batch, output_hidden_states=True, return_dict=True)
@@ -148,32 +155,3 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for index, part in enumerate(value):
             yield from _tensors(f"{name}.{index}", part)
-
-
-@contextmanager
-def _in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Parameters and buffers in float64 inside, where the device has it; afterwards the very same storage as before."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-    before = [tensor.data for tensor in tensors]
-    if model.device.type != "mps":
-        for tensor in tensors:
-            tensor.data = tensor.data.double()
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, before):
-            tensor.data = data
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's mode, and the attention implementation, are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    implementation = model.config._attn_implementation
-    model.train(False)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module, mode in modes:
-            module.training = mode
