@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,21 +23,24 @@ from .checkpoints import (
     load_state,
     record_of,
     remember_folders,
+    save_between_steps,
     save_state,
     written,
 )
 from .config import PruningConfig
+from .distributed import wait_for_all
 from .pruner import Pruner
 
 logger = logging.getLogger(__name__)
 
-#: Part of an optimizer's name → why weights that it trains cannot be pruned.
+#: Part of the name of an optimizer or its class, without underscores → why weights that it trains cannot be pruned.
 REFUSED_OPTIMIZERS = {
     "8bit": "it keeps its state in blocks of 8 bits that pruned and kept weights share",
     "4bit": "it keeps its state in blocks of 4 bits that pruned and kept weights share",
+    "fp8": "it keeps its state in blocks of 8 bits that pruned and kept weights share",
     "lomo": "it steps inside backward, so no event sees the complete gradients",
     "layerwise": "it steps inside backward, so no event sees the complete gradients",
-    "schedule_free": "it swaps the weights for an average that holds the values of pruned ones",
+    "schedulefree": "it swaps the weights for an average that holds the values of pruned ones",
 }
 
 #: What of a rule decides which units it has and how they are scored.
@@ -57,6 +61,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         allow_config_change: resume from a checkpoint that was written with another config. What is pruned stays so; a rule with
             another pattern, criterion, reduction or choice of modules starts with no scores.
     """
+
+    #: See `checkpoints.save_between_steps`.
+    saves_between_steps = True
 
     def __init__(self, config: PruningConfig | Mapping[str, Any], allow_config_change: bool = False) -> None:
         self.config = config if isinstance(config, PruningConfig) else PruningConfig.from_dict(config)
@@ -80,7 +87,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             folder = folder_being_written(Path(str(args.output_dir)), state.global_step, state.is_hyper_param_search)
             if folder.is_dir():
                 self.config.save_pretrained(folder)
-                save_state(self._running.state_dict(), folder)
+                save_state(self._state_of_all(), folder)
                 self.written = record_of(folder, state.global_step)
         given = {"config": self.config.to_dict(), "allow_config_change": self.allow_config_change}
         return {"args": given, "attributes": {"written": self.written, "restored": True}}
@@ -108,6 +115,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         previous, self._between_steps = self.pruner, None
         if previous is not None:
             previous.release()  # The run before may have been interrupted.
+        _refuse_optimizer(kwargs.get("optimizer"))
         if self.restored and hasattr(args, "_pruning"):
             config, self.allow_config_change = args._pruning
             self.config = PruningConfig.from_dict(config)
@@ -138,9 +146,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running.step()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._between_steps = args, state
+        self._between_steps = args, state  # before `on_step_end`, in which other callbacks may save
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A model below the final sparsity does not compete to be the best: the first one that has it starts the competition.
@@ -150,8 +156,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
-            # One process asked for the pruner's state while it wrote the checkpoint, and waits for what the others have of it.
-            self._running.state_dict()
+            self._state_of_all()  # one process asked for it while it wrote the checkpoint, and waits for the others
         elif self.written.get("step") != state.global_step:
             raise RuntimeError(
                 f"The checkpoint of step {state.global_step} is not where the Trainer puts checkpoints, in {args.output_dir}, "
@@ -180,6 +185,21 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
         return self.pruner
 
+    def _state_of_all(self) -> dict[str, torch.Tensor]:
+        """The pruner's state for a checkpoint in which all processes have written what is theirs.
+
+        Raises:
+            RuntimeError: the weights that were written are not those that the last step left.
+        """
+        if regrown := self._running.regrown():
+            raise RuntimeError(
+                f"The checkpoint of step {self._running.steps} holds pruned weights that are not zero, in {len(regrown)} modules, "
+                f"first {regrown[0]!r}: something but `optimizer.step()` changes weights, as averaging optimizers and callbacks do."
+            )
+        state = self._running.state_dict()
+        wait_for_all()
+        return state
+
     def _attached(self, args: TrainingArguments, model: nn.Module, total_steps: int, steps_per_epoch: float | None) -> Pruner:
         """A pruner for a run, attached to its model."""
         _refuse(args)
@@ -194,7 +214,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         pruner = self._running
         folder: Path = state.folder  # type: ignore[attr-defined]
         files = written(entry, state.global_step)
-        if files is not None and (broken := changed_files(folder, {STATE_NAME: files[STATE_NAME]})):
+        if files is not None and (broken := changed_files(folder, {STATE_NAME: files.get(STATE_NAME, "")})):
             raise ValueError(
                 f"{folder} is not complete: {broken[0]} is missing or not the one that was written with {TRAINER_STATE_NAME}; "
                 "last_complete_checkpoint(output_dir) finds the checkpoint before."
@@ -263,10 +283,28 @@ def _refuse(args: TrainingArguments) -> None:
             "PruningCallback does not work with DeepSpeed, which steps inside backward, so no event sees the complete gradients; "
             "use DDP or FSDP2."
         )
-    optimizer = getattr(args.optim, "value", args.optim)
+    if args.enable_jit_checkpoint and args.world_size > 1:
+        raise ValueError(
+            f"enable_jit_checkpoint=True does not work with PruningCallback on {args.world_size} processes: each of them hears the "
+            "signal in another step, and their checkpoint is that of one."
+        )
+    _refuse_named("optim", str(getattr(args.optim, "value", args.optim)))
+
+
+def _refuse_named(field: str, name: str, *traits: str) -> None:
+    """Raise if an optimizer is one of those that pruning cannot work with, by its name or what else it is known by."""
     for part, reason in REFUSED_OPTIMIZERS.items():
-        if part in optimizer:
-            raise ValueError(f"optim={optimizer!r} does not work with PruningCallback: {reason}. Use a torch optimizer.")
+        if any(part in text.lower().replace("_", "") for text in (name, *traits)):
+            raise ValueError(f"{field}={name!r} does not work with PruningCallback: {reason}. Use a torch optimizer.")
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    """Raise if an optimizer, given to the Trainer or made by it, shows before its first step that pruning cannot work with it."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    swaps = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)  # of bitsandbytes
+    _refuse_named("optimizers", type(optimizer).__name__, f"{bits}bit", "schedule_free" if swaps else "")
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
@@ -281,3 +319,4 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
 # Here, so that they hold wherever a callback is, also one that was unpickled.
 install_log_hook()
 remember_folders()
+save_between_steps()

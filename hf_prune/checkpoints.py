@@ -1,6 +1,6 @@
 """What a Trainer's checkpoint must hold so that a run can go on from it: the pruner's tensors, and a record of all files.
 
-The Trainer writes `trainer_state.json` last. The callback's entry in it records every other file with a fingerprint, so a
+The Trainer writes `trainer_state.json` last. The callback's entry in it records every other file with its checksum, so a
 checkpoint is complete when that file is whole and all others are those that it records. Only after that the Trainer deletes older
 checkpoints.
 """
@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "pruner.safetensors"
 
@@ -34,27 +39,34 @@ _REQUIRED = {
     "random state": ("rng_state*.pth",),
 }
 
-_PIECES, _PIECE = 64, 4096
+#: What is in a checkpoint's folder while it is written, and is no part of it.
+_UNRECORDED = {TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt"}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The latest checkpoint in a Trainer's output folder that a run can go on from, or None if there is none.
 
     A process that dies while it saves leaves half a checkpoint behind, which `resume_from_checkpoint=True` would take. This one
-    passes it over:
+    passes it over, with a warning that says why:
 
     ```python
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     ```
 
-    Complete means that model, optimizer, scheduler and random state are there, that each file can be read, and, where a
-    `PruningCallback` was at work, that each is the one it recorded.
+    Complete means that model, optimizer, scheduler and random states are there and that, where a `PruningCallback` was at work,
+    each file has the checksum that it recorded. Other runs record none: there every file has to be readable, and what torch wrote
+    to have the checksums that it holds; of weights in a safetensors file, which holds none, the size alone is known. It takes
+    reading the checkpoint once: on one core, about 0.75 s a GiB besides what the disk needs.
     """
     numbered = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if folder.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)):
             numbered.append((int(match[1]), folder))
-    return next((str(folder) for _, folder in sorted(numbered, reverse=True) if defect(folder) is None), None)
+    for _, folder in sorted(numbered, reverse=True):
+        if (reason := defect(folder)) is None:
+            return str(folder)
+        logger.warning("Passed over a checkpoint: %s", reason)
+    return None
 
 
 def defect(folder: Path) -> str | None:
@@ -62,20 +74,56 @@ def defect(folder: Path) -> str | None:
     for content, patterns in _REQUIRED.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"{folder} holds no {content}."
-    for path in sorted(folder.iterdir()):
-        try:
-            _READERS.get(path.suffix, Path.stat)(path)
-        except Exception as error:  # each format has errors of its own
-            return f"{path} cannot be read ({error})."
-    try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except OSError:
+    path = folder / TRAINER_STATE_NAME
+    if not path.is_file():
         return f"{folder} holds no {TRAINER_STATE_NAME}, which is written last."
-    for entry in (state.get("stateful_callbacks") or {}).values():
-        record = written(entry, state["global_step"])
-        if record is not None and (names := changed_files(folder, record)):
-            return f"{folder} was not written in one go: {', '.join(names)} changed since."
+    try:
+        state = _trainer_state(path)
+        entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        records = [written(entry, state.global_step) for entry in entries.values()]
+        recorded: dict[str, str] = {name: value for record in records if record is not None for name, value in record.items()}
+        if recorded:
+            changed = changed_files(folder, recorded)
+            return f"{folder} is not as it was written: {', '.join(changed)} changed since." if changed else None
+        if missing := _missing_random_states(folder):
+            return f"{folder} holds no {', '.join(missing)}: not all processes have written their random states."
+        for path in _files(folder):
+            _READERS.get(path.suffix, Path.stat)(path)
+    except Exception as error:  # each format has errors of its own
+        return f"{path} cannot be read ({error})."
     return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a checkpoint; hidden ones are left by file systems, not by the Trainer."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return [path for name, path in paths.items() if path.is_file() and not any(part.startswith(".") for part in name.parts)]
+
+
+def _missing_random_states(folder: Path) -> list[str]:
+    """Of several processes each writes its own; folders that machines do not share hold those of some, in a row."""
+    found = [re.fullmatch(r"rng_state_(\d+)\.pth", path.name) for path in folder.glob("rng_state_*.pth")]
+    ranks = {int(match[1]) for match in found if match}
+    expected = range(min(ranks), max(1, *ranks) + 1) if ranks else ()
+    return [f"rng_state_{rank}.pth" for rank in expected if rank not in ranks]
+
+
+def _trainer_state(path: Path) -> TrainerState:
+    """What `trainer_state.json` says.
+
+    Raises:
+        TypeError: it is not what the Trainer writes.
+    """
+    state: TrainerState = TrainerState.load_from_json(str(path))
+    for name, hint in (get_type_hints(TrainerState) | {"stateful_callbacks": dict}).items():
+        value = getattr(state, name)
+        hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = {get_origin(kind) or kind for kind in hints}
+        if kinds & {int, float} and name != "global_step":
+            kinds |= {int, float}
+        if type(value) not in kinds:
+            raise TypeError(f"{name} is {value!r}")
+    return state
 
 
 def _read_json(path: Path) -> None:
@@ -86,8 +134,10 @@ def _read_json(path: Path) -> None:
 
 
 def _read_zip(path: Path) -> None:
-    """The list of a zip file's contents is at its end."""
-    zipfile.ZipFile(path).close()
+    """A zip file lists its contents at its end, with their checksums."""
+    with zipfile.ZipFile(path) as file:
+        if broken := file.testzip():
+            raise zipfile.BadZipFile(f"{broken} has another checksum")
 
 
 def _read_safetensors(path: Path) -> None:
@@ -98,6 +148,7 @@ def _read_safetensors(path: Path) -> None:
 
 _READERS: dict[str, Callable[[Path], object]] = {
     ".safetensors": _read_safetensors,
+    ".bin": _read_zip,
     ".pt": _read_zip,
     ".pth": _read_zip,
     ".json": _read_json,
@@ -108,40 +159,31 @@ _READERS: dict[str, Callable[[Path], object]] = {
 
 
 def record_of(folder: Path, step: int) -> dict[str, Any]:
-    """What `trainer_state.json` records of a checkpoint whose other files are all written: its step and name → fingerprint.
-
-    The random states of many processes are left out: each process writes its own, when it gets there.
-    """
-    names = (path.name for path in folder.iterdir() if path.is_file())
-    recorded = sorted(name for name in names if name != TRAINER_STATE_NAME and not name.startswith("rng_state_"))
-    return {"step": step, "files": {name: fingerprint(folder / name) for name in recorded}}
+    """What `trainer_state.json` records of a checkpoint whose other files are all written: its step and name → checksum."""
+    names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    return {"step": step, "crc32": {name: checksum(path) for name, path in names.items() if name not in _UNRECORDED}}
 
 
 def written(entry: Any, step: int) -> dict[str, str] | None:
     """The files that a callback's entry in `trainer_state.json` records for this step; None if the callback was not at work."""
-    record = entry.get("attributes", {}).get("written") if isinstance(entry, Mapping) else None
-    return record["files"] if record and record["step"] == step else None
+    attributes = entry.get("attributes") if isinstance(entry, Mapping) else None
+    record = attributes.get("written") if isinstance(attributes, Mapping) else None
+    files = record.get("crc32") if isinstance(record, Mapping) and record.get("step") == step else None
+    return files if isinstance(files, dict) else None
 
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     """The names of recorded files that are not there any more, or are others."""
-    return [name for name, value in files.items() if not (folder / name).is_file() or fingerprint(folder / name) != value]
+    return [name for name, value in files.items() if not (folder / name).is_file() or checksum(folder / name) != value]
 
 
-def fingerprint(path: Path) -> str:
-    """Size and checksum of 64 pieces of 4 KiB spread over a file: as quick for a large file as for a small one.
-
-    A file cut short differs in size, and one of another step or run in all its pieces.
-    """
-    size = path.stat().st_size
-    checksum = 0
+def checksum(path: Path) -> str:
+    """The CRC-32 of a file, in hexadecimal: 0.75 s a GiB on one core, where safetensors and torch took 6 s to write it."""
+    value = 0
     with path.open("rb") as file:
-        for piece in range(_PIECES):
-            file.seek(max(size - _PIECE, 0) * piece // (_PIECES - 1))
-            checksum = zlib.crc32(file.read(_PIECE), checksum)
-            if size <= _PIECE:
-                break
-    return f"{size}-{checksum:08x}"
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
 
 
 # ----------------------------------------------------------------------------------------------------------- the pruner's file
@@ -171,7 +213,7 @@ def folder_being_written(output_dir: Path, step: int, is_hyper_param_search: boo
     name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if not is_hyper_param_search:
         return output_dir / name
-    folders = [folder for folder in output_dir.glob(f"*/{name}") if any(folder.iterdir())]
+    folders = [folder for folder in (*output_dir.glob(name), *output_dir.glob(f"*/{name}")) if any(folder.iterdir())]
     return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()), default=output_dir / name)
 
 
@@ -192,3 +234,30 @@ def remember_folders() -> None:
 
     load_from_json.remembers_folder = True  # type: ignore[attr-defined]
     TrainerState.load_from_json = classmethod(load_from_json)  # type: ignore[assignment]
+
+
+def save_between_steps() -> None:
+    """Let `enable_jit_checkpoint` save a pruned run after the step in which it is asked to; calling it again changes nothing.
+
+    `JITCheckpointCallback` also saves before `optimizer.step()` and at the beginning of a step. A checkpoint from there has the
+    weights of the step before and random numbers from later, when the forward pass or a new epoch's order of rows has drawn some:
+    no run that is resumed from it is the one that went on. These two events are wrapped. The step is made in any case, and
+    `on_step_end` saves when it is over.
+    """
+    for event in ("on_step_begin", "on_pre_optimizer_step"):
+        stock = getattr(JITCheckpointCallback, event)
+        if not getattr(stock, "waits_for_the_step", False):
+            setattr(JITCheckpointCallback, event, _waiting(stock))
+
+
+def _waiting(stock: Callable[..., None]) -> Callable[..., None]:
+    """An event of `JITCheckpointCallback` in which it does nothing if one of the Trainer's callbacks `saves_between_steps`."""
+
+    @functools.wraps(stock)
+    def event(self: JITCheckpointCallback, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self.trainer
+        if not any(getattr(callback, "saves_between_steps", False) for callback in trainer.callback_handler.callbacks):
+            stock(self, *args, **kwargs)
+
+    event.waits_for_the_step = True  # type: ignore[attr-defined]
+    return event

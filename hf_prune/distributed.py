@@ -33,6 +33,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def wait_for_all() -> None:
+    """Go on when all processes that train together have come here."""
+    if num_ranks() > 1:
+        dist.barrier()
+
+
 # ---------------------------------------------------------------------------------------------------------------------- models
 
 

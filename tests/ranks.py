@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from hf_prune import DistillationConfig, DistillationTrainer, Pruner, PruningCallback, PruningConfig
+from hf_prune import DistillationConfig, DistillationTrainer, Pruner, PruningCallback, PruningConfig, last_complete_checkpoint
 
 Result = dict[str, Any]
 
@@ -154,6 +155,37 @@ def resumed(name: str) -> Callable[[Path], Result]:
         } | {"files": files}
 
     return case
+
+
+def saved(folder: Path) -> Result:
+    """A checkpoint, with a second process that is late with what it writes."""
+    trainer = trainer_for(folder, TRAINED["blocks"], tiny_bert(), save_strategy="steps", save_steps=STEPS)
+    save = trainer._save_rng_state
+
+    def late(output_dir: str) -> None:
+        time.sleep(rank())
+        save(output_dir)
+
+    trainer._save_rng_state = late
+    trainer.train()
+    checkpoint = folder / f"checkpoint-{STEPS}"
+    recorded = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["PruningCallback"]
+    before = last_complete_checkpoint(folder)
+    dist.barrier()
+    if rank() == 1:
+        (checkpoint / "rng_state_1.pth").unlink()
+    dist.barrier()
+    return {
+        "recorded": sorted(recorded["attributes"]["written"]["crc32"]),
+        "before": before and Path(before).name,
+        "after": last_complete_checkpoint(folder),
+    }
+
+
+def terminated(folder: Path) -> Result:
+    """A run that is to save upon a signal."""
+    trainer = trainer_for(folder, TRAINED["wanda"], tiny_bert(), enable_jit_checkpoint=True)
+    return {"error": error_of(trainer.train), "step": trainer.state.global_step}
 
 
 def ragged(folder: Path) -> Result:
@@ -405,6 +437,8 @@ CASES: dict[str, Callable[[Path], Result]] = {
     **{f"trained {name}": trained(name) for name in TRAINED},
     "resumed blocks": resumed("blocks"),
     "resumed wanda": resumed("wanda"),
+    "saved": saved,
+    "terminated": terminated,
     "ragged": ragged,
     "distilled": distilled,
     "accelerated": accelerated,

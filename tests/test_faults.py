@@ -18,9 +18,9 @@ from hf_prune.criteria import SnipMomentum
 from hf_prune.targets import weight_target
 
 
-def prune(model: PreTrainedModel, config: PruningConfig, steps: int = 6) -> Pruner:
-    """A short run with real gradients."""
-    pruner = Pruner(model, config, total_steps=steps)
+def prune(model: PreTrainedModel, config: PruningConfig, steps: int = 6, of: int | None = None) -> Pruner:
+    """A short run with real gradients, or the first steps of a longer one."""
+    pruner = Pruner(model, config, total_steps=of or steps)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     for step in range(steps):
         batch = ragged_batch(model, seed=step)
@@ -163,6 +163,14 @@ def test_a_run_that_prunes_nothing_fails_loudly() -> None:
     pruner.steps = 1
     with pytest.raises(RuntimeError, match="no weight is zero"):
         pruner.finish()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_is_cut_short_before_its_first_update_ends_as_it_is(steps: int) -> None:
+    pruner = prune(tiny_bert(num_hidden_layers=1), PruningConfig(pattern="4x1", warmup_steps=1, frequency=4), steps=steps, of=12)
+    pruner.finish()
+    assert pruner.sparsity() == 0
+    assert pruner.shortfall is not None
 
 
 @pytest.mark.parametrize("criterion", ["apoz", "mean_activation", "wanda"])

@@ -135,6 +135,20 @@ def test_a_resumed_run_goes_on_and_one_process_writes(name: str, two: Runs) -> N
     assert files == [f"checkpoint-{step}/{file}" for step in (3, 6) for file in ("pruner.safetensors", "pruning_config.json")]
 
 
+def test_a_checkpoint_is_complete_with_what_every_process_writes(two: Runs) -> None:
+    for result in two("saved"):
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(result["recorded"])
+        assert (result["before"], result["after"]) == (f"checkpoint-{STEPS}", None)
+
+
+def test_saving_upon_a_signal_is_refused_on_two_processes(two: Runs) -> None:
+    for result in two("terminated"):
+        assert result["error"].startswith(
+            "ValueError: enable_jit_checkpoint=True does not work with PruningCallback on 2 processes"
+        )
+        assert result["step"] == 0
+
+
 def test_an_accelerate_loop_on_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> None:
     first, second = two("accelerated")
     assert_equal(tensors(first), tensors(second))

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,11 @@ import pytest
 import torch
 from helpers import ROWS, SCHEDULED, arguments, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, last_complete_checkpoint
-from hf_prune.checkpoints import STATE_NAME, fingerprint
+from hf_prune.checkpoints import STATE_NAME, checksum
 
 EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
@@ -126,6 +132,75 @@ def test_a_plain_loop_resumes_exactly() -> None:
 
     for left, right in zip(run(stop=5), run(stop=None)):
         assert_equal(left, right)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints upon a signal
+
+
+class Terminated(TrainerCallback):
+    """Gets SIGTERM at an event of a step, or in its forward pass, and goes on when the Trainer has taken note of it."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.step = step
+        setattr(self, event, self.terminate)
+
+    def of(self, trainer: Trainer) -> Trainer:
+        (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, JITCheckpointCallback))
+        self.manager: CheckpointManager = callback.jit_manager
+        self.manager.kill_wait = 0
+        trainer.model.register_forward_pre_hook(lambda *_: self.on_forward(None, trainer.state, None))
+        trainer.add_callback(self)
+        return trainer
+
+    def on_forward(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass
+
+    def terminate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.manager.is_checkpoint_requested:
+                time.sleep(0.001)
+
+
+@pytest.fixture(scope="module", params=["movement", "wanda"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Trainer]:
+    """A config and a run of it to the end."""
+    config = {**STATEFUL[request.param], **SCHEDULED, "frequency": 4}
+    trainer = trainer_for(tmp_path_factory.mktemp("whole"), config, with_dropout(seed=0))
+    trainer.train()
+    return config, trainer
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "saved"),
+    [
+        ("on_train_begin", 0, 1),
+        ("on_forward", 4, 5),
+        ("on_pre_optimizer_step", 4, 5),
+        ("on_optimizer_step", 4, 5),
+        ("on_step_end", 4, 5),
+        ("on_step_end", 6, 6),
+        ("on_epoch_end", 6, 7),
+    ],
+)
+def test_a_run_that_saves_when_it_is_terminated_goes_on_exactly(
+    event: str, step: int, saved: int, uninterrupted: tuple[dict[str, Any], Trainer], tmp_path: Path
+) -> None:
+    config, whole = uninterrupted
+    ended = Terminated(event, step).of(trainer_for(tmp_path, config, with_dropout(seed=0), enable_jit_checkpoint=True))
+    ended.train()
+    assert ended.state.global_step < 12
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{saved}")
+    trainer = trainer_for(tmp_path, config, with_dropout(seed=9))
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    assert_equal(snapshot(trainer.model), snapshot(whole.model))
+    assert_equal(pruner_of(trainer).state_dict(), pruner_of(whole).state_dict())
+
+
+def test_a_run_without_pruning_saves_when_it_always_did(tmp_path: Path) -> None:
+    plain = Trainer(tiny_bert(), arguments(tmp_path, enable_jit_checkpoint=True), train_dataset=ROWS)
+    Terminated("on_forward", 4).of(plain).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 # ---------------------------------------------------------------------------------------------- other checkpoints, other configs
@@ -342,14 +417,115 @@ def test_resuming_from_half_a_checkpoint_is_an_error(pruned_run: Path, tmp_path:
         trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4097, 300_000, 1_000_000])
-def test_fingerprints_differ_where_files_do(size: int, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    content = os.urandom(size)
+PRUNED, PLAIN = "with pruning", "without pruning"
+
+
+@pytest.fixture(scope="module")
+def runs(pruned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The checkpoints of a run that records what it writes, and of one that does not."""
+    folder = tmp_path_factory.mktemp("plain")
+    Trainer(tiny_bert(), arguments(folder, save_strategy="steps", save_steps=1, max_steps=8), train_dataset=ROWS).train()
+    return {PRUNED: pruned_run, PLAIN: folder}
+
+
+def overwritten(path: Path) -> None:
+    """Other bytes in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
     path.write_bytes(content)
-    first = fingerprint(path)
-    assert fingerprint(path) == first
-    for other in (content + b"0", content[:-1], bytes(255 - byte for byte in content)):
-        if other != content:
-            path.write_bytes(other)
-            assert fingerprint(path) != first
+
+
+#: What happened to a checkpoint → the runs in which that can be seen, what is said about it, and how it is done.
+DAMAGES: dict[str, tuple[tuple[str, ...], str, Callable[[Path], object]]] = {
+    "weights overwritten": ((PRUNED,), "model.safetensors changed since", lambda p: overwritten(p / "model.safetensors")),
+    "optimizer overwritten": ((PRUNED, PLAIN), r"optimizer\.pt", lambda p: overwritten(p / "optimizer.pt")),
+    "arguments overwritten": ((PRUNED, PLAIN), r"training_args\.bin", lambda p: overwritten(p / "training_args.bin")),
+    "the random state of one process": (
+        (PLAIN,),
+        r"holds no rng_state_1\.pth: not all processes",
+        lambda p: (p / "rng_state.pth").rename(p / "rng_state_0.pth"),
+    ),
+    "no random state of one of four": (
+        (PLAIN,),
+        r"holds no rng_state_2\.pth: not all processes",
+        lambda p: [shutil.copy(p / "rng_state.pth", p / f"rng_state_{rank}.pth") for rank in (0, 1, 3)],
+    ),
+    **{
+        f"a state that is {text[:30]}": (
+            (PRUNED, PLAIN),
+            rf"trainer_state\.json cannot be read \(.*{said}",
+            lambda p, text=text: (p / "trainer_state.json").write_text(text),
+        )
+        for text, said in {
+            "": "Expecting value",
+            "null": "mapping, not NoneType",
+            "[]": "mapping, not list",
+            "8": "mapping, not int",
+            '{"step": 8}': "unexpected keyword argument 'step'",
+            '{"global_step": "8"}': "global_step is '8'",
+            '{"global_step": 8.0}': "global_step is 8.0",
+            '{"global_step": true}': "global_step is True",
+            '{"global_step": 8, "log_history": {}}': "log_history is {}",
+            '{"global_step": 8, "epoch": null}': "epoch is None",
+            '{"global_step": 8, "best_metric": "high"}': "best_metric is 'high'",
+            '{"global_step": 8, "stateful_callbacks": [1]}': "must inherit",
+            '{"global_step": 8, "stateful_callbacks": 1}': "not iterable",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("damage", "run"), [(damage, run) for damage, (seen_in, _, _) in DAMAGES.items() for run in seen_in])
+def test_what_is_passed_over_and_why(
+    damage: str, run: str, runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (7, 8):
+        shutil.copytree(runs[run] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert not caplog.records
+    _, said, harm = DAMAGES[damage]
+    harm(tmp_path / "checkpoint-8")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
+    (record,) = caplog.records
+    assert re.match(rf"Passed over a checkpoint: {tmp_path}/checkpoint-8.*{said}", record.getMessage())
+
+
+ENTRIES: list[Any] = [None, [], 8, {"attributes": None}, {"attributes": {"written": 8}}, {"attributes": {"written": {"step": 8}}}]
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, {"attributes": {"written": {"step": 8, "crc32": ["model.safetensors"]}}}])
+def test_a_checkpoint_with_an_entry_that_records_nothing_is_judged_by_its_files(
+    entry: Any, pruned_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pruned_run / "checkpoint-8", tmp_path / "checkpoint-8")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["PruningCallback"] = entry
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert last_complete_checkpoint(tmp_path) == str(folder)
+    overwritten(folder / "optimizer.pt")
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["._model.safetensors", ".DS_Store", ".cache/index.json"])
+@pytest.mark.parametrize("run", [PRUNED, PLAIN])
+def test_files_that_a_file_system_leaves_behind_do_not_matter(run: str, name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[run] / "checkpoint-8", tmp_path / "checkpoint-8")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"\0\5\x16\7")
+    assert last_complete_checkpoint(tmp_path) == str(folder)
+
+
+def test_what_was_there_while_a_checkpoint_was_written_and_went_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / ".nfs01").write_text("")
+    trainer_for(tmp_path, {"pattern": "4x1"}, max_steps=1, **EVERY_STEP).train()
+    (tmp_path / "checkpoint-1" / ".nfs01").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("content", [b"", b"0", bytes(range(256)) * 12_288])
+def test_checksums_are_those_of_the_whole_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert checksum(path) == f"{zlib.crc32(content):08x}"

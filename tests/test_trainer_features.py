@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, last_complete_checkpoint, sparsity_report
 from hf_prune.checkpoints import STATE_NAME
@@ -464,6 +466,78 @@ def test_some_optimizers_are_refused(optimizer: str, reason: str, tmp_path: Path
     with pytest.raises(ValueError, match=rf"optim='{optimizer}' does not work with PruningCallback: .*{reason}"):
         trainer.train()
     assert_equal(snapshot(trainer.model), before)
+
+
+class Averaging(torch.optim.SGD):
+    """Trains with the last iterate and evaluates with the mean of all."""
+
+    def train(self) -> None:
+        self._hold("last")
+
+    def eval(self) -> None:
+        self._hold("mean")
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter, held in self.state.items():
+            held["count"] = held.get("count", 0) + 1
+            held["mean"] = held.get("mean", 0) + (parameter.detach() - held.get("mean", 0)) / held["count"]
+            held["last"] = parameter.detach().clone()
+        return loss
+
+    def _hold(self, kind: str) -> None:
+        with torch.no_grad():
+            for parameter, held in self.state.items():
+                parameter.copy_(held[kind])
+
+
+class Adam8bit(torch.optim.Adam):
+    """Has the name of one that keeps its state in 8 bits."""
+
+
+class Bits(torch.optim.SGD):
+    """Says how wide its state is as the optimizers of bitsandbytes do."""
+
+    args = SimpleNamespace(optim_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda given: Averaging(given, lr=0.1, momentum=0.9), "optimizers='Averaging' .* an average that holds"),
+        (Adam8bit, "optimizers='Adam8bit' .* blocks of 8 bits"),
+        (lambda given: Bits(given, lr=0.1), "optimizers='Bits' .* blocks of 8 bits"),
+        (lambda given: LayerWiseDummyOptimizer({}), "optimizers='LayerWiseDummyOptimizer' .* steps inside backward"),
+    ],
+)
+def test_optimizers_that_are_given_are_refused_by_what_they_are(make: Callable[..., Any], reason: str, tmp_path: Path) -> None:
+    model = tiny_bert()
+    trainer = trainer_for(tmp_path, {"pattern": "1x1"}, model, optimizers=(make(model.parameters()), None))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=reason):
+        trainer.train()
+    assert_equal(snapshot(model), before)
+    Pruner(model, PruningConfig(pattern="1x1"), total_steps=1)  # nothing stays attached
+
+
+class Elated(TrainerCallback):
+    """Gives pruned weights values between a step and its checkpoint."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight += 1e-3
+
+
+@pytest.mark.parametrize("config", [{"pattern": "4x1"}, {"pattern": "1x1", "criterion": "movement"}, {"keep_zeros": True}])
+def test_a_checkpoint_whose_zeros_are_not_zero_is_an_error(config: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[::2] = 0
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    trainer = trainer_for(tmp_path, {**config, **SCHEDULED}, model, callbacks=[Elated()], **saving)
+    message = r"checkpoint of step 4 holds pruned weights that are not zero, in 1 modules, first 'bert.encoder.layer.1.output.dense"
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
 
 
 def test_deepspeed_is_refused_before_the_first_step(tmp_path: Path) -> None:

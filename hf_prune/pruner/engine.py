@@ -153,11 +153,12 @@ class Pruner:
         """Apply masks once more, remove hooks and let go of the model.
 
         Raises:
-            RuntimeError: the run asked for sparsity and there is none.
+            RuntimeError: mask updates were due, and there is no sparsity: they did not happen, or all of them removed nothing.
         """
         self._apply()
         self.release()
-        if self.target_sparsity() > 0 and self.sparsity() == 0:
+        missed = any(rule.behind(self.steps) for rule in self._rules)
+        if (missed or self.done) and self.target_sparsity() > 0 and self.sparsity() == 0:
             raise RuntimeError(
                 f"target_sparsity={self.config.target_sparsity} was asked for and no weight is zero after {self.steps} steps; "
                 "are observe() and step() called around every optimizer step?"
@@ -193,6 +194,19 @@ class Pruner:
                     density[name] = min(density[name], 1.0) * (1 - max(rule.asked, rule.timeline.sparsity(step)))
         sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
         return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    @torch.no_grad()
+    def regrown(self) -> list[str]:
+        """The names of modules in which a pruned weight is not zero: after `step()` none, until something else writes to them.
+
+        All processes have to ask together.
+        """
+        names = {name for name, mask in self._locked.items() if bool(whole((self._targets[name].value() * ~mask).any()))}
+        for rule in self._rules:
+            for group, kept, alive in zip(rule.groups, rule.kept, alive_units(rule.groups)):
+                if bool((alive & ~kept).any()):
+                    names.add(group.name)
+        return sorted(names)
 
     def unmasked_weights(self) -> dict[str, Tensor]:
         """By name, the parameters under a criterion that lets weights come back, with the values that masked ones left with."""
