@@ -12,6 +12,8 @@ from .units import UnitGroup
 
 #: How many scores are sampled to bracket a threshold.
 _SAMPLE = 2**14
+#: Up to how many neighbours it is faster to compare them in pairs than to sort them.
+_PAIRWISE = 8
 
 
 def _bracket(scores: Tensor, k: int) -> tuple[Tensor, int]:
@@ -52,9 +54,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 def candidates(scores: Tensor, cell: tuple[int, int]) -> Tensor:
     """Mark the n lowest of every m neighbouring scores, the first of equals going first. `[k·m]` → bool `[k·m]`."""
     n, m = cell
+    if m > _PAIRWISE:
+        chosen = torch.zeros_like(scores, dtype=torch.bool).view(-1, m)
+        order = scores.view(-1, m).argsort(dim=1, stable=True)
+        return chosen.scatter_(1, order[:, :n], True).flatten()
     columns = scores.view(-1, m).unbind(dim=1)
     # The rank of a score is the number of others that go before it; comparing each pair once settles both sides.
-    ranks = torch.zeros(m, scores.numel() // m, dtype=torch.uint8 if m < 256 else torch.int32, device=scores.device)
+    ranks = torch.zeros(m, scores.numel() // m, dtype=torch.uint8, device=scores.device)
     for later in range(m):
         for earlier in range(later):
             goes_first = columns[earlier] <= columns[later]

@@ -120,6 +120,8 @@ def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) ->
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("weights on disk", megabytes(facts["bytes_on_disk"]))
     table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")
+    for reason, names in report.left_out.items():
+        table.add_row(f"not pruned: {', '.join(names)}", reason)
     show(table, blocks_table(blocks) if blocks else report)
     return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .distributed import whole
-from .targets import Target
+from .targets import Target, Weight
 
 
 @torch.no_grad()
@@ -22,10 +22,10 @@ def apply_masks(targets: Mapping[str, Target], masks: Mapping[str, Tensor], grad
         targets[name].mask(mask, lambda tensor: tensor, adapted=True, gradients=gradients)
 
 
-def count_zeros(targets: Iterable[Target]) -> tuple[int, int]:
+def count_zeros(counted: Iterable[Target | Weight]) -> tuple[int, int]:
     """`(zeros, elements)` over weights and biases, counted from the values; under LoRA those of the merged weight."""
     zeros = elements = 0
-    for target in targets:
-        elements += target.parameter.numel()
-        zeros += target.parameter.numel() - int(whole(torch.count_nonzero(target.value())))
+    for value in (item.value() for item in counted):
+        elements += value.numel()
+        zeros += value.numel() - int(whole(torch.count_nonzero(value)))
     return zeros, elements

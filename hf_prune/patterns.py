@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .architectures import AttentionBlock, Block, FeedForwardBlock, Projection
+from .architectures.blocks import computed_part
 from .config import Pattern
 from .targets import Target, bias_target, weight_target
 from .units import UnitGroup, View
@@ -21,7 +22,7 @@ def build_groups(
     """The unit groups of a pattern over the selected modules or blocks, and what is left out with its reason."""
     groups: list[UnitGroup] = []
     blocks = list(blocks)
-    left_out = {block.name: "condensing left nothing of it" for block in blocks if not _has_units(block)}
+    left_out = {block.name: reason for block in blocks if (reason := _obstacle(block))}
     blocks = [block for block in blocks if block.name not in left_out]
     if pattern.kind == "neuron":
         groups = [_neuron_group(block) for block in blocks if isinstance(block, FeedForwardBlock)]
@@ -65,8 +66,11 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
     return UnitGroup(name, (View(target, height, width, 0, rows),), biases), ""
 
 
-def _has_units(block: Block) -> bool:
-    return bool(block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons)
+def _obstacle(block: Block) -> str:
+    """Why a block has no units to prune, or an empty string."""
+    if not (block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons):
+        return "condensing left nothing of it"
+    return computed_part(block.projections)
 
 
 def _neuron_group(block: FeedForwardBlock) -> UnitGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,17 +25,21 @@ from .condense import block_key, dead_units, sample_batch, stock_config
 from .masks import count_zeros
 from .pruner import Pruner
 from .tables import as_text
-from .targets import body_prefix, prunable_modules, weight_target
+from .targets import body_weights
 
 
 @dataclass(frozen=True)
 class ModuleSparsity:
-    """Counts of one layer's weight."""
+    """Counts of one layer's weight, or of a parameter that is like one; `left_out` says why it cannot be pruned, `""` if it can.
+
+    A weight that can be pruned has the shape `(out, in)`, another one its own.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parameters: int
     zeros: int
+    left_out: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -57,7 +62,10 @@ class BlockSize:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """True zeros in the weights of the model's body, each shared weight once, module by module and in total."""
+    """True zeros in the weights of the model's body, each shared weight once, module by module and in total.
+
+    Weights that cannot be pruned count too; embeddings do not.
+    """
 
     modules: tuple[ModuleSparsity, ...]
     blocks: tuple[BlockSize, ...]
@@ -70,6 +78,15 @@ class SparsityReport:
         """Share of true zeros over all modules."""
         total = sum(module.parameters for module in self.modules)
         return sum(module.zeros for module in self.modules) / total if total else 0.0
+
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """Why some weights, though counted, cannot be pruned: reason → their names."""
+        found: dict[str, list[str]] = {}
+        for module in self.modules:
+            if module.left_out:
+                found.setdefault(module.left_out, []).append(module.name)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -88,9 +105,12 @@ class SparsityReport:
         )
         for column in ("module", "shape", "parameters", "zeros", "sparsity"):
             table.add_column(column, justify="left" if column == "module" else "right")
+        if self.left_out:
+            table.add_column("left out of pruning, because")
         for module in self.modules:
             shape = "x".join(str(size) for size in module.shape)
-            table.add_row(module.name, shape, f"{module.parameters:,}", f"{module.zeros:,}", f"{module.sparsity:.2%}")
+            reason = [module.left_out] if module.left_out else []
+            table.add_row(module.name, shape, f"{module.parameters:,}", f"{module.zeros:,}", f"{module.sparsity:.2%}", *reason)
         for block in self.blocks:
             table.add_row(
                 block.name,
@@ -117,13 +137,10 @@ def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityR
     Raises:
         ValueError: a layer has an adapter other than a plain LoRA one.
     """
-    prefix = body_prefix(model)
     modules = []
-    for name, module in prunable_modules(model):
-        if name.startswith(prefix):
-            target = weight_target(name, module)
-            zeros, parameters = count_zeros([target])
-            modules.append(ModuleSparsity(name, target.shape, parameters, zeros))
+    for weight in body_weights(model):
+        zeros, parameters = count_zeros([weight])
+        modules.append(ModuleSparsity(weight.name, weight.shape, parameters, zeros, weight.left_out))
     spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
     sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -171,10 +188,7 @@ def original_blocks(model: PreTrainedModel) -> tuple[BlockSize, ...]:
 def total_sparsity(model: PreTrainedModel) -> float:
     """Share of the body's weights that are zero, or gone since pruning started."""
     left = sum(module.parameters - module.zeros for module in sparsity_report(model).modules)
-    twin = stock_twin(model, "meta")
-    prefix = body_prefix(twin)
-    found = ((name, module) for name, module in prunable_modules(twin) if name.startswith(prefix))
-    return 1 - left / sum(weight_target(name, module).parameter.numel() for name, module in found)
+    return 1 - left / sum(math.prod(weight.shape) for weight in body_weights(stock_twin(model, "meta")))
 
 
 @dataclass(frozen=True)

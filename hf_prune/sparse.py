@@ -19,7 +19,7 @@ from torch.nn import functional
 from .masks import count_zeros
 from .report import benchmark
 from .tables import as_text
-from .targets import body_prefix, prunable_modules, weight_target
+from .targets import Weight, body_weights
 
 
 def _bsr(weight: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class SparseDecision:
 
     Attributes:
         name: of the module.
-        shape: `(out, in)`.
+        shape: `(out, in)`; its own where it is no layer's weight.
         sparsity: share of true zeros.
         kernel: `"dense"` or the format.
         dense_ms, sparse_ms: milliseconds a batch, median; None where nothing was measured.
@@ -109,7 +109,7 @@ class SparseDecision:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     sparsity: float
     kernel: str = "dense"
     dense_ms: float | None = None
@@ -161,23 +161,23 @@ def to_sparse(model: nn.Module, format: str = "csr", tokens: int = 1024, repeats
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: allowed are {', '.join(map(repr, FORMATS))}.")
-    prefix = body_prefix(model)
     decisions = []
-    for name, module in [(name, module) for name, module in prunable_modules(model) if name.startswith(prefix)]:
-        decision = _decide(name, module, format, tokens, repeats, margin)
+    for weight in list(body_weights(model)):
+        decision = _decide(weight, format, tokens, repeats, margin)
         decisions.append(decision)
-        if decision.kernel != "dense" and isinstance(module, nn.Linear):
-            model.set_submodule(name, SparseLinear(module, format))
+        if decision.kernel != "dense" and isinstance(weight.module, nn.Linear):
+            model.set_submodule(weight.name, SparseLinear(weight.module, format))
     report = SparseReport(tuple(decisions))
     print(report)
     return report
 
 
 @torch.no_grad()
-def _decide(name: str, module: nn.Module, format: str, tokens: int, repeats: int, margin: float) -> SparseDecision:
-    target = weight_target(name, module)
-    zeros, size = count_zeros([target])
-    decision = SparseDecision(name, target.shape, zeros / size if size else 0.0)
+def _decide(weight: Weight, format: str, tokens: int, repeats: int, margin: float) -> SparseDecision:
+    zeros, size = count_zeros([weight])
+    decision, module = SparseDecision(weight.name, weight.shape, zeros / size if size else 0.0), weight.module
+    if weight.left_out:
+        return replace(decision, reason=weight.left_out)
     if not isinstance(module, nn.Linear):
         return replace(decision, reason=f"a {type(module).__name__}")
     if not zeros:

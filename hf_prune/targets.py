@@ -1,4 +1,4 @@
-"""Which weights a rule names, always seen as `[out, in]` matrices."""
+"""The weights of a model: which of them count, which can be pruned (seen as `[out, in]` matrices), and which a rule names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from .architectures.blocks import active_copy, base_layer, is_adapted, unwrapped
+from .architectures.blocks import active_copy, base_layer, computed, is_adapted, unwrapped
 from .config import PruningConfigError, closest
 from .distributed import placed_like, whole
 from .lora import Adapter, adapter_of
@@ -132,13 +133,13 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules`, with PEFT seen through.
 
     Names are those of the model without adapters. A layer comes together with its adapters, as one module, and what
-    `modules_to_save` names as its active copy.
+    `modules_to_save` names as its active copy. What computes a layer's weight (a parametrization) is a part of the layer.
     """
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         module = active_copy(module)
-        if id(module) in seen:
+        if id(module) in seen or isinstance(module, ParametrizationList):
             return
         seen.add(id(module))
         yield name, module
@@ -149,14 +150,72 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk(unwrapped(model), "")
 
 
-def prunable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `(name, module)` for every layer whose weight can be pruned; a weight that layers share is yielded once."""
-    seen: set[int] = set()
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight that counts, whether or not it can be pruned.
+
+    Attributes:
+        name: of its layer; of the parameter where that is not called `weight` (`mlp.experts.down_proj`).
+        module: the layer, with its adapters.
+        key: what the layer calls it.
+        left_out: why it cannot be pruned, `""` if it can.
+    """
+
+    name: str
+    module: nn.Module
+    key: str = "weight"
+    left_out: str = ""
+
+    def value(self) -> Tensor:
+        """What the layer computes with, in its own shape; of a weight that can be pruned under LoRA the merged one.
+
+        Raises:
+            ValueError: the layer has an adapter other than a plain LoRA one.
+        """
+        if not self.left_out:
+            return weight_target(self.name, self.module).value()
+        value: Tensor = getattr(base_layer(self.module), self.key)
+        return value.detach()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(out, in)` of a weight that can be pruned, else its own shape."""
+        return tuple(self.value().shape) if self.left_out else weight_target(self.name, self.module).shape
+
+
+def weights(model: nn.Module) -> Iterator[Weight]:
+    """Yield every weight that sparsity is counted over, each once: of linear and convolutional layers, and what is like one.
+
+    A parameter of another module, of two dimensions or more, counts too (experts, routers), since it is multiplied with what flows
+    through the model, and is left out of pruning. Tables do not count: embeddings, and parameters of one row, such as the positions
+    of ViT, `[1, tokens, hidden]`.
+    """
+    seen: set[object] = set()
     for name, module in named_layers(model):
         layer = base_layer(module)
-        if isinstance(layer, PRUNABLE) and id(layer.weight) not in seen:
-            seen.add(id(layer.weight))
-            yield name, module
+        if isinstance(layer, PRUNABLE):
+            found = [Weight(name, module, left_out=computed(layer))]
+        elif isinstance(layer, nn.Embedding):
+            found = []
+        else:
+            reason = f"it is held by {type(layer).__name__}, no linear or convolutional layer"
+            own = {key: getattr(layer, key) for key in (*layer._parameters, *getattr(layer, "parametrizations", ()))}
+            found = [
+                Weight(name if key == "weight" else f"{name}.{key}".lstrip("."), module, key, reason)
+                for key, value in own.items()
+                if value is not None and value.ndim > 1 and len(value) > 1
+            ]
+        for weight in found:
+            parameter = layer._parameters.get(weight.key)  # what is computed is another tensor each time it is asked for
+            identity = (id(layer), weight.key) if parameter is None else id(parameter)
+            if identity not in seen:
+                seen.add(identity)
+                yield weight
+
+
+def prunable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `(name, module)` for every layer whose weight can be pruned; a weight that layers share is yielded once."""
+    return ((weight.name, weight.module) for weight in weights(model) if not weight.left_out)
 
 
 def body_prefix(model: nn.Module) -> str:
@@ -164,6 +223,12 @@ def body_prefix(model: nn.Module) -> str:
     model = unwrapped(model)
     base = getattr(model, "base_model", model)
     return next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+
+
+def body_weights(model: nn.Module) -> Iterator[Weight]:
+    """Yield the [`weights`] of a model's body, without those of its task head."""
+    prefix = body_prefix(model)
+    return (weight for weight in weights(model) if weight.name.startswith(prefix))
 
 
 def names_module(names: ModuleNames, name: str) -> bool:

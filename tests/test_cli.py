@@ -60,6 +60,11 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_inspect_says_what_cannot_be_pruned(cli: Run, tmp_path: Path) -> None:
+    models.tiny("wav2vec2").save_pretrained(tmp_path)
+    assert "not pruned: wav2vec2.encoder.pos_conv_embed.conv" in cli("inspect", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def condensed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("condensed")
@@ -79,6 +84,8 @@ def test_inspect(cli: Run, masked: Path, condensed: Path) -> None:
     printed = cli("inspect", masked)
     assert "2 of 4 heads" in printed
     assert f"{model.num_parameters():,}" in printed
+
+    assert "not pruned" not in printed
 
     small = cli.json("inspect", condensed)
     assert small["condensed"]

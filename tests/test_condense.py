@@ -482,7 +482,9 @@ def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
     parts = [Projection(name, module, 0, module.out_features) for name, module in (("up", up), ("down", down), ("gate", gate))]
     spec = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
     with torch.no_grad():
-        plan = importlib.import_module("hf_prune.condense.plan")._ffn(FeedForwardBlock("layer", "ffn", spec, *parts, activation))
+        plan = importlib.import_module("hf_prune.condense.plan")._plan(
+            FeedForwardBlock("layer", "ffn", spec, *parts, activation), 1
+        )
         inputs = torch.randn(5, 4)
         before = down(activation(gate(inputs)) * up(inputs))
         condensing._fold(plan)
@@ -519,11 +521,6 @@ def test_what_cannot_be_condensed() -> None:
         condense(empty)
 
     model = models.tiny("bert")
-    torch.nn.utils.parametrize.register_parametrization(model.bert.encoder.layer[0].output.dense, "weight", nn.Identity())
-    with pytest.raises(ValueError, match="remove_parametrizations"):
-        condense(model)
-
-    model = models.tiny("bert")
     model.bert.encoder.layer[2].intermediate.dense = nn.Bilinear(1, 1, 1)
     with pytest.raises(ValueError, match=r"encoder\.layer\.2\.intermediate\.dense is a Bilinear"):
         condense(model)
@@ -531,6 +528,26 @@ def test_what_cannot_be_condensed() -> None:
     gpt = transformers.MptModel(transformers.MptConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=9))
     with pytest.raises(ValueError, match="model_type='mpt' has no architecture spec"):
         condense(gpt)
+
+
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+@pytest.mark.parametrize("part", ["attention.self.query", "attention.output.dense", "output.dense"])
+def test_a_block_whose_weights_are_computed_is_left_out(part: str, tensor: str) -> None:
+    model = models.tiny("bert")
+    for block in find_blocks(model):
+        models.zero_units(block, [0, 1], "in")
+    layer = model.bert.encoder.layer[1].get_submodule(part)
+    torch.nn.utils.prune.l1_unstructured(layer, tensor, 0.5)
+    batch = models.ragged_batch(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        rows = condense_plan(condense(model)).to_dict()
+        torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=1e-5)
+    stayed = [row for row in rows if row["left_out"]]
+    assert [row["before"] for row in stayed] == [40 if part == "output.dense" else 4]
+    assert f"its {tensor} is no parameter but computed from {tensor}_orig" in stayed[0]["left_out"]
+    assert all(row["before"] in (2, 38) for row in rows if not row["left_out"])
+    assert stayed[0]["left_out"] in str(condense_plan(model))
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 16, 64])

@@ -326,6 +326,26 @@ def test_modules_that_share_a_weight_are_one_target() -> None:
     assert int((first.weight == 0).sum()) == round(0.5 * first.weight.numel())
 
 
+def test_sparse_gradients_of_embeddings() -> None:
+    model = tiny_bert(num_hidden_layers=1)
+    embeddings = model.bert.embeddings.word_embeddings
+    embeddings.sparse = True
+    pruner = Pruner(model, PruningConfig(pattern="head", frequency=1), total_steps=2)
+    batch = ragged_batch(model) | {"labels": torch.zeros(4, dtype=torch.long)}
+    for _ in range(2):
+        model(**batch).loss.backward()
+        assert embeddings.weight.grad.is_sparse
+        pruner.observe()
+        pruner.step()
+        model.zero_grad()
+    pruner.finish()
+    assert pruner.sparsity() == 0.5
+    pruner = Pruner(model, PruningConfig(pattern="head", frequency=1), total_steps=2)
+    (model(**batch).loss * model.bert.embeddings.word_embeddings.weight[batch["input_ids"][0, 0], 0] * torch.inf).backward()
+    with pytest.raises(FloatingPointError):
+        pruner.observe()
+
+
 def test_a_nan_names_the_module() -> None:
     model = tiny_bert(num_hidden_layers=1)
     with torch.no_grad():

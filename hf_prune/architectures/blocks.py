@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,20 @@ def base_layer(module: Any) -> Any:
     while is_adapted(module):
         module = module.base_layer
     return module
+
+
+def computed(module: nn.Module) -> str:
+    """Which of a layer's weight and bias is no parameter but computed from others, in words; `""` if neither is.
+
+    So do `torch.nn.utils.parametrize`, `torch.nn.utils.prune` and weight norm, of which wav2vec2 makes use. Zeros that are written
+    into such a tensor are gone with the next forward.
+    """
+    layer = base_layer(module)
+    for name in ("weight", "bias"):
+        if name not in layer._parameters and getattr(layer, name, None) is not None:
+            sources = [key for key, _ in layer.named_parameters() if any(step.startswith(name) for step in key.split("."))]
+            return f"its {name} is no parameter but computed from {', '.join(sources)}"
+    return ""
 
 
 def out_features(module: nn.Module) -> int:
@@ -144,6 +158,12 @@ class FeedForwardBlock:
 
 
 Block = AttentionBlock | FeedForwardBlock
+
+
+def computed_part(parts: Iterable[Projection]) -> str:
+    """Which projection of a block has a weight or bias that is [`computed`], in words; `""` if none has."""
+    found = ((part.name, computed(part.module)) for part in parts)
+    return next((f"of {name}: {reason}" for name, reason in found if reason), "")
 
 
 def _get(root: Any, path: str) -> Any:

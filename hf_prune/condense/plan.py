@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
-from ..architectures.blocks import base_layer, layer_lists
+from ..architectures.blocks import base_layer, computed_part, layer_lists
 from ..config import PruningConfigError
 from ..lora import adapter_of
 from .layers import depths, outline, removable
@@ -30,6 +30,7 @@ class BlockPlan:
         adds_bias: the output projection gets a bias for `shift`, which it has not yet.
         heads: the numbers that the heads that stay have in the stock model, where the config has to name them.
         masked: how many heads are dead but have to stay, because others share their key and value head.
+        left_out: why the block stays as it is, whatever is dead; `""` if it need not.
     """
 
     block: Block
@@ -39,6 +40,7 @@ class BlockPlan:
     adds_bias: bool
     heads: list[int] | None = None
     masked: int = 0
+    left_out: str = ""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -114,8 +116,8 @@ class CondensePlan:
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of
-        these are dead but share their key and value head with others (`masked`), `parameters` saved; then one a removed layer,
-        whose `parameters` are those that its blocks do not count."""
+        these are dead but share their key and value head with others (`masked`), why it stays as it is (`left_out`, or `""`),
+        `parameters` saved; then one a removed layer, whose `parameters` are those that its blocks do not count."""
         rows = [
             {
                 "layer": plan.block.layer,
@@ -124,11 +126,12 @@ class CondensePlan:
                 "before": len(plan.dead),
                 "after": len(plan.kept),
                 "masked": plan.masked,
+                "left_out": plan.left_out,
                 "parameters": plan.parameters,
             }
             for plan in self.blocks
         ]
-        layer = {"block": "", "unit": "layers", "before": 1, "after": 0, "masked": 0}
+        layer = {"block": "", "unit": "layers", "before": 1, "after": 0, "masked": 0, "left_out": ""}
         return rows + [{"layer": name, **layer, "parameters": count} for name, count in self.removed_parameters.items()]
 
     def __str__(self) -> str:
@@ -160,7 +163,8 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
 
     Raises:
         ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, its
-            adapter is not a plain LoRA one, or `pad_to_multiple_of` is not a positive whole number.
+            adapter is not a plain LoRA one, or `pad_to_multiple_of` is not a positive whole number. A projection whose weight is
+            computed from others (`torch.nn.utils.prune`, `torch.nn.utils.parametrize`) leaves its block out, with the reason.
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
@@ -169,7 +173,7 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
     for block in found:
         for part in (*inputs_of(block), output_of(block)):
             _check_plain(part)
-    plans = [_attention(block) if isinstance(block, AttentionBlock) else _ffn(block, multiple) for block in found]
+    plans = [_plan(block, multiple) for block in found]
     removed = _without_layers(model, plans)
     sizes = {}
     for name in (f"{path}.{index}" for path, indices in removed.items() for index in indices):
@@ -177,6 +181,14 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
         counted = sum(plan.parameters for plan in plans if plan.block.layer == name)
         sizes[name] = sum(parameter.numel() for parameter in layer.parameters()) - counted
     return CondensePlan(tuple(plans), removed, sizes)
+
+
+def _plan(block: Block, multiple: int) -> BlockPlan:
+    dead, reason = dead_units(block), computed_part([*inputs_of(block), output_of(block)])
+    if reason:
+        dead = torch.zeros_like(dead)
+    plan = _attention(block, dead) if isinstance(block, AttentionBlock) else _ffn(block, dead, multiple)
+    return replace(plan, left_out=reason)
 
 
 def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[int]]:
@@ -255,6 +267,8 @@ def _stock_numbers(indices: list[int], earlier: list[int]) -> list[int]:
 
 
 def _reason(row: dict[str, Any]) -> str:
+    if row["left_out"]:
+        return f" ({row['left_out']})"
     return f" ({row['masked']} of them dead, but their key and value heads are shared)" if row["masked"] else ""
 
 
@@ -268,8 +282,8 @@ def dead_units(block: Block) -> Tensor:
     return (unread | silent.repeat_interleave(block.heads_per_group)).cpu()
 
 
-def _attention(block: AttentionBlock) -> BlockPlan:
-    per_group, dead = block.heads_per_group, dead_units(block)
+def _attention(block: AttentionBlock, dead: Tensor) -> BlockPlan:
+    per_group = block.heads_per_group
     constant = bias(block.value).view(block.num_key_value_heads, block.head_size).repeat_interleave(per_group, 0)
     kept, key_values = regroup(dead, per_group)
     gone = torch.ones_like(dead)
@@ -305,8 +319,7 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     return heads, groups
 
 
-def _ffn(block: FeedForwardBlock, multiple: int = 1) -> BlockPlan:
-    dead = dead_units(block)
+def _ffn(block: FeedForwardBlock, dead: Tensor, multiple: int) -> BlockPlan:
     alive = int((~dead).sum())
     dead[dead.nonzero().flatten()[: -alive % multiple]] = False
     return BlockPlan(block, dead, None, *_shift(block, dead, _values(block)[0]))
@@ -368,11 +381,6 @@ def _check_plain(part: Projection) -> None:
         raise ValueError(
             f"{part.name} is a {type(module).__name__}; condensing rewrites plain floating-point Linear and Conv1D layers. "
             "Dequantize it first."
-        )
-    if "weight" not in module._parameters:
-        raise ValueError(
-            f"the weight of {part.name} is computed, not a parameter; make it one first (`torch.nn.utils.prune.remove`, "
-            "`torch.nn.utils.parametrize.remove_parametrizations`)."
         )
     if module.weight.is_meta:
         raise ValueError(f"the weight of {part.name} is on the meta device; load the model into memory before condensing it.")

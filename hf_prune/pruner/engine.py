@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from ..allocation import allocate, normalize
 from ..architectures.blocks import unwrapped
-from ..config import PruningConfig
+from ..config import PruningConfig, PruningConfigError
 from ..distributed import bare_model, differing, is_sharded, local, placed_like, summed, whole
 from ..masks import apply_masks, count_zeros
-from ..targets import Target, bias_target, body_prefix, names_module, prunable_modules, weight_target
+from ..targets import Target, bias_target, body_prefix, check_names, names_module, weight_target, weights
 from .plan import PruningPlan, make_plan
 from .rules import Rule, alive_units, match_rules
 
@@ -346,12 +346,20 @@ class Pruner:
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""
-        names, prefix = self.config.target_modules, body_prefix(self.model)
-        for name, module in prunable_modules(self.model):
-            chosen = name.startswith(prefix) if names is None else names_module(names, name)
-            if not chosen or names_module(self.config.exclude_modules, name):
+        names, prefix, found = self.config.target_modules, body_prefix(self.model), list(weights(self.model))
+        alone = self.config.pattern is None  # else they are the pattern's names, and checked with it
+        if alone:
+            for field, given in (("target_modules", names), ("exclude_modules", self.config.exclude_modules)):
+                check_names(given, [weight.name for weight in found], field)
+        for weight in found:
+            chosen = weight.name.startswith(prefix) if names is None else names_module(names, weight.name)
+            if not chosen or names_module(self.config.exclude_modules, weight.name):
                 continue
-            target, bias = weight_target(name, module), bias_target(name, module)
+            if weight.left_out:
+                if alone and names is not None:
+                    raise PruningConfigError("target_modules", names, f"names {weight.name!r}, but {weight.left_out}.")
+                continue
+            target, bias = weight_target(weight.name, weight.module), bias_target(weight.name, weight.module)
             self._weights.setdefault(target.name, target)
             matrix = target.weight() != 0
             if bool(matrix.all()):
@@ -392,7 +400,7 @@ class Pruner:
 
     def _note(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._norms[name] = torch.linalg.vector_norm(local(parameter.grad.detach()))
+            self._norms[name] = torch.linalg.vector_norm(_values(parameter.grad.detach()))
 
     def _overflow(self, broken: list[str]) -> str:
         """The message about gradients that are not finite: where backward met the first of them."""
@@ -417,12 +425,17 @@ def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
             "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
             "backward cannot be used."
         )
-    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients.values()])
+    norm = torch.nn.utils.get_total_norm([_values(gradient) for gradient in gradients.values()])
     if any(is_sharded(gradient) for gradient in gradients.values()):
         norm = summed(norm)
     if bool(torch.isfinite(norm)):
         return []
-    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(whole(gradient)).all())]
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(_values(whole(gradient))).all())]
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """What of a gradient is on this rank, and of a sparse one (`nn.Embedding(sparse=True)`) the rows that it has."""
+    return gradient.coalesce().values() if gradient.is_sparse else local(gradient)
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:

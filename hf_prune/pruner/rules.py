@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from ..criteria import CRITERIA, ActivationCriterion, Criterion
 from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline
-from ..targets import body_prefix, check_names, names_module, prunable_modules
+from ..targets import body_prefix, check_names, names_module, weights
 from ..units import UnitGroup
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -95,7 +98,9 @@ def match_rules(
     Raises:
         PruningConfigError: the config does not fit the model or the run.
     """
-    modules = dict(prunable_modules(model))
+    known_weights = list(weights(model))
+    modules = {weight.name: weight.module for weight in known_weights if not weight.left_out}
+    others = {weight.name: weight.left_out for weight in known_weights if weight.left_out}
     if not modules:
         raise PruningConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
     resolved = config.resolved_rules()
@@ -105,19 +110,19 @@ def match_rules(
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     tied = {parameter for parameter, count in owners.items() if count > 1}
     rules: list[Rule] = []
-    left_out: dict[str, str] = {}
+    left_out = dict(others)
     named: dict[str, dict[int, str]] = {}
     for name, settings in resolved.items():
         taken = set(named) if name == "config" else set()
         selected = _select(modules, settings, prefix, taken)
         chosen = [block for block in blocks if _selects_block(settings, block, taken)]
-        known = [*modules, *(block.name for block in blocks)]
+        known = [*modules, *others, *(block.name for block in blocks)]
         check_names(settings.target_modules, known, f"{name}.target_modules")
         check_names(settings.exclude_modules, known, f"{name}.exclude_modules")
         if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
             raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
-        groups, reasons = _groups(name, settings, selected, chosen, tied)
+        groups, reasons = _groups(name, settings, selected, chosen, tied, _select(others, settings, prefix, taken))
         left_out |= reasons
         if not groups and name == "config" and taken:
             continue
@@ -156,11 +161,22 @@ def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
 
 
 def _groups(
-    name: str, settings: PruningConfig, modules: Mapping[str, nn.Module], blocks: list[Block], tied: set[int]
+    name: str,
+    settings: PruningConfig,
+    modules: Mapping[str, nn.Module],
+    blocks: list[Block],
+    tied: set[int],
+    others: Mapping[str, str],
 ) -> tuple[list[UnitGroup], dict[str, str]]:
-    """The unit groups of a rule, and what it leaves out. `tied`: ids of the parameters that several modules share."""
+    """The unit groups of a rule, and what it leaves out.
+
+    Args:
+        tied: ids of the parameters that several modules share.
+        others: the weights that the rule names and that cannot be pruned, with the reason; a structural pattern names blocks.
+    """
+    pattern = parse_pattern(str(settings.pattern))
     try:
-        groups, left_out = build_groups(parse_pattern(str(settings.pattern)), modules.items(), blocks)
+        groups, left_out = build_groups(pattern, modules.items(), blocks)
     except ValueError as error:
         raise PruningConfigError(
             f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}"
@@ -179,14 +195,16 @@ def _groups(
         frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
+    if pattern.kind not in STRUCTURAL_PATTERNS:
+        left_out |= others
     if left_out and settings.target_modules is not None:
         module, reason = next(iter(left_out.items()))
         raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
     return groups, left_out
 
 
-def _select(modules: Mapping[str, nn.Module], settings: PruningConfig, prefix: str, taken: set[str]) -> dict[str, nn.Module]:
-    """The modules a rule names: without `target_modules`, everything in the model's body."""
+def _select(modules: Mapping[str, _T], settings: PruningConfig, prefix: str, taken: set[str]) -> dict[str, _T]:
+    """The entries of modules that a rule names: without `target_modules`, everything in the model's body."""
     names = settings.target_modules
     return {
         name: module
