@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,23 +22,10 @@ from typer.core import TyperGroup
 import hf_prune
 
 from .config import CONFIG_NAME, PruningConfig
+from .files import check_new_folder, new_folder
 
 if TYPE_CHECKING:  # it takes seconds, so what needs torch is imported where it is used, and `--help` does without
     from transformers import PreTrainedModel
-
-#: What lies beside the weights and has nothing to do with their sizes: tokenizers, processors, and what hf_prune knows.
-BESIDE = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*processor_config.json",
-    "chat_template*",
-    CONFIG_NAME,
-    "pruning_facts.json",
-)
 
 stderr = Console(stderr=True)
 
@@ -130,8 +117,7 @@ def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) ->
 def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool = True, as_json: Json = False) -> None:
     """Cut dead heads, neurons and layers out of a model, prove that it computes the same, and save it with its card."""
     folder = local(path)
-    if out.exists() and out.resolve() == folder.resolve():
-        raise ValueError(f"OUT={out}: is the folder of the model itself; give another one.")
+    check_new_folder(out)
     model = load(folder)
     before = model.num_parameters()
     with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
@@ -139,17 +125,16 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool =
     if model.num_parameters() == before:
         found = f"{hf_prune.sparsity_report(model).sparsity:.2%} of its weights are zero"
         raise ValueError(f"PATH={path}: there is nothing to cut out: {found}, but no whole head or neuron is.")
-    save(model, folder, out)
-    saved_to(out, model, before, as_json)
+    saved_to(out, model, before, save(model, folder, out), as_json)
 
 
 @app.command()
 def convert(path: Model, out: Out, as_json: Json = False) -> None:
     """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
     folder = local(path)
+    check_new_folder(out)
     model = hf_prune.convert_v4_pruned_heads(folder)
-    save(model, folder, out)
-    saved_to(out, model, None, as_json)
+    saved_to(out, model, None, save(model, folder, out), as_json)
 
 
 @app.command()
@@ -223,13 +208,25 @@ def push(
     revision: Annotated[str | None, typer.Option(help="The branch.")] = None,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     new_card: Annotated[bool, typer.Option(help="Write the card anew, for this id; else README.md stays as it is.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go, and what not and why.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a folder on the Hub: weights, config, modelling file, card and pictures."""
+    """Publish a folder on the Hub: weights, configs, modelling file, tokenizer, card and pictures, and nothing else."""
     from .hub import write_card
+    from .hub.files import files_to_publish
 
     folder = local(str(path), download=False)
     model = load(folder)  # what cannot be loaded is not published
+    if dry_run:
+        with tempfile.TemporaryDirectory() as beside:
+            if new_card:
+                write_card(beside, model, config_of(folder), hf_prune.CardFacts.load(folder), repo_id)
+            (names, left), (anew, _) = files_to_publish(folder), files_to_publish(beside)
+        names = sorted({*names, *anew})
+        if as_json:
+            return emit({"repo_id": repo_id, "files": names, "left_out": left})
+        show(*names, *left_out(left), f"{len(names)} files would go to {repo_id}.")
+        return None
     if new_card:
         write_card(folder, model, config_of(folder), hf_prune.CardFacts.load(folder), repo_id)
     commit = hf_prune.push_to_hub(folder, repo_id, private=private, revision=revision, commit_message=message)
@@ -295,18 +292,23 @@ def config_of(folder: Path) -> PruningConfig | None:
     return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
 
 
-def save(model: PreTrainedModel, source: Path, out: Path) -> None:
-    """Save a model that was made from the one in `source`, with what lies beside that and a card of its own."""
-    from .hub import write_card
+def save(model: PreTrainedModel, source: Path, out: Path) -> dict[str, str]:
+    """Save a model that was made from the one in `source`, with what lies beside that and a card of its own; all or nothing.
 
-    model.save_pretrained(out)
-    for pattern in BESIDE:
-        for file in source.glob(pattern):
-            shutil.copy(file, out)
+    Returns:
+        What stays behind: path in `source` → why.
+    """
+    from .hub import write_card
+    from .hub.files import carry_over
+
     facts = hf_prune.CardFacts.load(source)
     facts.comparison = None  # it was measured on the other model
     facts.model_name = facts.model_name or out.resolve().name
-    write_card(out, model, config_of(source), facts)
+    with new_folder(out) as folder:
+        left = carry_over(source, folder)
+        model.save_pretrained(folder)
+        write_card(folder, model, config_of(source), facts)
+    return left
 
 
 # ------------------------------------------------------------------------------------------------------------------------ output
@@ -327,16 +329,23 @@ def blocks_table(blocks: Iterable[Any]) -> Table:
     return table
 
 
-def saved_to(out: Path, model: PreTrainedModel, before: int | None, as_json: bool) -> None:
-    """Report a model that was written."""
+def saved_to(out: Path, model: PreTrainedModel, before: int | None, left: dict[str, str], as_json: bool) -> None:
+    """Report a model that was written, and what was left behind."""
     from .report import original_blocks
 
     after, blocks = model.num_parameters(), original_blocks(model)
     if as_json:
         entries = [vars(block) for block in blocks]
-        return emit({"path": str(out), "parameters_before": before, "parameters": after, "original_blocks": entries})
-    show(blocks_table(blocks), f"{f'{before:,} → ' if before else ''}{after:,} parameters, written to {out}.")
+        return emit(
+            {"path": str(out), "parameters_before": before, "parameters": after, "original_blocks": entries, "left_out": left}
+        )
+    show(blocks_table(blocks), *left_out(left), f"{f'{before:,} → ' if before else ''}{after:,} parameters, written to {out}.")
     return None
+
+
+def left_out(left: dict[str, str]) -> list[str]:
+    """A line for each file that did not come along."""
+    return [f"Left out: {name}, {reason}." for name, reason in left.items()]
 
 
 def written(file: Path, as_json: bool) -> None:

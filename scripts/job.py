@@ -350,7 +350,10 @@ def publish(trainer: Trainer) -> None:
     if not condensed.is_dir():
         trainer.push_to_hub()
     elif trainer.is_world_process_zero():
-        push_to_hub(condensed, str(trainer.hub_model_id), token=trainer.args.hub_token)
+        args = trainer.args
+        push_to_hub(
+            condensed, str(trainer.hub_model_id), private=args.hub_private_repo, revision=args.hub_revision, token=args.hub_token
+        )
 
 
 def like(trainer: Trainer, model: PreTrainedModel, task: Task) -> Trainer:

@@ -236,7 +236,7 @@ def test_errors_name_what_is_wrong(cli: Run, masked: Path, tmp_path: Path) -> No
     assert "below it there are models in dense" in fails("inspect", tmp_path)
     assert "nothing to cut out: 0.00%" in fails("condense", tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert "is the folder of the model itself" in fails("condense", masked, masked)
+    assert "is not empty" in fails("condense", masked, masked)
     (tmp_path / "config.json").write_text(json.dumps({**PruningConfig(pattern="head").to_dict(), "pattern": "heads"}))
     assert "pattern='heads'" in fails("plan", masked, tmp_path / "config.json")
     assert "Did you mean 'head'?" in " ".join(cli.err.split())

@@ -52,6 +52,12 @@ commit = push_to_hub(
 assert commit.oid in commit.commit_url
 push_to_hub(folder, "me/condensed")
 push_to_hub(folder, "me/condensed", revision="v2", commit_message="again")
+try:
+    push_to_hub(folder, "me/condensed", private=True)
+except ValueError as error:
+    assert "me/condensed exists already and is public" in str(error)
+else:
+    raise AssertionError("a private model was published")
 
 args = arguments(folder.parent / "run", max_steps=3, hub_model_id="me/trained", push_to_hub=True)
 callbacks = [PruningCallback(HALF), ModelCardCallback(dataset="glue", license="apache-2.0")]
@@ -131,7 +137,10 @@ def pushed(hub: tuple[Hub, str], tmp_path_factory: pytest.TempPathFactory) -> tu
     small.save_pretrained(folder)
     save_tokenizer(folder)
     write_card(folder, small, HALF, FACTS, "me/condensed")
-    (folder / "optimizer.pt").write_bytes(b"not to be published")
+    for name in ("optimizer.pt", ".env", "id_rsa", "token", "data.csv", "wandb/run", "checkpoint-2/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not to be published")
+    (folder / "stray.json").symlink_to(folder.parent / "expected.safetensors")
     save_file({**{f"input.{name}": value for name, value in batch.items()}, **logits}, folder.parent / "expected.safetensors")
     result = run(PUSH, ROOT / "tests", folder, endpoint=hub[1], home=folder.parent / "home")
     assert result.returncode == 0, result.stderr
