@@ -14,17 +14,38 @@ from typing import Any
 def install_reload_hook() -> None:
     """Teach transformers, for this process, to load and to save condensed models; calling it again changes nothing.
 
-    Two methods are wrapped. `PreTrainedModel.post_init` shrinks a model whose config has a `hf_prune` entry, before its weights are
-    loaded. `PreTrainedConfig.save_pretrained` writes the modelling file beside such a config: every way to save or push a model
-    passes through it, and on one process only. Models and configs without the entry pass through untouched.
+    Five methods are wrapped. `PreTrainedConfig.from_dict` and `PreTrainedModel.from_pretrained` pass over the refusal in the config
+    of such a model (`condense/refusal.py`), and `PreTrainedModel.post_init` shrinks the model before its weights are loaded.
+    `PreTrainedConfig.save_pretrained` writes the modelling file beside the config, and `to_json_file` the refusal into it: every
+    way to save or push a model passes through these, and on one process only. Other models and configs pass through untouched.
 
     It happens when transformers imports the two classes, which takes seconds and is not done for this.
     """
-    when_imported("transformers.modeling_utils", lambda module: _call_first(module.PreTrainedModel, "post_init", _shrink))
-    when_imported(
-        "transformers.configuration_utils",
-        lambda module: _call_first(module.PreTrainedConfig, "save_pretrained", _write_modeling_file),
-    )
+    when_imported("transformers.modeling_utils", _wrap_models)
+    when_imported("transformers.configuration_utils", _wrap_configs)
+
+
+def _wrap_models(module: Any) -> None:
+    _wrap(module.PreTrainedModel, "from_pretrained", first=_accept_config)
+    _wrap(module.PreTrainedModel, "post_init", first=_shrink)
+
+
+def _wrap_configs(module: Any) -> None:
+    _wrap(module.PreTrainedConfig, "from_dict", first=_accept_fields)
+    _wrap(module.PreTrainedConfig, "save_pretrained", first=_write_modeling_file)
+    _wrap(module.PreTrainedConfig, "to_json_file", then=_refuse_others)
+
+
+def _accept_config(cls: type, *args: Any, config: Any = None, **kwargs: Any) -> None:
+    if hasattr(config, "transformers_weights"):
+        _accept_fields(cls, vars(config))
+
+
+def _accept_fields(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> None:
+    if config_dict.get("transformers_weights") is not None:
+        from .condense.refusal import accept
+
+        accept(config_dict)
 
 
 def _shrink(model: Any) -> None:
@@ -42,19 +63,32 @@ def _write_modeling_file(config: Any, save_directory: str | os.PathLike[str], *a
         write_modeling_file(config, save_directory)
 
 
-def _call_first(owner: type, name: str, first: Callable[..., None]) -> None:
-    """Make the method `owner.name` call `first` with its arguments before it does what it always did."""
-    stock = getattr(owner, name)
-    if getattr(stock, "calls_first", None) is first:
+def _refuse_others(config: Any, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+    if getattr(config, "hf_prune", None) is not None:
+        from .hub.reload import refuse_others
+
+        refuse_others(config, json_file_path)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _wrap(owner: type, name: str, first: Callable[..., None] = _nothing, then: Callable[..., None] = _nothing) -> None:
+    """Make the method `owner.name` call `first`, do what it always did, and call `then`, all with its arguments."""
+    found = vars(owner)[name]
+    stock = getattr(found, "__func__", found)  # the function of a class method
+    if getattr(stock, "wrapped_with", None) == (first, then):
         return
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         first(self, *args, **kwargs)
-        return stock(self, *args, **kwargs)
+        result = stock(self, *args, **kwargs)
+        then(self, *args, **kwargs)
+        return result
 
-    method.calls_first = first  # type: ignore[attr-defined]
-    setattr(owner, name, method)
+    method.wrapped_with = (first, then)  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(method) if isinstance(found, classmethod) else method)
 
 
 def when_imported(name: str, do: Callable[[ModuleType], None]) -> None:

@@ -14,8 +14,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import AttentionBlock, Block, Projection, find_blocks
+from .architectures import AttentionBlock, Block, Projection, find_blocks, spec_for
 from .condense.resize import block_key, inputs_of, output_of, stock_sizes
+from .condense.stock import write_sizes
 from .loading import load_whole
 
 Shapes = dict[str, tuple[int, ...]]
@@ -61,7 +62,10 @@ def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str
             layers.setdefault(block.layer, {})[block_key(block)] = sizes
     if layers:
         config.hf_prune = {"version": 1, "layers": layers}
-    return load_whole(cls, pretrained_model_name_or_path, config=config, **kwargs)
+    model = load_whole(cls, pretrained_model_name_or_path, config=config, **kwargs)
+    if layers:
+        write_sizes(model, spec_for(config.model_type))
+    return model
 
 
 def _names(parts: list[Projection]) -> set[str]:

@@ -279,6 +279,19 @@ def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
     return left
 
 
+#: The families whose config can say how many heads there are without changing their width.
+SET_HEADS = ("vit", "deit", "llama", "llama-with-biases", "mistral", "qwen2", "qwen3", "gemma")
+
+
+def prune_evenly(model: PreTrainedModel, heads: bool) -> None:
+    """Zero a quarter of the neurons of every block and, if asked, half of the heads."""
+    for block in find_blocks(model):
+        if isinstance(block, FeedForwardBlock):
+            zero_units(block, list(range(block.num_neurons // 4)), "out")
+        elif heads:
+            zero_units(block, list(range(block.num_heads // 2)), "out")
+
+
 def empty_layers(model: PreTrainedModel, indices: set[int], silent: bool = False) -> dict[str, list[int]]:
     """Zero all heads and neurons of these layers of each list, and if `silent` all that they add; return the indices by list."""
     emptied: dict[str, set[int]] = {}

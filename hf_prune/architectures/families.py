@@ -6,6 +6,11 @@ from dataclasses import replace
 
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 
+#: How the config of most families calls the number of neurons.
+_NEURONS = {"intermediate_size": "intermediate_size"}
+#: The same, and heads whose width is set apart from their number.
+_HEADS = {"num_attention_heads": "num_attention_heads", "head_dim": "head_dim"}
+
 _BERT_SIZES = {"num_attention_heads": "heads", "all_head_size": "width"}
 _BERT_FFN = FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn")
 
@@ -27,6 +32,7 @@ BERT = ArchitectureSpec(
     layers=("encoder.layer",),
     attentions=(_bert_attention("attention"), _bert_attention("crossattention")),
     feed_forwards=(_BERT_FFN,),
+    widths=(_NEURONS,),
 )
 
 DISTILBERT = ArchitectureSpec(
@@ -44,6 +50,7 @@ DISTILBERT = ArchitectureSpec(
         ),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("ffn.lin1"), down=Part("ffn.lin2"), activation="ffn.activation"),),
+    widths=({"intermediate_size": "hidden_dim"},),
 )
 
 #: The layers of a group are one layer that is run several times.
@@ -64,6 +71,7 @@ ALBERT = ArchitectureSpec(
         ),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("ffn"), down=Part("ffn_output"), activation="activation"),),
+    widths=(_NEURONS,),
 )
 
 #: The encoder computes one position bias, for all of its heads, that every layer adds to its attention scores.
@@ -83,6 +91,7 @@ MPNET = ArchitectureSpec(
         ),
     ),
     feed_forwards=(_BERT_FFN,),
+    widths=(_NEURONS,),
 )
 
 VIT = ArchitectureSpec(
@@ -100,6 +109,7 @@ VIT = ArchitectureSpec(
     ),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
     depths=("num_hidden_layers",),
+    widths=(_NEURONS | _HEADS,),
 )
 
 MODERNBERT = ArchitectureSpec(
@@ -117,6 +127,7 @@ MODERNBERT = ArchitectureSpec(
     ),
     feed_forwards=(FeedForwardSpec(gate=Part("mlp.Wi", 0, 2), up=Part("mlp.Wi", 1, 2), down=Part("mlp.Wo"), activation="mlp.act"),),
     depths=("num_hidden_layers",),
+    widths=(_NEURONS,),
 )
 
 
@@ -143,6 +154,7 @@ GPT2 = ArchitectureSpec(
     feed_forwards=(FeedForwardSpec(up=Part("mlp.c_fc"), down=Part("mlp.c_proj"), activation="mlp.act"),),
     depths=("num_hidden_layers",),
     depths_when={"scale_attn_by_inverse_layer_idx": False},
+    widths=({"intermediate_size": "n_inner"},),
 )
 
 
@@ -162,6 +174,7 @@ BART = ArchitectureSpec(
     layers=("encoder.layers", "decoder.layers"),
     attentions=(_bart_attention("self_attn"), _bart_attention("encoder_attn")),
     feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
+    widths=({"intermediate_size": "encoder_ffn_dim"}, {"intermediate_size": "decoder_ffn_dim"}),
 )
 
 WHISPER = replace(
@@ -177,6 +190,7 @@ OPT = replace(
     layers=("decoder.layers",),
     depths=("num_hidden_layers",),
     depths_when={"do_layer_norm_before": True},
+    widths=({"intermediate_size": "ffn_dim"},),
 )
 
 LLAMA = ArchitectureSpec(
@@ -196,6 +210,7 @@ LLAMA = ArchitectureSpec(
         FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
     ),
     depths=("num_hidden_layers",),
+    widths=(_NEURONS | _HEADS | {"num_key_value_heads": "num_key_value_heads"},),
 )
 
 WAV2VEC2 = ArchitectureSpec(
@@ -211,6 +226,7 @@ WAV2VEC2 = ArchitectureSpec(
     ),
     depths=("num_hidden_layers",),
     depths_when={"do_stable_layer_norm": True, "adapter_attn_dim": None, "use_weighted_layer_sum": False},
+    widths=(_NEURONS,),
 )
 
 DEBERTA = ArchitectureSpec(
@@ -229,6 +245,7 @@ DEBERTA = ArchitectureSpec(
         ),
     ),
     feed_forwards=(_BERT_FFN,),
+    widths=(_NEURONS,),
 )
 
 
@@ -261,6 +278,7 @@ T5 = ArchitectureSpec(
     attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention")),
     feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
     depths=("num_layers", "num_decoder_layers"),
+    widths=({"intermediate_size": "d_ff"}, {"intermediate_size": "d_ff"}),
 )
 
 #: `config.model_type` → spec.

@@ -77,6 +77,9 @@ class ArchitectureSpec:
         depths: for families whose layers only add to what they are given (pre-norm), feed-forward last: the config attributes that
             hold how many layers each of `layers` has. A layer without blocks can then go. Default: every layer stays.
         depths_when: values that config attributes, where they exist, must have for `depths` to hold.
+        widths: for each of `layers`, the config attributes that hold the size of every block alike, by what `config.hf_prune` calls
+            the size; `head_dim` beside `num_attention_heads` where the width of a head does not follow from their number. A model
+            whose sizes they can say is an ordinary one. Default: the config has no say.
     """
 
     model_types: tuple[str, ...]
@@ -85,3 +88,4 @@ class ArchitectureSpec:
     feed_forwards: tuple[FeedForwardSpec, ...]
     depths: tuple[str, ...] = ()
     depths_when: Mapping[str, Any] = field(default_factory=dict)
+    widths: tuple[Mapping[str, str], ...] = ()

@@ -1,7 +1,8 @@
 """Condensing: a model with dead heads and neurons becomes a smaller model that computes the same.
 
 `plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `layers.py` takes whole layers, and `verify.py`
-proves that nothing changed; `snapshot.py` puts back what was changed in vain.
+proves that nothing changed; `snapshot.py` puts back what was changed in vain. `stock.py` says the sizes in the config of the family
+where that can be, and `refusal.py` turns stock code away where it cannot.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from transformers import PreTrainedModel
 from ..architectures import AttentionBlock, Projection, spec_for
 from ..architectures.blocks import base_layer, layer_lists, unwrapped
 from ..lora import adapter_of
-from .layers import layer_counts, outline, removable, remove_layers, stock_config, without_inputs
+from .layers import layer_counts, outline, removable, remove_layers, without_inputs
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units, without_layers
+from .refusal import needs_hf_prune
 from .resize import add_bias, block_key, inputs_of, keep_units, output_of, set_own_heads, shrink
 from .snapshot import all_or_nothing, own_configs
+from .stock import stock_config, write_sizes
 from .verify import compare, observe, sample_batch
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "dead_units",
     "drop_layers",
     "layer_counts",
+    "needs_hf_prune",
     "sample_batch",
     "shrink",
     "stock_config",
@@ -48,6 +52,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
     kept (but parameters without elements are frozen); parameters of shrunk modules are new objects, so an optimizer has to be made
     anew. So is `model.config`, which may be shared with another model; its `hf_prune` then holds the sizes (format: `resize.py`).
+    Where all layers have equally much left and the family's own config can say it, that config does, and the model is an ordinary
+    one (`stock.py`).
 
     A layer that has nothing left and only adds to what it is given (pre-norm) goes too, where that is exact; see `layers.py`.
     `output_hidden_states` then has an entry less: what the removed layer was given. A post-norm layer keeps its LayerNorms.
@@ -93,6 +99,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
                     set_own_heads(block.block, block.heads)
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
+        write_sizes(body, spec_for(body.config.model_type))
         if before is not None:
             compare(without_inputs(before, plan.removed), observe(body), body.dtype)
     return model

@@ -8,12 +8,11 @@ as before.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..architectures import SPECS, ArchitectureSpec
 from ..architectures.blocks import layer_lists
@@ -93,31 +92,16 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
             types = list(enumerate(model.config.layer_types))
             model.config.layer_types = [kind for index, kind in types if index not in indices]
     if removed:
-        _name_decoder_depth(model.config, spec)
+        name_decoder_depth(model.config, spec)
 
 
-def _name_decoder_depth(config: Any, spec: ArchitectureSpec) -> None:
+def name_decoder_depth(config: Any, spec: ArchitectureSpec) -> None:
     """Say how many layers the decoder has under the name by which `get_text_config` looks for it, and so `generate` for its cache.
 
     T5 has another name for it, under which nobody looks, so its cache has as many layers as its encoder.
     """
     if config.is_encoder_decoder:
         config.decoder_layers = getattr(config, layer_counts(spec)[spec.layers[-1]])
-
-
-def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
-    """The config of the model that a condensed one was made from. A removed layer is taken to be of the type of the one before."""
-    stock: Any = copy.deepcopy(config)
-    entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None
-    for path, indices in entry.get("removed_layers", {}).items():
-        name = layer_counts(spec)[path]
-        setattr(stock, name, getattr(stock, name) + len(indices))
-        if getattr(stock, "layer_types", None) is not None:
-            for index in indices:
-                stock.layer_types.insert(index, stock.layer_types[max(index - 1, 0)])
-    if entry.get("removed_layers"):
-        _name_decoder_depth(stock, spec)
-    return stock
 
 
 def owner_of(model: PreTrainedModel, path: str) -> nn.Module:

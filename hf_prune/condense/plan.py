@@ -112,7 +112,8 @@ class CondensePlan:
             layers = _renumbered(layers, path, indices)
             earlier = gone.get(path, [])
             gone[path] = sorted(earlier + _stock_numbers(indices, earlier))
-        return {"version": 1, "layers": layers} | ({"removed_layers": gone} if gone else {})
+        original = {name: before[name] for name in ("original",) if name in before}
+        return {"version": 1, "layers": layers} | ({"removed_layers": gone} if gone else {}) | original
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of

@@ -1,7 +1,7 @@
 """The format of `config.hf_prune`, and the surgery that gives a model the sizes written there.
 
-A condensed model keeps its stock config: `num_attention_heads`, `intermediate_size` and the like stay the original ones. What
-became smaller is listed beside them, under the config key `hf_prune`:
+A condensed model whose layers differ keeps its stock config: `num_attention_heads`, `intermediate_size` and the like stay as they
+are. What became smaller is listed beside them, under the config key `hf_prune`:
 
     {
         "version": 1,
@@ -23,6 +23,10 @@ became smaller is listed beside them, under the config key `hf_prune`:
 - `removed_layers`, beside `layers` and only where there are some, lists by the path of their list which layers of the stock model
   are gone (`{"layers": [3, 7]}`). The config's own number of layers (and `layer_types`) is that of the layers left, and the names
   under `layers` count these.
+- `original`, only where all layers agreed and the stock config itself was changed (`stock.py`), has the values that its attributes
+  had in the model that pruning started from (`{"intermediate_size": 3072}`). It is a memory: no size is read from it.
+
+A model without anything under `layers` is an ordinary one, and its config carries nothing that keeps stock code from loading it.
 
 Head size never changes. Apart from `heads`, which heads and neurons survived is not recorded: the weights beside the config are
 theirs.
@@ -59,6 +63,7 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     entry = model.config.hf_prune
     lists = {path: layer_lists(model.base_model, path) for path in spec.layers}
     found = read_sizes(entry, list(blocks(model, spec)), [path for path, found in lists.items() if not found])
+    check_original(entry.get("original", {}), [attribute for widths in spec.widths for attribute in widths.values()])
     check_removed(entry.get("removed_layers", {}), {path: sum(map(len, found.values())) for path, found in lists.items()})
     for block, sizes in found:
         if sizes.get("output_bias"):
@@ -85,7 +90,7 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
         known.setdefault(block.layer, {})[block_key(block)] = block
 
     where = "config.hf_prune"
-    check_keys(where, entry, ("version", "layers", "removed_layers"))
+    check_keys(where, entry, ("version", "layers", "removed_layers", "original"))
     version = entry.get("version")
     if type(version) is not int or version != 1:
         raise ValueError(f"{where}['version'] is {reprlib.repr(version)}; this code reads version 1. A newer hf_prune may read it.")
@@ -117,6 +122,20 @@ def check_removed(removed: Any, left: dict[str, int]) -> None:
         if not whole or (left[path] and gone != sorted(set(gone) & set(range(stock)))):
             raise ValueError(
                 f"{where}[{path!r}] is {reprlib.repr(gone)}; allowed: a list of numbers from 0 to {stock - 1}, ascending."
+            )
+
+
+def check_original(original: Any, attributes: Collection[str]) -> None:
+    """Check the entry's `original`, given the config attributes that hold sizes in this family.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    check_keys("config.hf_prune['original']", original, attributes)
+    for name, size in original.items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(
+                f"config.hf_prune['original'][{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 1, or null."
             )
 
 

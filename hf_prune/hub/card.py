@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import SPECS
 from ..architectures.blocks import unwrapped
-from ..condense import condense_plan
+from ..condense import condense_plan, needs_hf_prune
 from ..config import PruningConfig, dataclass_from_dict
 from ..plots import plot_history, plot_kept, plot_latency
 from ..report import BlockSize, Comparison, Cost, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
@@ -135,6 +135,8 @@ def model_card(
         class_name=type(stock).__name__,
         auto_class=auto_class(stock),
         condensed=condensed,
+        needs_hf_prune=needs_hf_prune(stock.config),
+        remote_code=any(_auto_classes(stock.config.model_type)),
         total_sparsity=total_sparsity(stock),
         sparsity=report.sparsity,
         parameters=stock.num_parameters(),

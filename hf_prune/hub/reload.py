@@ -8,25 +8,31 @@ usual. It loads in two ways, and what was loaded in either can be saved again:
   source together with the spec of the one family, and the `auto_map` that points to it.
 
 A family that transformers does not have has no modelling file: import hf_prune, register its spec, and load it by its own class.
-With neither way, transformers refuses the checkpoint because its tensors do not have the stock shapes.
+With neither way, transformers refuses the checkpoint and quotes what it needs (`condense/refusal.py`). A model that has the sizes
+its config says, because all layers agree, is an ordinary one (`condense/stock.py`): nothing of this is written for it.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import os
 import pprint
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from ..architectures import ArchitectureSpec, blocks, spec_for
-from ..condense import shrink
+from ..condense import needs_hf_prune, shrink
+from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
+
+logger = logging.getLogger(__name__)
 
 #: The modelling file of a checkpoint, without `.py`.
 MODELING = "modeling_hf_prune"
@@ -42,6 +48,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
+import os
 import reprlib
 
 import torch
@@ -58,6 +66,26 @@ class Condensed:
         super().post_init()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        if not isinstance(config, transformers.PreTrainedConfig):
+            names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+            hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+            source = pretrained_model_name_or_path if config is None else config
+            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
+            kwargs |= hub
+        accept(vars(config))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            refuse_stock_code(os.path.join(save_directory, "config.json"), NEEDED_OR_REMOTE)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):  # `save_pretrained` does this in its end, if at all
+        refuse_stock_code(os.path.join(working_dir, "config.json"), NEEDED_OR_REMOTE)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         return False  # else transformers would not translate the parameter names that some families are saved under
 '''
@@ -66,14 +94,44 @@ _CLASS = "class {name}(Condensed, transformers.{name}): ..."
 
 
 def write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathLike[str]) -> None:
-    """Write the modelling file of a condensed model into a folder, and point the config's `auto_map` to it.
+    """Write the modelling file of a condensed model into a folder, and let the config's `auto_map` name it and no code besides.
 
-    The file holds stock classes: none is written for a family that transformers does not have, which is loaded by its own.
+    The file holds stock classes: none is written for a family that transformers does not have, which is loaded by its own, and none
+    for a model that stock code loads.
     """
-    if any(_auto_classes(config.model_type)):
+    carried = needs_hf_prune(config) and any(_auto_classes(config.model_type))
+    if carried:
         os.makedirs(save_directory, exist_ok=True)
         Path(save_directory, f"{MODELING}.py").write_text(modeling_source(config.model_type), encoding="utf-8")
-        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config)}
+    _name_code(config, auto_map(config) if carried else None)
+
+
+def _name_code(config: Any, own: dict[str, str] | None) -> None:
+    """Let a config name the modelling file by this `auto_map` and no code besides; None: anything but the modelling file.
+
+    Whoever trusts the file for what hf_prune says of it must not run someone else's code thereby.
+    """
+    earlier = vars(config).pop("auto_map", None) or {}
+    others = {name: code for name, code in earlier.items() if not str(code).startswith(f"{MODELING}.")}
+    if own is None:
+        if others:
+            config.auto_map = others
+        return
+    config.auto_map = own
+    others |= vars(config).pop("custom_pipelines", None) or {}
+    for name, code in others.items():
+        logger.warning(
+            "config.json no longer names the code %r for %s: a condensed model is loaded with trust_remote_code=True, "
+            "which would run that as well.",
+            code,
+            name,
+        )
+
+
+def refuse_others(config: PreTrainedConfig, file: str | os.PathLike[str]) -> None:
+    """Make the `config.json` of a model that needs hf_prune turn away code that would load it wrongly."""
+    if needs_hf_prune(config):
+        refuse_stock_code(file, NEEDED_OR_REMOTE if any(_auto_classes(config.model_type)) else NEEDED)
 
 
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
@@ -98,7 +156,7 @@ def modeling_source(model_type: str) -> str:
     """The self-contained modelling file of a family: the library's own source, its spec, and its model classes."""
     imports: dict[str, set[str]] = {}
     definitions: list[str] = []
-    for module in (ArchitectureSpec.__module__, blocks.__module__, shrink.__module__):
+    for module in (ArchitectureSpec.__module__, blocks.__module__, shrink.__module__, accept.__module__):
         definitions += _definitions(inspect.getsource(sys.modules[module]), imports)
     classes = sorted({name for _, names in _auto_classes(model_type) for name in names})
     parts = [

@@ -1,0 +1,101 @@
+"""Condensed models whose sizes the config of their family can say, and the stock model that pruning started from.
+
+Where all layers have kept equally much (`scope="local"`), the smaller model is an ordinary one: `intermediate_size` and, where the
+width of a head is set apart from the number of heads, `num_attention_heads` and `num_key_value_heads` say all. Its checkpoint then
+loads with stock classes, in other frameworks too. What is left in `config.hf_prune` is a memory, which stock code passes over.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architectures import ArchitectureSpec, AttentionBlock, Block, blocks
+from ..architectures.blocks import base_layer, layer_lists
+from .layers import layer_counts, name_decoder_depth
+from .resize import block_key, has_bias, inputs_of, output_of, stock_sizes
+
+
+def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
+    """Move the sizes in `config.hf_prune` to the config of the family, if that can say them all; else change nothing.
+
+    What can be said is not guessed: the stock model of the new config is made, on the meta device, and has to have the same blocks.
+    """
+    entry: dict[str, Any] = model.config.hf_prune
+    changed = {name for parts in entry["layers"].values() for sizes in parts.values() for name in sizes}
+    said = sizes_in_config(model, spec, changed)
+    if not said:
+        return
+    smaller = copy.deepcopy(model.config)
+    smaller.hf_prune = None
+    for attribute, size in said.items():
+        setattr(smaller, attribute, size)
+    if not _makes(smaller, model, spec):
+        return
+    before = {name: getattr(model.config, name) for name in said if getattr(model.config, name, said[name]) != said[name]}
+    for attribute, size in said.items():
+        setattr(model.config, attribute, size)
+    model.config.hf_prune = entry | {"layers": {}, "original": before | entry.get("original", {})}
+
+
+def sizes_in_config(model: nn.Module, spec: ArchitectureSpec, changed: set[str]) -> dict[str, int]:
+    """What the config's attributes would have to be that hold the sizes that `changed`, as `config.hf_prune` calls them.
+
+    Empty if two blocks differ, or one has no unit left.
+    """
+    wanted = changed | ({"head_dim"} if "num_attention_heads" in changed else set())
+    found: dict[str, set[int]] = {}
+    for path, widths in zip(spec.layers, spec.widths):
+        lists = layer_lists(getattr(model, "base_model", model), path)
+        for block in blocks(model, spec):
+            if block.layer.rpartition(".")[0] in lists:
+                for name, size in _sizes(block).items():
+                    if name in wanted and name in widths:
+                        found.setdefault(widths[name], set()).add(size)
+    sizes = [(attribute, min(values)) for attribute, values in found.items() if len(values) == 1]
+    return dict(sizes) if len(sizes) == len(found) and all(size for _, size in sizes) else {}
+
+
+def _sizes(block: Block) -> dict[str, int]:
+    return stock_sizes(block) | ({"head_dim": block.head_size} if isinstance(block, AttentionBlock) else {})
+
+
+def _makes(config: PreTrainedConfig, model: PreTrainedModel, spec: ArchitectureSpec) -> bool:
+    """Whether the stock model of a config has the blocks that a model has."""
+    kind: Any = type(model.base_model)
+    try:
+        with torch.device("meta"):
+            stock = kind(type(config).from_dict(config.to_dict()))
+    except (ValueError, StrictDataclassError):  # Llama's heads have to divide its hidden size
+        return False
+    return [_outline(block) for block in blocks(stock, spec)] == [_outline(block) for block in blocks(model, spec)]
+
+
+def _outline(block: Block) -> Hashable:
+    """All that condensing changes in a block."""
+    layers = [base_layer(part.module) for part in (*inputs_of(block), output_of(block))]
+    shapes = tuple((tuple(layer.weight.shape), has_bias(layer)) for layer in layers)
+    return block.layer, block_key(block), tuple(_sizes(block).items()), shapes
+
+
+def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
+    """The config of the model that a condensed one was made from. A removed layer is taken to be of the type of the one before."""
+    stock: Any = copy.deepcopy(config)
+    entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None
+    for name, size in entry.get("original", {}).items():
+        setattr(stock, name, size)
+    for path, indices in entry.get("removed_layers", {}).items():
+        name = layer_counts(spec)[path]
+        setattr(stock, name, getattr(stock, name) + len(indices))
+        if getattr(stock, "layer_types", None) is not None:
+            for index in indices:
+                stock.layer_types.insert(index, stock.layer_types[max(index - 1, 0)])
+    if entry.get("removed_layers"):
+        name_decoder_depth(stock, spec)
+    return stock
