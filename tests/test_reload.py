@@ -193,7 +193,6 @@ def test_models_whose_layers_agree_are_ordinary_ones(tmp_path: Path) -> None:
         models.prune_evenly(model, heads=family in models.SET_HEADS)
         condense(model, verify=False)
         assert [parameter.numel() for parameter in stock_twin(model, "meta").parameters()] == before
-        assert total_sparsity(model) > 0.05
         folder = first / f"{family}-{models.HEADS[models.classifier_of(family)].__name__}"
         model.save_pretrained(folder)
         save_expected(model, folder)
