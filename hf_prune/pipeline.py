@@ -8,6 +8,7 @@ Transformer"; its hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
 from datasets import Dataset
 from rich.table import Table
 from transformers import (
@@ -45,11 +47,14 @@ from .config import (
 )
 from .criteria import CRITERIA
 from .distillation import DistillationConfig, DistillationTrainer, add_teacher_logits
+from .distillation.cache import IGNORED_FIELDS
 from .masks import count_zeros
 from .pruner import recover
 from .report import compare, evaluated
 from .tables import as_text
-from .targets import Target, weight_target
+from .targets import Target, body_prefix, weight_target
+
+logger = logging.getLogger(__name__)
 
 RESULT_NAME = "stage_result.json"
 RECOVER = ("before", "trained")
@@ -220,7 +225,8 @@ class Pipeline:
     """Runs a recipe.
 
     Each stage has a folder `NN-name` in `args.output_dir` with its model and `stage_result.json`. A stage that has its result is
-    not run again; one that was killed goes on from its last complete checkpoint. The dense model, which figures are compared with
+    not run again; one that was killed goes on from its last complete checkpoint. `00-start` has the model that the recipe began
+    with, all of it or nothing; it cannot go on with another one. The dense model, which figures are compared with
     and which teaches, is the one after the first stages without pruning, or the one given when the first stage prunes.
 
     Args:
@@ -248,11 +254,9 @@ class Pipeline:
 
         Raises:
             PruningConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
-                were run with other settings.
+                were run with other settings or another model.
         """
-        dense = folder = self._folder(0, "start")
-        if not (folder / "config.json").is_file():
-            self._save(self.model, folder)
+        dense = folder = self._begin()
         for index, stage in enumerate(self.recipe.stages):
             if not (self._folder(index + 1, stage.name) / RESULT_NAME).is_file():
                 with within(f"stages[{index}]."):
@@ -271,6 +275,27 @@ class Pipeline:
         return PipelineResult(tuple(results), self.recipe.metric)
 
     # ---------------------------------------------------------------------------------------------------------------- stages
+
+    def _begin(self) -> Path:
+        """The folder of the model to start from, which is written if it is not there.
+
+        Raises:
+            PruningConfigError: it holds another model.
+        """
+        folder = self._folder(0, "start")
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._save(self.model, unfinished)
+            unfinished.replace(folder)
+        elif differing := _differing(self._load(folder), self.model):
+            message = f"is not the one that this recipe began with: {', '.join(differing[:3])} are others"
+            if any(name.startswith(("config.", body_prefix(self.model))) for name in differing):
+                allowed = f"{message}. Choose another output_dir, or give the model in {folder}."
+                raise PruningConfigError("model", type(self.model).__name__, allowed)
+            # A head that is new is another one each time that it is made.
+            logger.warning("The model given %s. The recipe goes on with the one in %s.", message, folder)
+        return folder
 
     def _check(self, stage: Stage, start: Path) -> None:
         """Set a stage up with the model in `start`, as far as nothing is trained.
@@ -449,6 +474,21 @@ def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
     """The dropout probabilities of a config by their names, such as `hidden_dropout_prob` or, in GPT-2, `attn_pdrop`."""
     numbers = {name: value for name, value in config.to_dict().items() if type(value) in (int, float)}
     return {name: value for name, value in numbers.items() if re.search("dropout|pdrop", name)}
+
+
+def _differing(model: PreTrainedModel, other: PreTrainedModel) -> list[str]:
+    """The config's fields (`config.hidden_size`) and the tensors in which two models differ."""
+    differing = []
+    one, two = (json.loads(each.config.to_json_string(use_diff=False)) for each in (model, other))
+    for name in sorted((one.keys() | two.keys()) - IGNORED_FIELDS):
+        if one.get(name) != two.get(name):
+            differing.append(f"config.{name}")
+    mine, others = model.state_dict(), other.state_dict()
+    for name in sorted(mine.keys() | others.keys()):
+        tensor, given = mine.get(name), others.get(name)
+        if tensor is None or given is None or tensor.shape != given.shape or not torch.equal(tensor, given.to(tensor)):
+            differing.append(name)
+    return differing
 
 
 def _weights(model: PreTrainedModel) -> list[Target]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,13 @@ import torch
 from datasets import Dataset
 from helpers import arguments, assert_equal, ragged_rows, tiny_bert
 from models import ragged_batch, tiny
-from transformers import AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel, default_data_collator
+from transformers import (
+    AutoModelForSequenceClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    default_data_collator,
+    modeling_utils,
+)
 
 from hf_prune import PruningConfig, PruningConfigError, condense, condense_plan
 from hf_prune.architectures import AttentionBlock, find_blocks
@@ -164,6 +171,60 @@ def test_killed_at_every_stage_it_ends_with_the_same_table_and_model(finished: t
         {**vars(row), "latency_ratio": 0} for row in expected.rows
     ]
     assert_equal(loaded(tmp_path, "last").state_dict(), loaded(folder, "last").state_dict())
+
+
+def short(folder: Path, model: PreTrainedModel | None = None) -> Pipeline:
+    return pipeline(folder, Recipe([Stage("only", training={"max_steps": 2})], metric="accuracy"), model)
+
+
+def test_killed_in_its_very_first_save_it_begins_again(tmp_path: Path) -> None:
+    def work() -> None:
+        modeling_utils.safe_save_file = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        short(tmp_path).run()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert list(tmp_path.rglob("config.json"))
+    assert [row.name for row in short(tmp_path).run().rows] == ["only"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00-start", "01-only"]
+
+
+def changed(weight: str) -> PreTrainedModel:
+    model = tiny_bert(hidden_dropout_prob=0.1)
+    with torch.no_grad():
+        model.get_parameter(weight)[0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (lambda: tiny_bert(seed=1, hidden_dropout_prob=0.1), r"bert\.embeddings.* are others"),
+        (lambda: changed("bert.encoder.layer.1.output.dense.bias"), r"bert\.encoder\.layer\.1\.output\.dense\.bias are others"),
+        (lambda: tiny_bert(), r"config\.hidden_dropout_prob are others"),
+        (lambda: tiny_bert(hidden_dropout_prob=0.1, num_labels=3), r"config\.id2label, .* are others"),
+    ],
+)
+def test_another_model_is_refused_where_a_recipe_has_begun(
+    model: Callable[[], PreTrainedModel], names: str, tmp_path: Path
+) -> None:
+    plan = short(tmp_path)
+    plan._begin()
+    with pytest.raises(PruningConfigError, match=rf"model='BertForSequenceClassification': is not the one .*: .*{names}.*00-start"):
+        short(tmp_path, model()).run()
+    assert_equal(loaded(tmp_path, "start").state_dict(), plan.model.state_dict())
+
+
+def test_a_new_head_is_that_of_the_model_that_a_recipe_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = short(tmp_path)
+    plan._begin()
+    plan._begin()
+    assert not caplog.records
+    short(tmp_path, changed("classifier.weight"))._begin()
+    assert re.search(r"classifier\.weight are others\. The recipe goes on with the one in .*00-start", caplog.text)
+    assert_equal(loaded(tmp_path, "start").state_dict(), plan.model.state_dict())
 
 
 def test_a_pruning_recipe_compares_with_the_model_it_is_given(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,41 @@ print(json.dumps([counted.calls, data["teacher_logits"][:]]))
     calls, logits = json.loads(result.stdout.splitlines()[-1])
     assert calls == 0
     assert logits == expected["teacher_logits"][:]
+
+
+def fewer_rows(path: Path) -> None:
+    """The same file as it would be with all but the last batch of rows."""
+    other = path.with_name("other.arrow")
+    Dataset.from_file(str(path)).select(range(16)).map(lambda row: row, cache_file_name=str(other), new_fingerprint="other")
+    other.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "(Expected|Unexpected|Tried)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "(Expected|Unexpected|Tried|Invalid)"),
+        (lambda path: path.write_bytes(b""), ".*"),
+        (lambda path: path.write_bytes(b"0" * 1000), ".*"),
+        (fewer_rows, "it has 16 rows for 21"),
+    ],
+    ids=["cut short", "a header", "empty", "no Arrow", "fewer rows"],
+)
+def test_a_file_that_is_not_whole_is_named_and_made_again(
+    harm: Callable[[Path], object], reason: str, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = tiny_bert(seed=1)
+    first = add_teacher_logits(dataset(), teacher, collator_for("sequence"), 8, cache_dir=cache).to_list()
+    (path,) = cache.glob("*.arrow")
+    harm(path)
+    caplog.clear()
+    again = add_teacher_logits(dataset(), teacher, collator_for("sequence"), 8, cache_dir=cache)
+    assert again.to_list() == first
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_prune")]
+    assert re.match(rf"{path} is not whole \({reason}.*computed again", message)
+    counted = Counted(teacher)
+    add_teacher_logits(dataset(), teacher, collator_for("sequence"), 8, cache_dir=cache)
+    assert counted.calls == 0
 
 
 def changed_teacher() -> PreTrainedModel:

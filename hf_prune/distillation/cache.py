@@ -31,7 +31,7 @@ from .models import base_model, forward_arguments, select, teacher_arguments
 LOGITS, INDICES, LOST_MASS = COLUMNS = ("teacher_logits", "teacher_indices", "teacher_lost_mass")
 
 #: Fields of a config that change no logits, but may change when a model is trained or saved.
-_NO_MATTER = {"_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "transformers_version", "use_cache"}
+IGNORED_FIELDS = {"_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "transformers_version", "use_cache"}
 
 Row = dict[str, Any]
 Collator = Callable[[list[Row]], Mapping[str, Any]]
@@ -51,7 +51,7 @@ def add_teacher_logits(
 
     The result is kept on disk under a fingerprint of the teacher's weights and config, of all data, and of every batch as the
     collator makes it. A second call reads it and does no teacher forward; another teacher, other data, another tokenizer length or
-    padding makes a new one.
+    padding makes a new one. A file that cannot be read, or has another number of rows, is named in a warning and made again.
 
     Args:
         dataset: tokenized rows; columns that the teacher does not take are kept and ignored. Teacher logits it may already have are
@@ -74,6 +74,10 @@ def add_teacher_logits(
     fingerprint = _fingerprint(dataset, teacher, collator, batch_size, top_k)
     folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_logits"
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{fingerprint}.arrow"
+    if reason := _defect(file, len(dataset)):
+        logger.warning("%s is not whole (%s); the teacher's logits are computed again.", file, reason)
+        file.unlink()
 
     def forward(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         return _teacher_columns(_rows(columns, teacher), teacher, collator, top_k)
@@ -86,7 +90,7 @@ def add_teacher_logits(
             batched=True,
             batch_size=batch_size,
             new_fingerprint=fingerprint,
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            cache_file_name=str(file),
             load_from_cache_file=True,
             desc="Teacher logits",
         )
@@ -151,6 +155,17 @@ def row_starts(rows: Sequence[Row], batch: Mapping[str, Any], column: str) -> li
 # ------------------------------------------------------------------------------------------------------------------- inner works
 
 
+def _defect(file: Path, rows: int) -> str | None:
+    """Why a cached dataset cannot be used, or None if it can or is not there. Arrow keeps no checksums, so lengths have to do."""
+    if not file.exists():
+        return None
+    try:
+        found = len(Dataset.from_file(str(file)))
+    except (OSError, pyarrow.ArrowException) as error:
+        return str(error)
+    return None if found == rows else f"it has {found} rows for {rows}"
+
+
 def _rows(columns: Mapping[str, list[Any]], teacher: PreTrainedModel) -> list[Row]:
     """The rows of a batch of columns, with what the teacher or a collator takes."""
     wanted = select(columns, forward_arguments(teacher) | {"label", "label_ids"})
@@ -192,7 +207,7 @@ def _fingerprint(dataset: Dataset, teacher: PreTrainedModel, collator: Collator,
     Batches are digested, not the collator: objects such as tokenizers change their pickles when they are used.
     """
     digest = hashlib.sha256(f"1 {type(teacher).__name__} {top_k} {batch_size}".encode())
-    config = {name: value for name, value in base_model(teacher).config.to_dict().items() if name not in _NO_MATTER}
+    config = {name: value for name, value in base_model(teacher).config.to_dict().items() if name not in IGNORED_FIELDS}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         _digest_tensor(digest, name, tensor)
