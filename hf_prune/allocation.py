@@ -110,7 +110,7 @@ def allocate(
         else:
             assert threshold is not None
             below = int(torch.count_nonzero((score <= threshold) | gone))
-            count = min(max(below, _least(group, floor)), most_removable(group, cap))
+            count = min(max(below, least_removed(group, floor)), most_removable(group, cap))
         least = int(torch.count_nonzero(gone))
         chosen.append(_lowest_in_group(group, score.masked_fill(gone, -torch.inf), max(count, least)))
     return chosen
@@ -129,8 +129,8 @@ def most_removable(group: UnitGroup, cap: float) -> int:
     return min(int(cap * group.num_units), group.max_removable) if group.num_units > 1 else 1
 
 
-def _least(group: UnitGroup, floor: float) -> int:
-    """How many units of a group have to go under a floor."""
+def least_removed(group: UnitGroup, floor: float) -> int:
+    """How many units of a group have to go under a floor: its share to the nearest unit."""
     return round(floor * group.num_units)
 
 
@@ -150,7 +150,7 @@ def _allocate_global(
     """Rank all units together; where that breaks a floor or a cap, take the floors, shut out what is above the caps, rank again."""
     flat = torch.cat(list(scores)).masked_fill_(torch.cat(list(removed)), -torch.inf)
     numbers = [group.num_units for group in groups]
-    least = [max(_least(group, floor), int(torch.count_nonzero(gone))) for group, gone in zip(groups, removed)]
+    least = [max(least_removed(group, floor), int(torch.count_nonzero(gone))) for group, gone in zip(groups, removed)]
     most = [max(most_removable(group, cap), count) for group, count in zip(groups, least)]
     ranked = flat.split(numbers)  # type: ignore[no-untyped-call]
     for group, score in zip(groups, ranked):

@@ -349,7 +349,7 @@ def _check_together(config: PruningConfig) -> None:
 def _with_pairs(given: dict[str, Any]) -> dict[str, Any]:
     """The settings given over others: steps and epochs of a phase replace the other's as a pair, and a frequency `updates`."""
     pairs = [(f"{phase}_steps", f"{phase}_epochs") for phase in ("warmup", "cooldown")]
-    replaced: dict[str, Any] = {key: 0 for pair in pairs if any(key in given for key in pair) for key in pair}
+    replaced: dict[str, Any] = {key: None for pair in pairs if any(key in given for key in pair) for key in pair}
     return replaced | ({"updates": None} if "frequency" in given else {}) | given
 
 
@@ -415,9 +415,12 @@ class PruningConfig:
         schedule: how sparsity rises between warm-up and cool-down, a name in `hf_prune.schedules.SCHEDULES`.
         initial_sparsity: sparsity at the first update; `"from_model"`: the units that are zero already stay so and are counted.
         warmup_steps, warmup_epochs: nothing is pruned before. A steps value below 1 is a ratio of the run, as in transformers.
-        cooldown_steps, cooldown_epochs: at the end, masks are frozen for so long and the model recovers.
-        frequency: optimizer steps between mask updates.
-        updates: number of mask updates, spread evenly between warm-up and cool-down, in the place of `frequency`.
+            Default: a tenth of the run (without its cool-down, where that is given).
+        cooldown_steps, cooldown_epochs: at the end, masks are frozen for so long and the model recovers. Default: a third of what
+            comes after warm-up.
+        frequency: optimizer steps between mask updates. Default: 50, or fewer, so that a short run has 20 updates.
+        updates: number of mask updates, spread evenly between warm-up and cool-down, in the place of `frequency`. Default: 5 under
+            `schedule="lottery"`, which trains anew after each.
         target_modules: as in PEFT, a regular expression that matches whole module names or a list of names or suffixes.
             Default: every linear layer of the model's body; the output head is left out unless named. Under PEFT names are those of
             the model without adapters.
@@ -443,11 +446,11 @@ class PruningConfig:
     threshold: float | None = None
     schedule: str = "cubic"
     initial_sparsity: float | str = 0.0
-    warmup_steps: float = 0
-    warmup_epochs: float = 0
-    cooldown_steps: float = 0
-    cooldown_epochs: float = 0
-    frequency: int = 50
+    warmup_steps: float | None = None
+    warmup_epochs: float | None = None
+    cooldown_steps: float | None = None
+    cooldown_epochs: float | None = None
+    frequency: int | None = None
     updates: int | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -543,15 +546,17 @@ class PruningArguments:
     pruning_criterion: str | None = field(default=None, metadata={"help": f"One of {', '.join(sorted(CRITERIA))}."})
     pruning_scope: str | None = field(default=None, metadata={"help": f"One of {', '.join(SCOPES)}."})
     pruning_schedule: str | None = field(default=None, metadata={"help": f"One of {', '.join(SCHEDULES)}."})
-    pruning_frequency: int | None = field(default=None, metadata={"help": "Optimizer steps between mask updates."})
+    pruning_frequency: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between mask updates; by default 50, or fewer in a short run."}
+    )
     pruning_warmup_steps: float | None = field(
-        default=None, metadata={"help": "Steps before pruning starts; below 1, a ratio of the run."}
+        default=None, metadata={"help": "Steps before pruning starts; below 1, a ratio of the run; by default a tenth of it."}
     )
     pruning_warmup_epochs: float | None = field(
         default=None, metadata={"help": "Epochs before pruning starts.", "aliases": ["--sparsity_warm_epochs"]}
     )
     pruning_cooldown_steps: float | None = field(
-        default=None, metadata={"help": "Steps at the end with frozen masks; below 1, a ratio of the run."}
+        default=None, metadata={"help": "Steps at the end with frozen masks; below 1, a ratio of the run; by default 0.3."}
     )
     pruning_cooldown_epochs: float | None = field(
         default=None, metadata={"help": "Epochs at the end with frozen masks.", "aliases": ["--cooldown_epochs"]}

@@ -1,4 +1,4 @@
-"""How much, when: pure functions of progress, and the steps at which masks change.
+"""How much, when: pure functions of progress, the steps at which masks change, and what a run's length makes of open settings.
 
 Progress p runs from 0 at the end of warm-up to 1 at the start of cool-down.
 """
@@ -65,6 +65,29 @@ def schedule(name: str) -> Callable[[float, float, float], float]:
     return SCHEDULES[name]
 
 
+def phases(total_steps: int, warmup: int | None, cooldown: int | None) -> tuple[int, int]:
+    """Steps of warm-up and cool-down; where they are not given, a tenth of the run and a third of what comes after warm-up.
+
+    Whatever is given of the two, what is derived leaves steps for pruning.
+    """
+    if warmup is None:
+        warmup = max(total_steps - (cooldown or 0), 0) // 10
+    if cooldown is None:
+        cooldown = max(total_steps - warmup, 0) // 3
+    return warmup, cooldown
+
+
+def spacing(steps: int, schedule: str, frequency: int | None, updates: int | None) -> float:
+    """Steps between mask updates when pruning takes `steps` steps, 1 or more.
+
+    Where neither `frequency` nor `updates` is given there are 20 updates, or more in a long run: one every 50 steps. A lottery
+    draws 5 tickets, since it starts to train anew after each.
+    """
+    if updates is None and frequency is None:
+        return min(max(steps / 20, 1), 50) if schedule != "lottery" else max(steps / 5, 1)
+    return max(steps / updates, 1) if updates is not None else float(frequency or 1)
+
+
 @dataclass(frozen=True)
 class Timeline:
     """When masks change and to what sparsity. Steps count from 1: step t is the t-th optimizer step.
@@ -75,6 +98,7 @@ class Timeline:
         frequency: steps between updates, 1 or more; a fraction spreads them as evenly as whole steps allow.
         schedule: a name that `schedule()` knows.
         initial, target: sparsity at the two ends.
+        total: steps of the run; those after the last update are left for recovery.
     """
 
     begin: int
@@ -83,11 +107,17 @@ class Timeline:
     schedule: str
     initial: float
     target: float
+    total: int
 
     @property
     def last_update(self) -> int:
         """The step of the last update."""
         return max(self.begin, 1) if self.schedule == "constant" else self.end
+
+    @property
+    def recovery(self) -> int:
+        """Steps after the last update."""
+        return self.total - self.last_update
 
     @property
     def updates(self) -> list[int]:

@@ -79,7 +79,7 @@ class Row:
 
     def config(self) -> PruningConfig:
         """The row's config; half of the run is for recovery."""
-        return PruningConfig.from_dict({"frequency": 20, "cooldown_steps": 0.5, **self.pruning})
+        return PruningConfig.from_dict({"frequency": 20, "warmup_steps": 0, "cooldown_steps": 0.5, **self.pruning})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -256,6 +257,20 @@ def test_the_log_says_when_pruning_starts_and_with_what_it_ended(tmp_path: Path,
         "Pruning starts at step 0 of 12: 1x1 50.00%, from step 4 to 10 in 4 updates.",
         "Pruning ended at step 12: sparsity 0.5000, target_sparsity 0.5000.",
     ]
+
+
+@pytest.mark.parametrize("way", ["steps", "epochs"])
+def test_a_config_without_a_timetable_prunes_gradually_and_leaves_steps_to_recover(way: str, tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {"max_steps": 75} if way == "steps" else {"num_train_epochs": 12.5}
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="neuron"), **overrides)
+    trainer.train()
+    sparsity = [log["sparsity"] for log in logs_of(trainer).values()]
+    assert len(sparsity) == 75
+    rises = [step for step, (before, after) in enumerate(zip([0.0, *sparsity], sparsity), start=1) if after > before]
+    assert len(rises) >= 10
+    assert (rises[0] > 7, rises[-1] <= 53) == (True, True)
+    assert max(after - before for before, after in itertools.pairwise(sparsity)) < 0.15
+    assert sparsity[-1] == pytest.approx(0.5, abs=0.01)
 
 
 # --------------------------------------------------------------------------------------------------------------- loops and resuming

@@ -146,7 +146,7 @@ def test_a_frequency_on_the_command_line_wins_over_updates_in_the_file(tmp_path:
 def test_steps_and_epochs_are_inherited_as_a_pair(phase: str, outer: str, inner: str) -> None:
     config = PruningConfig(pattern="1x1", **{f"{phase}_{outer}": 5}, rules=[{"pattern": "head", f"{phase}_{inner}": 2}])
     rule = config.resolved_rules()["rules[0]"]
-    assert (getattr(rule, f"{phase}_{outer}"), getattr(rule, f"{phase}_{inner}")) == (0, 2)
+    assert (getattr(rule, f"{phase}_{outer}"), getattr(rule, f"{phase}_{inner}")) == (None, 2)
 
 
 def test_without_a_pattern_only_the_rules_count() -> None:
@@ -190,7 +190,7 @@ def test_arguments_win_over_the_file(tmp_path: Path) -> None:
     assert parse(*file, "--target_sparsity", "0.8", "--pruning_pattern", "4x1") == replace(
         config, target_sparsity=0.8, pattern="4x1"
     )
-    assert parse(*file, "--pruning_warmup_epochs", "2") == replace(config, warmup_steps=0, warmup_epochs=2)
+    assert parse(*file, "--pruning_warmup_epochs", "2") == replace(config, warmup_steps=None, warmup_epochs=2)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,14 @@ def test_soft_movement_adds_the_gradient_of_its_penalty(pattern: str) -> None:
     """Against autograd through λ·r·mean σ(S), S of all groups together."""
     model = tiny_bert(num_hidden_layers=1).train()
     config = PruningConfig(
-        pattern=pattern, criterion="soft_movement", regularization=50.0, scope="threshold", threshold=0.1, frequency=100
+        pattern=pattern,
+        criterion="soft_movement",
+        regularization=50.0,
+        scope="threshold",
+        threshold=0.1,
+        warmup_steps=0,
+        cooldown_steps=0,
+        frequency=100,
     )
     pruner = Pruner(model, config, total_steps=20)
     rule = pruner._rules[0]

@@ -248,6 +248,6 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) ->
 
 
 def test_scores_that_cannot_reach_the_threshold_are_an_error() -> None:
-    settings = {"criterion": "soft_movement", "scope": "threshold", "threshold": 0.1, "regularization": "auto"}
+    settings = {"criterion": "soft_movement", "scope": "threshold", "threshold": 0.1, "regularization": "auto", "warmup_steps": 0}
     with pytest.raises(PruningConfigError, match=r"score_learning_rate=0.01: must be at least 0.044 .* in 100 steps"):
-        Pruner(tiny_bert(), PruningConfig(pattern="auto", **settings), total_steps=100)
+        Pruner(tiny_bert(), PruningConfig(pattern="auto", cooldown_steps=0, **settings), total_steps=100)

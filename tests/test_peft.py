@@ -62,8 +62,12 @@ def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **setting
     return get_peft_model(model, LoraConfig(**chosen | settings)).eval()
 
 
+#: Mask updates from the first steps to the last.
+WHOLE_RUN: dict[str, Any] = {"warmup_steps": 0, "cooldown_steps": 0, "frequency": 2}
+
+
 def config(pattern: str, **settings: Any) -> PruningConfig:
-    return PruningConfig(**{"pattern": pattern, "target_sparsity": 0.5, "frequency": 2, "scope": "local"} | settings)
+    return PruningConfig(**{"pattern": pattern, "target_sparsity": 0.5, "scope": "local"} | WHOLE_RUN | settings)
 
 
 def rows(family: str, count: int = 32) -> list[dict[str, Any]]:
@@ -285,7 +289,7 @@ def test_sparse_model_stays_sparse_under_lora(settings: dict[str, Any]) -> None:
         for layer in lora_layers(model).values():
             layer.base_layer.weight.mul_(torch.rand_like(layer.base_layer.weight) < 0.5)
     zeros = {name: value == 0 for name, value in merged_weights(model).items()}
-    pruner = Pruner(model, PruningConfig(**{"frequency": 2, "scope": "local", "target_sparsity": 0.6} | settings), 4)
+    pruner = Pruner(model, PruningConfig(**{"scope": "local", "target_sparsity": 0.6} | WHOLE_RUN | settings), 4)
     list(steps(model, pruner, inputs, 4))
     pruner.finish()
     for name, value in merged_weights(model).items():
@@ -295,7 +299,7 @@ def test_sparse_model_stays_sparse_under_lora(settings: dict[str, Any]) -> None:
 
 def test_several_rules_on_one_module_multiply() -> None:
     model, inputs = adapted(), batch("llama")
-    pruner = Pruner(model, PruningConfig(frequency=2, scope="local", rules=[{"pattern": "head"}, {"pattern": "2:4"}]), 4)
+    pruner = Pruner(model, PruningConfig(**WHOLE_RUN, scope="local", rules=[{"pattern": "head"}, {"pattern": "2:4"}]), 4)
     list(steps(model, pruner, inputs, 4))
     for layer in range(3):
         found = merged_weights(model)[f"base_model.model.model.layers.{layer}.self_attn.q_proj"] == 0

@@ -373,8 +373,8 @@ HEADS = {"pattern": "head", "criterion": "magnitude", "schedule": "constant"}
     ("stage", "message"),
     [
         ({"pruning": {**HEADS, "target_modules": ["atention"]}}, r"pruning.config.target_modules='atention': matches no module"),
-        ({"pruning": {**HEADS, "cooldown_steps": 8}}, r"pruning.config.warmup_steps=0: .*cool-down \(8 steps\)"),
-        ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.warmup_steps=0: .*cool-down \(8 steps\)"),
+        ({"pruning": {**HEADS, "cooldown_steps": 8}}, r"pruning.config.cooldown_steps=8: .*cool-down \(8 steps\)"),
+        ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.cooldown_epochs=1: .*cool-down \(8 steps\)"),
         ({"pruning": HEADS, "training": {"optim": "adamw_8bit"}}, r"training=.*'adamw_8bit'.*: cannot be used"),
         ({"pruning": HEADS, "pad_to_multiple_of": 0}, r"pad_to_multiple_of=0: must be a whole number, 1 or more"),
         ({"training": {"save_strategy": "step"}}, r"training=.*'save_strategy': 'step'.*: cannot be used: .*\['no', 'steps'"),

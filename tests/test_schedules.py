@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hf_prune.config import SCHEDULES as NAMES
-from hf_prune.schedules import SCHEDULES, Timeline
+from hf_prune.schedules import SCHEDULES, Timeline, phases, spacing
 
 FORMULAS = {
     "constant": lambda p, a, b: b,
@@ -29,7 +29,7 @@ def test_the_config_knows_every_schedule() -> None:
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize(("begin", "end", "frequency"), [(0, 100, 10), (20, 95, 10), (0, 7, 50), (3, 4, 1), (50, 100, 7)])
 def test_every_update(name: str, begin: int, end: int, frequency: int) -> None:
-    timeline = Timeline(begin, end, frequency, name, initial=0.1, target=0.9)
+    timeline = Timeline(begin, end, frequency, name, initial=0.1, target=0.9, total=end + 5)
     updates = [step for step in range(1, 201) if timeline.is_due(step)]
     first = max(begin, 1)
     if name == "constant":
@@ -52,7 +52,7 @@ def test_every_update(name: str, begin: int, end: int, frequency: int) -> None:
 
 @pytest.mark.parametrize(("begin", "end", "updates"), [(46, 598, 12), (0, 7, 3), (5, 30, 4)])
 def test_updates_are_as_many_as_asked_for_and_evenly_spread(begin: int, end: int, updates: int) -> None:
-    timeline = Timeline(begin, end, (end - begin) / updates, "exp", 0.0, 0.8)
+    timeline = Timeline(begin, end, (end - begin) / updates, "exp", 0.0, 0.8, total=end)
     due = [step for step in range(begin + 1, end + 10) if timeline.is_due(step)]
     assert (len(due), due[-1]) == (updates, end)
     assert timeline.updates == due  # at the beginning nothing is asked for yet
@@ -63,3 +63,41 @@ def test_updates_are_as_many_as_asked_for_and_evenly_spread(begin: int, end: int
     left = [1 - timeline.sparsity(step) for step in [max(begin, 1), *due]]
     for number, share in enumerate(left[1:], start=1):
         assert share == pytest.approx((1 - 0.8) ** (number / updates), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "cooldown", "phases_wanted"),
+    [
+        (1, None, None, (0, 0)),
+        (3, None, None, (0, 1)),
+        (75, None, None, (7, 22)),
+        (1000, None, None, (100, 300)),
+        (1000, 0, None, (0, 333)),
+        (1000, 900, None, (900, 33)),
+        (1000, None, 950, (5, 950)),
+        (1000, None, 0, (100, 0)),
+        (1000, 20, 30, (20, 30)),
+        (5, None, 9, (0, 9)),
+    ],
+)
+def test_what_is_derived_of_the_phases(
+    total: int, warmup: int | None, cooldown: int | None, phases_wanted: tuple[int, int]
+) -> None:
+    assert phases(total, warmup, cooldown) == phases_wanted
+
+
+@pytest.mark.parametrize(
+    ("steps", "schedule", "frequency", "updates", "wanted"),
+    [
+        (1, "cubic", None, None, 1),
+        (46, "cubic", None, None, 2.3),
+        (600, "linear", None, None, 30),
+        (7000, "cubic", None, None, 50),
+        (7000, "lottery", None, None, 1400),
+        (46, "cubic", 100, None, 100),
+        (46, "cubic", 100, 2, 23),
+        (3, "cubic", None, 12, 1),
+    ],
+)
+def test_steps_between_updates(steps: int, schedule: str, frequency: int | None, updates: int | None, wanted: float) -> None:
+    assert spacing(steps, schedule, frequency, updates) == pytest.approx(wanted)

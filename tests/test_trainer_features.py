@@ -330,7 +330,7 @@ def test_a_step_that_the_scaler_skips_is_no_observation(overflows: set[int]) -> 
 @pytest.mark.parametrize("criterion", ["wanda", "taylor", "movement", "gradient"])
 def test_every_criterion_survives_skipped_steps(criterion: str) -> None:
     scope = {"scope": "local"}
-    config = PruningConfig(pattern="1x1", criterion=criterion, warmup_steps=0, frequency=1, **scope)
+    config = PruningConfig(pattern="1x1", criterion=criterion, warmup_steps=0, cooldown_steps=0, frequency=1, **scope)
     model, pruner, skipped = scaled_run(config, {1, 2, 6})
     assert skipped == [1, 2, 6]
     assert pruner.sparsity() == pytest.approx(0.5, abs=1e-3)
@@ -353,7 +353,7 @@ def test_a_skipped_step_leaves_nothing_in_activation_statistics() -> None:
 
 
 def test_the_last_update_may_be_skipped_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    config = PruningConfig(pattern="1x1", target_sparsity=0.7, warmup_steps=2, frequency=2)
+    config = PruningConfig(pattern="1x1", target_sparsity=0.7, warmup_steps=2, cooldown_steps=0, frequency=2)
     _, pruner, _ = scaled_run(config, {12})
     assert not pruner.done
     assert "was due at step 12" in str(pruner.shortfall)

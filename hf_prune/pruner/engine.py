@@ -17,6 +17,7 @@ pruner.finish()
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from ..allocation import allocate, normalize
 from ..architectures.blocks import unwrapped
 from ..config import PruningConfig, PruningConfigError
-from ..distributed import bare_model, differing, is_sharded, local, placed_like, summed, whole
+from ..distributed import bare_model, differing, is_sharded, local, placed_like, rank, summed, whole
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, bias_target, body_prefix, check_names, names_module, weight_target, weights
 from .plan import PruningPlan, make_plan
 from .rules import Rule, alive_units, match_rules
+
+logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 2
 
@@ -90,6 +93,10 @@ class Pruner:
             if target.adapter is not None:
                 target.adapter.keep_exact()
         unwrapped(model)._hf_prune_attached = True  # type: ignore[assignment]
+        if rank() == 0:
+            for rule in self._rules:
+                for concern in rule.concerns:
+                    logger.warning(concern)
 
     # ------------------------------------------------------------------------------------------------------ the three moments
 

@@ -11,17 +11,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..allocation import most_removable
+from ..allocation import least_removed, most_removable
 from ..architectures import Block, find_blocks
 from ..config import GRADIENT_CRITERIA, STRUCTURAL_PATTERNS, PruningConfig, PruningConfigError, parse_pattern
 from ..criteria import CRITERIA, ActivationCriterion, Criterion
 from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
-from ..schedules import Timeline
+from ..schedules import Timeline, phases, spacing
 from ..targets import body_prefix, check_names, names_module, weights
 from ..units import UnitGroup
 
 _T = TypeVar("_T")
+
+#: Sparsity that rises in fewer updates than these comes as a shock.
+_FEW_UPDATES = 3
+
+#: A share that rounding to whole units misses by more than this deserves a word.
+_NOTICEABLE = 0.005
 
 
 @dataclass
@@ -75,6 +81,39 @@ class Rule:
         target = f"scores up to {settings.threshold:g}" if settings.scope == "threshold" else f"{settings.target_sparsity:.2%}"
         when = f"from step {updates[0]} to {updates[-1]} in {len(updates)} updates" if updates else "never"
         return f"{settings.pattern} {target}, {when}"
+
+    @property
+    def concerns(self) -> list[str]:
+        """What is allowed and yet not what was meant: a timetable that harms the model, shares that rounding to units misses."""
+        updates, total, settings, found = self.timeline.updates, self.timeline.total, self.settings, []
+        if updates and settings.schedule != "constant" and len(updates) < min(_FEW_UPDATES, settings.updates or _FEW_UPDATES):
+            given = f"updates={settings.updates}" if settings.updates else f"frequency={settings.frequency}"
+            found.append(
+                f"{self.name}: {given} makes {len(updates)} mask update{'s' * (len(updates) > 1)} (at step "
+                f"{', '.join(map(str, updates))} of {total}), so much goes at once; more and smaller updates harm a model less. "
+                "Prune more often, or train longer."
+            )
+        if updates and self.timeline.recovery < 1:
+            found.append(
+                f"{self.name}: the last mask update is after the last of the run's {total} steps, so no step is left for the model "
+                "to recover. Give cooldown_steps, or train longer."
+            )
+        for group in self.groups if settings.scope == "global" else ():
+            number, floor = group.num_units, settings.min_sparsity_per_module
+            gone = least_removed(group, floor)
+            if floor - gone / number > _NOTICEABLE:
+                found.append(
+                    f"{self.name}: min_sparsity_per_module={floor} rounds to {gone} of the {number} units of {group.name}; the "
+                    f"nearest shares are {gone / number:.4g} and {(gone + 1) / number:.4g}."
+                )
+        for group in self.groups if settings.scope == "local" else ():
+            number, target = group.num_units, settings.target_sparsity
+            if target and round(target * number) == 0:
+                found.append(
+                    f"{self.name}: target_sparsity={target} rounds to none of the {number} units of {group.name}; the nearest "
+                    f"share above is {1 / number:.4g}."
+                )
+        return found
 
     @property
     def size(self) -> int:
@@ -147,6 +186,8 @@ def match_rules(
 def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline: Timeline) -> Rule:
     _check_reachable(name, settings, groups)
     _check_score_rate(name, settings, timeline)
+    if settings.initial_sparsity != "from_model":
+        _check_rounding(name, settings, groups)
     kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     if settings.initial_sparsity == "from_model":
         kept = alive_units(groups)
@@ -223,13 +264,16 @@ def _selects_block(settings: PruningConfig, block: Block, taken: set[str]) -> bo
     return settings.target_modules is None or any(names_module(settings.target_modules, name) for name in names)
 
 
-def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, steps_per_epoch: float | None) -> int:
-    epochs: float = getattr(settings, f"{phase}_epochs")
-    steps: float = getattr(settings, f"{phase}_steps")
+def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, steps_per_epoch: float | None) -> int | None:
+    """The steps of a phase, or None when the config leaves them open."""
+    epochs: float | None = getattr(settings, f"{phase}_epochs")
+    steps: float | None = getattr(settings, f"{phase}_steps")
     if epochs:
         if steps_per_epoch is None:
             raise PruningConfigError(f"{name}.{phase}_epochs", epochs, "needs steps_per_epoch, or give it in steps.")
         return round(epochs * steps_per_epoch)
+    if steps is None:
+        return None if epochs is None else 0
     return round(steps * total_steps) if steps < 1 else int(steps)
 
 
@@ -239,20 +283,21 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
     Raises:
         PruningConfigError: warm-up and cool-down leave no step for pruning.
     """
-    begin = _in_steps(name, settings, "warmup", total_steps, steps_per_epoch)
-    cooldown = _in_steps(name, settings, "cooldown", total_steps, steps_per_epoch)
+    given = [_in_steps(name, settings, phase, total_steps, steps_per_epoch) for phase in ("warmup", "cooldown")]
+    begin, cooldown = phases(total_steps, *given)
     end = total_steps - cooldown
     if end <= begin:
-        field = f"{name}.warmup_epochs" if settings.warmup_epochs else f"{name}.warmup_steps"
-        value = settings.warmup_epochs or settings.warmup_steps
+        phase = "warmup" if given[0] else "cooldown"
+        field = f"{phase}_epochs" if getattr(settings, f"{phase}_epochs") else f"{phase}_steps"
         allowed = (
             f"warm-up ({begin} steps) and cool-down ({cooldown} steps) must leave at least one of the run's {total_steps} steps."
         )
-        raise PruningConfigError(field, value, allowed)
+        raise PruningConfigError(f"{name}.{field}", getattr(settings, field), allowed)
     return Timeline(
+        total=total_steps,
         begin=begin,
         end=end,
-        frequency=max((end - begin) / settings.updates, 1) if settings.updates else settings.frequency,
+        frequency=spacing(end - begin, settings.schedule, settings.frequency, settings.updates),
         schedule=settings.schedule,
         initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
         target=settings.target_sparsity,
@@ -270,6 +315,26 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
         allowed = (
             f"is out of reach: with max_sparsity_per_module={cap} at most {most / total:.4f} of these modules can go "
             f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
+        )
+        raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+
+
+def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
+    """Raise if the target is less than half a unit everywhere, so that nothing would go."""
+    target = settings.target_sparsity
+    if settings.scope == "threshold" or not target:
+        return
+    if settings.scope == "local":
+        wanted = max(target * group.num_units for group in groups)
+        smallest = 1 / max(group.num_units for group in groups)
+    else:
+        size, total = min(group.unit_size for group in groups), sum(group.size for group in groups)
+        wanted, smallest = target * total / size, size / total
+    if round(wanted) == 0:
+        number = round(1 / smallest)
+        allowed = (
+            f"is {wanted:.2g} of {number} units and rounds to none; the nearest share that can be reached is {smallest:.4g} "
+            f"(1 unit of {number}{' in a module' if settings.scope == 'local' else ''})."
         )
         raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
 
