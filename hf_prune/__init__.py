@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
     from .legacy import convert_v4_pruned_heads
     from .pruner import Pruner
-    from .report import SparsityReport, sparsity_report
+    from .report import SparsityReport, print_sparsity, sparsity_report
     from .sparse import to_sparse
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "convert_v4_pruned_heads",
     "last_complete_checkpoint",
     "model_card",
+    "print_sparsity",
     "push_to_hub",
     "sparsity_report",
     "to_sparse",

@@ -50,9 +50,10 @@ _SCORED_BY = ("pattern", "criterion", "reduction", "target_modules", "exclude_mo
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains.
 
-    Adds `sparsity` (true zeros in the weights named by the rules), `target_sparsity` (what the schedule asks for) and, in soft
-    movement pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to all that the Trainer logs, wherever the
-    callback stands among the others. Writes its state and `pruning_config.json` into every checkpoint, from which it resumes:
+    Adds `sparsity` (true zeros in the weights of the model's body, as in the report and the card), `reached_sparsity` (true zeros
+    in the weights that the rules name), `target_sparsity` (what the schedule asks for of these) and, in soft movement pruning,
+    `regularization` (λ) and `penalty` (what it adds to the loss) to all that the Trainer logs, wherever the callback stands among
+    the others. Writes its state and `pruning_config.json` into every checkpoint, from which it resumes:
     exactly, from any folder. From the checkpoint of a run without the callback, pruning starts where the schedule is by then. A
     second `train()` on the same model keeps the masks that are there.
 

@@ -63,13 +63,13 @@ def plot_history(history: Sequence[Mapping[str, float]], metric: str | None = No
     """Sparsity, and below it the metric, over the optimizer steps.
 
     Args:
-        history: entries with `step` and any of `sparsity`, `target_sparsity` and the metric.
+        history: entries with `step` and any of `sparsity`, `reached_sparsity`, `target_sparsity` and the metric.
         metric: the metric's key.
     """
-    names = [["target_sparsity", "sparsity"], *([[metric]] if metric else [])]
+    names = [["target_sparsity", "reached_sparsity", "sparsity"], *([[metric]] if metric else [])]
     figure = _figure(6.4, 1.2 + 1.9 * len(names))
     rows = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    styles = {"target_sparsity": (_GREY, "--", "."), "sparsity": (_BLUE, "-", ".")}
+    styles = {"target_sparsity": (_GREY, "--", "."), "reached_sparsity": (_GREY, "-", "."), "sparsity": (_BLUE, "-", ".")}
     for axes, keys in zip(rows, names):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]

@@ -147,6 +147,17 @@ def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityR
     return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
 
 
+def print_sparsity(model: nn.Module) -> None:
+    """Print how many of the body's weights are zero, in a line, as in the logs, the report and the card.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
+    """
+    report = sparsity_report(model)
+    zeros, weights = (sum(getattr(module, name) for module in report.modules) for name in ("zeros", "parameters"))
+    print(f"zero weights: {zeros:,} || body weights: {weights:,} || sparsity%: {100 * report.sparsity:.4f}")
+
+
 def _block_size(block: Block) -> BlockSize:
     kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
     return BlockSize(block.name, kind, units, alive=units - int(dead_units(block).sum()))

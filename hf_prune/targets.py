@@ -226,7 +226,7 @@ def body_prefix(model: nn.Module) -> str:
 
 
 def body_weights(model: nn.Module) -> Iterator[Weight]:
-    """Yield the [`weights`] of a model's body, without those of its task head."""
+    """Yield the [`weights`] of a model's body, without those of its task head: sparsity is the share of zeros in them."""
     prefix = body_prefix(model)
     return (weight for weight in weights(model) if weight.name.startswith(prefix))
 

@@ -317,7 +317,7 @@ def looped(config: dict[str, Any], build: Callable[[], PreTrainedModel]) -> Resu
         model.eval()(**next(batches(model)))  # evaluation leaves the root gathered
     result: Result = {"sparsity": []}
     for step, pruner in enumerate(loop(model, config), start=1):
-        result["sparsity"].append([pruner.sparsity(), pruner.target_sparsity()])
+        result["sparsity"].append([pruner.reached_sparsity(), pruner.target_sparsity()])
         if step in (4, STEPS):
             result |= {f"state {step}/{name}": tensor.clone() for name, tensor in pruner.state_dict().items()}
             result |= {f"weights {step}/{name}": tensor for name, tensor in whole(model.state_dict()).items()}

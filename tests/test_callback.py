@@ -27,7 +27,15 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError
+from hf_prune import (
+    Pruner,
+    PruningCallback,
+    PruningConfig,
+    PruningConfigError,
+    condense,
+    print_sparsity,
+    sparsity_report,
+)
 from hf_prune.checkpoints import STATE_NAME
 
 #: Pattern → ends of the names of the modules it is about, and target sparsity.
@@ -86,14 +94,14 @@ def test_every_checkpoint_holds_the_logged_share_of_zeros(pattern: str, tmp_path
         model, info = BertForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{step}", output_loading_info=True)
         assert not any(info.values())
         weights = targeted(model, pattern)
-        assert log["sparsity"] == share_of_zeros(weights)
+        assert log["reached_sparsity"] == share_of_zeros(weights)
         assert log["target_sparsity"] == pytest.approx(cubic(step, target), abs=1e-12)
         asked_for = cubic(step - step % 2, target) if step < 10 else target
-        assert log["sparsity"] == pytest.approx(asked_for, abs=within)
+        assert log["reached_sparsity"] == pytest.approx(asked_for, abs=within)
         for name, weight in weights.items():
             assert bool((weight == 0)[gone.get(name, torch.zeros_like(weight)).bool()].all()), f"{name} came back at {step}"
             gone[name] = weight == 0
-    assert logs[12]["sparsity"] > 0.9 * target
+    assert logs[12]["reached_sparsity"] > 0.9 * target
     assert_equal(load_file(tmp_path / "checkpoint-12" / "model.safetensors"), snapshot(trainer.model))
 
 
@@ -128,7 +136,7 @@ print(json.dumps(shares))
     result = subprocess.run([sys.executable, "-c", script, *folders.values()], capture_output=True, text=True, check=True)
     shares = json.loads(result.stdout.splitlines()[-1])
     assert {step: shares[folder] for step, folder in folders.items()} == {
-        step: logs_of(trainer)[step]["sparsity"] for step in folders
+        step: logs_of(trainer)[step]["reached_sparsity"] for step in folders
     }
 
 
@@ -174,7 +182,7 @@ def test_gradient_accumulation_counts_optimizer_steps(criterion: str, tmp_path: 
         trainer.train()
         assert pruner_of(trainer).steps == trainer.state.global_step == 12
         runs[size] = trainer
-    keys = ("sparsity", "target_sparsity")
+    keys = ("reached_sparsity", "target_sparsity")
     assert [[log[key] for key in keys] for log in logs_of(runs[8]).values()] == [
         [log[key] for key in keys] for log in logs_of(runs[4]).values()
     ]
@@ -196,7 +204,7 @@ def test_evaluation_logs_carry_sparsity_too(tmp_path: Path) -> None:
     assert "sparsity" not in untouched
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"]]
-    assert [entry["sparsity"] for entry in evaluations] == [logs_of(trainer)[step]["sparsity"] for step in (6, 12)]
+    assert [entry["reached_sparsity"] for entry in evaluations] == [logs_of(trainer)[step]["reached_sparsity"] for step in (6, 12)]
 
 
 class Recorder(TrainerCallback):
@@ -255,7 +263,7 @@ def test_the_log_says_when_pruning_starts_and_with_what_it_ended(tmp_path: Path,
         trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED)).train()
     assert [record.getMessage() for record in caplog.records if record.name == "hf_prune.callback"] == [
         "Pruning starts at step 0 of 12: 1x1 50.00%, from step 4 to 10 in 4 updates.",
-        "Pruning ended at step 12: sparsity 0.5000, target_sparsity 0.5000.",
+        "Pruning ended at step 12: sparsity 0.5000, reached_sparsity 0.5000, target_sparsity 0.5000.",
     ]
 
 
@@ -264,13 +272,34 @@ def test_a_config_without_a_timetable_prunes_gradually_and_leaves_steps_to_recov
     overrides: dict[str, Any] = {"max_steps": 75} if way == "steps" else {"num_train_epochs": 12.5}
     trainer = trainer_for(tmp_path, PruningConfig(pattern="neuron"), **overrides)
     trainer.train()
-    sparsity = [log["sparsity"] for log in logs_of(trainer).values()]
+    sparsity = [log["reached_sparsity"] for log in logs_of(trainer).values()]
     assert len(sparsity) == 75
     rises = [step for step, (before, after) in enumerate(zip([0.0, *sparsity], sparsity), start=1) if after > before]
     assert len(rises) >= 10
     assert (rises[0] > 7, rises[-1] <= 53) == (True, True)
     assert max(after - before for before, after in itertools.pairwise(sparsity)) < 0.15
     assert sparsity[-1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_sparsity_means_the_same_in_logs_report_plan_and_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of heads a part of the body's weights is pruned: the share of the body and that of the heads have two names."""
+    trainer = trainer_for(tmp_path, PruningConfig(pattern="head", scope="local", **SCHEDULED))
+    trainer.train()
+    log, report = trainer.state.log_history[-1], sparsity_report(trainer.model)
+    zeros = sum(module.zeros for module in report.modules)
+    assert log["reached_sparsity"] == log["target_sparsity"] == 0.5
+    assert 0 < log["sparsity"] < 0.5
+    assert log["sparsity"] == report.sparsity == pruner_of(trainer).sparsity()
+    assert pruner_of(trainer).plan().sparsity == pytest.approx(report.sparsity)
+    assert f"{report.sparsity:.2%} of the body's weights" in str(pruner_of(trainer).plan())
+    capsys.readouterr()
+    print_sparsity(trainer.model)
+    weights = sum(module.parameters for module in report.modules)
+    assert capsys.readouterr().out == (
+        f"zero weights: {zeros:,} || body weights: {weights:,} || sparsity%: {100 * zeros / weights:.4f}\n"
+    )
+    condense(trainer.model)
+    assert pruner_of(trainer).sparsity() == sparsity_report(trainer.model).sparsity == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- loops and resuming
@@ -295,10 +324,10 @@ def test_a_plain_loop_equals_the_trainer(optimizer: str, pattern: str, tmp_path:
             steps.step()
             pruner.step()
             steps.zero_grad()
-            logged.append((pruner.sparsity(), pruner.target_sparsity()))
+            logged.append((pruner.reached_sparsity(), pruner.target_sparsity()))
     pruner.finish()
     assert_equal(snapshot(model), snapshot(trainer.model))
-    assert logged == [(log["sparsity"], log["target_sparsity"]) for log in logs_of(trainer).values()]
+    assert logged == [(log["reached_sparsity"], log["target_sparsity"]) for log in logs_of(trainer).values()]
 
 
 @pytest.fixture(scope="module", params=["snip_momentum", "taylor"])
@@ -333,7 +362,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     for name in ("model.safetensors", STATE_NAME):
         saved = (load_file(path / "checkpoint-12" / name) for path in (tmp_path, folder))
         assert_equal(*saved)
-    keys = ("loss", "sparsity", "target_sparsity")
+    keys = ("loss", "sparsity", "reached_sparsity", "target_sparsity")
     resumed, expected = ({at: [log[key] for key in keys] for at, log in logs_of(run).items()} for run in (trainer, whole))
     assert resumed == expected
 
@@ -388,9 +417,9 @@ def test_the_best_model_brings_its_own_masks(tmp_path: Path) -> None:
     trainer.train()
     logs = logs_of(trainer)
     assert trainer.state.best_global_step == 4
-    assert logs[4]["sparsity"] < logs[6]["sparsity"]
+    assert logs[4]["reached_sparsity"] < logs[6]["reached_sparsity"]
     assert_equal(snapshot(trainer.model), load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
-    assert pruner_of(trainer).sparsity() == logs[4]["sparsity"]
+    assert pruner_of(trainer).reached_sparsity() == logs[4]["reached_sparsity"]
     assert_equal(pruner_of(trainer).state_dict(), load_file(tmp_path / "checkpoint-4" / STATE_NAME))
 
 

@@ -55,7 +55,7 @@ def test_all_zero_scores_prune_as_much_as_was_asked_for_and_wipe_no_layer() -> N
     pruner = Pruner(model, PruningConfig(pattern="4x1", schedule="constant", exclude_modules=["pooler.dense"]), total_steps=2)
     pruner.observe()
     pruner.step()
-    assert pruner.sparsity() == 0.5
+    assert pruner.reached_sparsity() == 0.5
     assert {module.sparsity for module in sparsity_report(model).modules if "pooler" not in module.name} == {0.5}
 
 
@@ -87,7 +87,7 @@ def test_a_target_above_the_cap_is_an_error_not_another_target() -> None:
         PruningConfig(pattern="4x1", target_sparsity=0.99)
     model = tiny_bert(num_hidden_layers=1)
     pruner = prune(model, PruningConfig(pattern="1x1", target_sparsity=0.99, max_sparsity_per_module=1.0, frequency=1))
-    assert pruner.sparsity() == pytest.approx(0.99, abs=1e-4)
+    assert pruner.reached_sparsity() == pytest.approx(0.99, abs=1e-4)
 
 
 def test_biases_of_removed_rows_go_with_the_row() -> None:
@@ -118,7 +118,7 @@ def test_gpt2_is_pruned_along_the_right_axis_and_counted_once(pattern: str) -> N
         except ValueError:
             pytest.skip("GPT-2 has no architecture spec")
     pruner = prune(model, PruningConfig(pattern=pattern, frequency=1, scope="local"))
-    assert pruner.sparsity() == pytest.approx(0.5, abs=0.01)
+    assert pruner.reached_sparsity() == pytest.approx(0.5, abs=0.01)
     module = model.transformer.h[0].mlp.c_fc
     out_in = module.weight.detach().T  # Conv1D stores [in, out]
     assert torch.equal(weight_target("m", module).matrix(module.weight), module.weight.T)

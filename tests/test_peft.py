@@ -150,8 +150,8 @@ def test_trained_merged_and_condensed(family: str, pattern: str, tmp_path: Path)
     """What the Trainer leaves has the target's sparsity, exactly, before and after the merge; the smaller model is the same."""
     trainer = train(tmp_path, family, config(pattern, criterion="snip_momentum"))
     model, pruner, inputs = trainer.model, pruner_of(trainer), batch(family)
-    assert pruner.sparsity() == pruner.target_sparsity() == 0.5
-    assert trainer.state.log_history[-1]["sparsity"] == 0.5
+    assert pruner.reached_sparsity() == pruner.target_sparsity() == 0.5
+    assert trainer.state.log_history[-1]["reached_sparsity"] == 0.5
     before, report = logits(model, inputs), sparsity_report(model)
     names = {view.target.module_name for rule in pruner._rules for group in rule.groups for view in group.weights}
     merged = model.merge_and_unload()
@@ -172,7 +172,7 @@ def test_with_what_the_trainer_offers(pattern: str, tmp_path: Path) -> None:
     model = adapted(init_lora_weights=True, lora_dropout=0.1, use_rslora=True)
     overrides = {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "num_train_epochs": 4}
     trainer = train(tmp_path, "llama", config(pattern, criterion="taylor"), model, **overrides)
-    assert pruner_of(trainer).sparsity() == 0.5
+    assert pruner_of(trainer).reached_sparsity() == 0.5
     assert all(bool((layer.lora_B["default"].weight != 0).any()) for layer in lora_layers(model).values())
     report = sparsity_report(model)
     assert sparsity_report(model.merge_and_unload()).modules == report.modules
@@ -269,12 +269,12 @@ def test_every_step_leaves_exact_zeros_and_living_base_weights_alone(family: str
         merged = merged_weights(model)
         zeros = sum(int((value == 0).sum()) for value in merged.values())
         pruned = {target.module_name for target in weights}
-        assert zeros == round(pruner.sparsity() * sum(target.parameter.numel() for target in weights))
+        assert zeros == round(pruner.reached_sparsity() * sum(target.parameter.numel() for target in weights))
         for name, layer in lora_layers(model).items():
             alive = merged[name] != 0
             assert torch.equal(layer.base_layer.weight[alive], before[name][alive])
             assert name.removeprefix("base_model.model.") in pruned or alive.all()
-    assert pruner.sparsity() == pruner.target_sparsity() == 0.5
+    assert pruner.reached_sparsity() == pruner.target_sparsity() == 0.5
     assert any(not torch.equal(layer.lora_B["default"].weight, adapters[name]) for name, layer in lora_layers(model).items())
 
 
@@ -497,7 +497,7 @@ def test_starts_from_the_zeros_of_the_merged_weight() -> None:
     zeros = merged_weights(model)
     second = Pruner(model, config("4x1", criterion="random", initial_sparsity="from_model", target_sparsity=0.75), 2)
     list(steps(model, second, inputs, 2))
-    assert second.sparsity() == 0.75
+    assert second.reached_sparsity() == 0.75
     assert all(bool((value[zeros[name] == 0] == 0).all()) for name, value in merged_weights(model).items())
 
 
@@ -525,7 +525,7 @@ def test_merge_is_exact_in_half_precision(adapter: str, pattern: str, dtype: tor
     pruner.finish()
     pruned = {target.module_name for target in pruner._weights.values()}
     zeros = {name: value for name, value in zeros_of(model).items() if name in pruned}
-    assert pruner.sparsity() >= 0.5
+    assert pruner.reached_sparsity() >= 0.5
     for merge in ({}, {"safe_merge": True}):
         found = zeros_of(copy.deepcopy(model).merge_and_unload(**merge))
         assert_equal({name: found[name] for name in pruned}, zeros)
@@ -561,7 +561,7 @@ def test_resumes_bit_for_bit(family: str, kind: str, tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_equal(snapshot(resumed.model), snapshot(whole.model))
     assert_equal(pruner_of(resumed).state_dict(), pruner_of(whole).state_dict())
-    assert pruner_of(resumed).sparsity() == 0.5
+    assert pruner_of(resumed).reached_sparsity() == 0.5
 
 
 def test_best_checkpoint_keeps_its_zeros(tmp_path: Path) -> None:
@@ -580,7 +580,7 @@ def test_best_checkpoint_keeps_its_zeros(tmp_path: Path) -> None:
     best, metric = trainer.state.best_global_step, trainer.state.best_metric
     assert best is not None
     assert 2 <= best < 8
-    assert pruner_of(trainer).sparsity() == 0.5
+    assert pruner_of(trainer).reached_sparsity() == 0.5
     assert trainer.evaluate()["eval_loss"] == pytest.approx(metric, abs=1e-6)
     assert sparsity_report(trainer.model.merge_and_unload()).sparsity == 0.5
 
@@ -616,7 +616,7 @@ def test_adapter_added_by_transformers() -> None:
     model.add_adapter(LoraConfig(r=4, target_modules=CASES["llama"][1]))
     pruner = Pruner(model, config("4x1", criterion="snip"), 2)
     list(steps(model, pruner, inputs, 2))
-    assert pruner.sparsity() == 0.5
+    assert pruner.reached_sparsity() == 0.5
     assert all(2 * int((value == 0).sum()) == value.numel() for value in merged_weights(model).values())
 
 
@@ -650,7 +650,7 @@ def test_prompts_leave_the_weights_alone(settings: Any) -> None:
         pruner.step()
     before = logits(model, inputs)
     pruner.finish()
-    assert pruner.sparsity() == 0.5
+    assert pruner.reached_sparsity() == 0.5
     if settings is PrefixTuningConfig:
         with pytest.raises(ValueError, match="prefix tuning"):
             condense(model)

@@ -57,7 +57,7 @@ def loop(model: PreTrainedModel, config: PruningConfig, steps: int = STEPS, **kw
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-        sparsity.append(pruner.sparsity())
+        sparsity.append(pruner.reached_sparsity())
     pruner.finish()
     return sparsity
 
@@ -183,7 +183,7 @@ def test_lottery_tickets_rewind_every_weight_that_is_left() -> None:
             for name, parameter in model.named_parameters():
                 kept = parameter != 0 if name in pruner._weights else torch.ones_like(parameter, dtype=torch.bool)
                 assert torch.equal(parameter.detach(), start[name] * kept), name
-    assert pruner.sparsity() == pytest.approx(0.5, abs=1e-4)
+    assert pruner.reached_sparsity() == pytest.approx(0.5, abs=1e-4)
     assert not pruner._rewind
 
 
@@ -202,10 +202,10 @@ def test_nested_rules_multiply_and_the_union_is_counted() -> None:
     assert int(rows.sum()) == 16
     assert (query[~rows] == 0).view(-1, 4).sum(dim=1).unique().tolist() == [2]
     zeros = sum(int((p == 0).sum()) for p in (model.get_parameter(name) for name in pruner._weights))
-    assert pruner.sparsity() == zeros / sum(model.get_parameter(name).numel() for name in pruner._weights)
+    assert pruner.reached_sparsity() == zeros / sum(model.get_parameter(name).numel() for name in pruner._weights)
     # q, k, v: half the heads and half of the rest; o: half.
     assert pruner.target_sparsity() == pytest.approx(1 - (3 * 0.25 + 0.5) / 4)
-    assert pruner.sparsity() == pytest.approx(pruner.target_sparsity())
+    assert pruner.reached_sparsity() == pytest.approx(pruner.target_sparsity())
 
 
 def test_the_mixed_example_of_the_inc_walkthrough() -> None:

@@ -58,6 +58,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting: str, kills: in
 #: Everything that has state of its own: score buffers, values that come back, activation sums, values to rewind to, locked zeros.
 STATEFUL: dict[str, dict[str, Any]] = {
     "movement": {"pattern": "1x1", "criterion": "movement"},
+    "derived timetable": {"pattern": "1x1", **dict.fromkeys(SCHEDULED)},
     "soft_movement": {
         "pattern": "head",
         "criterion": "soft_movement",
@@ -77,7 +78,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("step", [3, 4, 11])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_every_criterion_resumes_exactly(name: str, step: int, tmp_path: Path) -> None:
-    config = {**STATEFUL[name], **SCHEDULED, "frequency": 4}
+    config = {**SCHEDULED, "frequency": 4, **STATEFUL[name]}
     whole = trainer_for(tmp_path / "whole", config, with_dropout(seed=0), save_strategy="steps", save_steps=step)
     whole.train()
     folder = shutil.move(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "moved away")
@@ -246,7 +247,7 @@ def test_another_config_goes_on_where_it_is_allowed(
     trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-4"))
     pruner = pruner_of(trainer)
     assert pruner.config == config
-    assert pruner.sparsity() == pytest.approx(config.target_sparsity, abs=4 / 20992)
+    assert pruner.reached_sparsity() == pytest.approx(config.target_sparsity, abs=4 / 20992)
     if config.criterion != "movement":  # which lets weights come back
         for name, weight in load_file(pruned_run / "checkpoint-4" / "model.safetensors").items():
             if weight.ndim == 2 and "encoder" in name:
@@ -287,7 +288,7 @@ def test_pruning_starts_from_a_checkpoint_without_it(
         f"checkpoint-6 was written without PruningCallback: pruning starts at step 6, where the schedule is at a sparsity of "
         f"{at:.4f}; its last mask update is at step {last}."
     )
-    logged = {entry["step"]: entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry}
+    logged = {entry["step"]: entry["reached_sparsity"] for entry in trainer.state.log_history if "sparsity" in entry}
     assert logged[7] == pytest.approx(at, abs=1e-4)
     assert logged[12] == pytest.approx(0.5, abs=1e-4)
     again = trainer_for(tmp_path, config)
@@ -303,7 +304,7 @@ def test_a_run_without_pruning_between_two_with_it(pruned_run: Path, tmp_path: P
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-11")
     trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert pruner_of(trainer).sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert pruner_of(trainer).reached_sparsity() == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("before", ["without pruning", "with another config"])
@@ -335,7 +336,7 @@ def test_the_best_model_of_an_earlier_run(before: str, tmp_path: Path) -> None:
     best = {"without pruning": 10, "with another config": 4}[before]
     assert trainer.state.best_global_step == best
     assert_equal(snapshot(trainer.model), load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
-    assert pruner_of(trainer).sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert pruner_of(trainer).reached_sparsity() == pytest.approx(0.5, abs=1e-3)
 
 
 class Elsewhere(Trainer):
@@ -354,7 +355,7 @@ def test_a_checkpoint_without_the_state_of_the_pruner_is_an_error(tmp_path: Path
 def test_a_longer_run_goes_on(pruned_run: Path, tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED}, num_train_epochs=4)
     trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-12"))
-    logged = [entry["sparsity"] for entry in trainer.state.log_history if entry["step"] >= 12 and "sparsity" in entry]
+    logged = [entry["reached_sparsity"] for entry in trainer.state.log_history if entry["step"] >= 12 and "sparsity" in entry]
     assert logged == pytest.approx([0.5] * len(logged), abs=1e-3)
 
 
@@ -362,10 +363,10 @@ def test_a_longer_run_goes_on(pruned_run: Path, tmp_path: Path) -> None:
 def test_a_second_train_keeps_the_masks(config: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, {**config, **SCHEDULED})
     trainer.train()
-    before = pruner_of(trainer).sparsity()
+    before = pruner_of(trainer).reached_sparsity()
     gone = {name: weight == 0 for name, weight in snapshot(trainer.model).items() if "encoder" in name and weight.ndim == 2}
     trainer.train()
-    logged = [entry["sparsity"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry["reached_sparsity"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [before] * 12
     if config["pattern"] == "4x1":
         assert all(not bool(trainer.model.state_dict()[name][mask].any()) for name, mask in gone.items())

@@ -171,7 +171,7 @@ def test_the_target_is_reached_with_exact_zeros(feature: str, method: str, tmp_p
         assert projections
         assert {shares[name] for name in projections if not name.endswith("pooler.dense")} == {config["target_sparsity"]}
     else:
-        assert pruner.sparsity() == pytest.approx(config["target_sparsity"], abs=64 / 12288)
+        assert pruner.reached_sparsity() == pytest.approx(config["target_sparsity"], abs=64 / 12288)
     if trainer.args.load_best_model_at_end:
         metrics = trainer.evaluate()
         name = f"eval_{trainer.args.metric_for_best_model}"
@@ -213,7 +213,7 @@ def test_seq2seq(tmp_path: Path) -> None:
         callbacks=[PruningCallback({"pattern": "head", "criterion": "taylor", "scope": "local", **SCHEDULED})],
     )
     trainer.train()
-    assert pruner_of(trainer).sparsity() == 0.5
+    assert pruner_of(trainer).reached_sparsity() == 0.5
     assert "eval_loss" in trainer.evaluate()
 
 
@@ -323,7 +323,7 @@ def test_a_step_that_the_scaler_skips_is_no_observation(overflows: set[int]) -> 
     model, pruner, skipped = scaled_run(config, overflows)
     assert set(skipped) == overflows
     assert pruner.done
-    assert pruner.sparsity() == pytest.approx(0.7, abs=1e-3)
+    assert pruner.reached_sparsity() == pytest.approx(0.7, abs=1e-3)
     assert_equal(snapshot(model), reference_run(overflows))
 
 
@@ -333,7 +333,7 @@ def test_every_criterion_survives_skipped_steps(criterion: str) -> None:
     config = PruningConfig(pattern="1x1", criterion=criterion, warmup_steps=0, cooldown_steps=0, frequency=1, **scope)
     model, pruner, skipped = scaled_run(config, {1, 2, 6})
     assert skipped == [1, 2, 6]
-    assert pruner.sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert pruner.reached_sparsity() == pytest.approx(0.5, abs=1e-3)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 
@@ -430,7 +430,7 @@ def test_early_stopping_under_target_warns_once(counts_from: str, tmp_path: Path
     assert messages == [pruner.shortfall]
     assert messages[0] == (
         f"Pruning is not finished: the model is that of step {trainer.state.best_global_step}, its last mask update was due at "
-        f"step 8. {pruner.sparsity():.2%} of the weights are zero and 50.00% were asked for."
+        f"step 8. {pruner.reached_sparsity():.2%} of the weights are zero and 50.00% were asked for."
     )
     report = sparsity_report(trainer.model, pruner)
     assert report.shortfall == report.to_dict()["shortfall"] == messages[0]

@@ -139,7 +139,7 @@ def install_card_hook() -> None:
 
 
 def _history(entry: Mapping[str, float]) -> dict[str, float]:
-    kept = {name: entry[name] for name in ("step", "sparsity", "target_sparsity") if name in entry}
+    kept = {name: entry[name] for name in ("step", "sparsity", "reached_sparsity", "target_sparsity") if name in entry}
     return kept | evaluated(entry)
 
 

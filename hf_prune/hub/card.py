@@ -61,7 +61,7 @@ class CardFacts:
         metrics_before, metrics: of the dense model and of this one, without `eval_`.
         metric: the one that pictures show; by default the first that is no loss.
         training: settings of the run to list.
-        history: `step`, with `sparsity`, `target_sparsity` and metrics where they were logged.
+        history: `step`, with `sparsity`, `reached_sparsity`, `target_sparsity` and metrics where they were logged.
         comparison: a [`Comparison`] as a dictionary.
     """
 

@@ -17,7 +17,9 @@ pruner.finish()
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -29,7 +31,7 @@ from ..architectures.blocks import unwrapped
 from ..config import PruningConfig, PruningConfigError
 from ..distributed import bare_model, differing, is_sharded, local, placed_like, rank, summed, whole
 from ..masks import apply_masks, count_zeros
-from ..targets import Target, bias_target, body_prefix, check_names, names_module, weight_target, weights
+from ..targets import Target, Weight, bias_target, body_prefix, body_weights, check_names, names_module, weight_target, weights
 from .plan import PruningPlan, make_plan
 from .rules import Rule, alive_units, match_rules
 
@@ -165,7 +167,7 @@ class Pruner:
         self._apply()
         self.release()
         missed = any(rule.behind(self.steps) for rule in self._rules)
-        if (missed or self.done) and self.target_sparsity() > 0 and self.sparsity() == 0:
+        if (missed or self.done) and self.target_sparsity() > 0 and self.reached_sparsity() == 0:
             raise RuntimeError(
                 f"target_sparsity={self.config.target_sparsity} was asked for and no weight is zero after {self.steps} steps; "
                 "are observe() and step() called around every optimizer step?"
@@ -183,24 +185,43 @@ class Pruner:
 
     def plan(self) -> PruningPlan:
         """Each module's effective setting, and what is left out and why; prints as a table."""
-        return make_plan(self._rules, self._left_out)
+        density, sizes = self._densities(self.last_update), self._body()
+        left = sum(density.get(f"{weight.name}.{weight.key}", 1.0) * size for weight, size in sizes.items())
+        return make_plan(self._rules, self._left_out, 1 - left / sum(sizes.values()) if sizes else 0.0)
 
     def sparsity(self) -> float:
-        """Share of true zeros in the weights that the rules name, each weight counted once."""
+        """Share of true zeros in the weights of the model's body, each weight counted once: what the report and the card say."""
+        zeros, elements = count_zeros(self._body())
+        return zeros / elements if elements else 0.0
+
+    def reached_sparsity(self) -> float:
+        """How much of the weights that the rules name is zero; compare it with `target_sparsity()`."""
         zeros, elements = count_zeros(self._weights.values())
         return zeros / elements
 
     def target_sparsity(self, step: int | None = None) -> float:
-        """The sparsity that the schedules ask for at `step`, by default the current one, over the same weights."""
-        step = self.steps if step is None else step
+        """The sparsity that the schedules ask for at `step`, by default the current one, in the weights that the rules name."""
+        density = self._densities(self.steps if step is None else step)
+        sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
+        return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    def _densities(self, step: int) -> dict[str, float]:
+        """By name, the share of each weight that the schedules leave at `step`."""
         density = {name: 1.0 for name in self._weights if name not in self._locked}
         density |= {name: int(whole(mask.sum())) / mask.numel() for name, mask in self._locked.items() if name in self._weights}
         for rule in self._rules:
             if rule.settings.scope != "threshold":
                 for name in rule.weight_names:
                     density[name] = min(density[name], 1.0) * (1 - max(rule.asked, rule.timeline.sparsity(step)))
-        sizes = {name: target.parameter.numel() for name, target in self._weights.items()}
-        return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        return density
+
+    def _body(self) -> dict[Weight, int]:
+        """The weights of the model's body as it is now, and their sizes, without layers whose adapters cannot be read."""
+        found = {}
+        for weight in body_weights(self.model):
+            with contextlib.suppress(ValueError):
+                found[weight] = math.prod(weight.shape)
+        return found
 
     @torch.no_grad()
     def regrown(self) -> list[str]:
@@ -220,8 +241,12 @@ class Pruner:
         return {name: self._targets[name].value() + away for name, away in self._values.items()}
 
     def figures(self) -> dict[str, float]:
-        """What a log shall say: `sparsity`, `target_sparsity`, and what the criteria report, summed over the rules."""
-        figures = {"sparsity": self.sparsity(), "target_sparsity": self.target_sparsity()}
+        """What a log shall say: the three sparsities, and what the criteria report, summed over the rules."""
+        figures = {
+            "sparsity": self.sparsity(),
+            "reached_sparsity": self.reached_sparsity(),
+            "target_sparsity": self.target_sparsity(),
+        }
         for rule in self._rules:
             for name, value in rule.criterion.figures().items():
                 figures[name] = figures.get(name, 0.0) + value
@@ -248,8 +273,8 @@ class Pruner:
             return None
         return (
             f"Pruning is not finished: the model is that of step {self.steps}, its last mask update was due at step "
-            f"{self.last_update}. {self.sparsity():.2%} of the weights are zero and {self.target_sparsity(self.last_update):.2%} "
-            "were asked for."
+            f"{self.last_update}. {self.reached_sparsity():.2%} of the weights are zero and "
+            f"{self.target_sparsity(self.last_update):.2%} were asked for."
         )
 
     # ----------------------------------------------------------------------------------------------------------------- state

@@ -79,6 +79,7 @@ class PruningPlan:
         parameters: how many the pruned modules have.
         condensed_parameters: about how many of them are left after `condense`; zeros that it cannot cut out count as left, and so
             does everything under threshold scope.
+        sparsity: what logs, report and card will call so at the end: the share of zeros in the weights of the model's body.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -86,6 +87,7 @@ class PruningPlan:
     rules: tuple[PlannedRule, ...]
     parameters: int
     condensed_parameters: int
+    sparsity: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -95,6 +97,7 @@ class PruningPlan:
             "rules": [asdict(rule) for rule in self.rules],
             "parameters": self.parameters,
             "condensed_parameters": self.condensed_parameters,
+            "sparsity": self.sparsity,
         }
 
     def __rich__(self) -> Group:
@@ -102,8 +105,8 @@ class PruningPlan:
 
     def _modules(self) -> Table:
         saved = f"{self.parameters:,} parameters in these modules, about {self.condensed_parameters:,} after condensing"
-        table = Table(title="Pruning plan", caption=saved)
-        numbers = ("units", "weights", "sparsity", "condensed")
+        table = Table(title=f"Pruning plan: {self.sparsity:.2%} of the body's weights will be zero", caption=saved)
+        numbers = ("units", "weights", "target", "condensed")
         for column in ("module", "rule", "pattern", "criterion", *numbers):
             table.add_column(column, justify="right" if column in numbers else "left")
         for group in self.groups:
@@ -131,8 +134,8 @@ class PruningPlan:
         return as_text(self.__rich__())
 
 
-def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str]) -> PruningPlan:
-    """The plan of matched rules."""
+def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str], sparsity: float) -> PruningPlan:
+    """The plan of matched rules, that make up for `sparsity` of the weights of the model's body."""
     groups, planned = [], []
     #: Parameter name → share that is left of it after condensing, and its size.
     left: dict[str, float] = {}
@@ -179,7 +182,7 @@ def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str]) -> PruningPlan
             )
         )
     parameters, condensed = sum(sizes.values()), round(sum(left[name] * size for name, size in sizes.items()))
-    return PruningPlan(tuple(groups), dict(left_out), tuple(planned), parameters, condensed)
+    return PruningPlan(tuple(groups), dict(left_out), tuple(planned), parameters, condensed, sparsity)
 
 
 def _units_left(rule: Rule, group: UnitGroup) -> tuple[int, int]:
