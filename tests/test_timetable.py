@@ -44,7 +44,7 @@ def test_the_plan_has_the_timetable_and_the_sizes_after_condensing(scope: str) -
     ("settings", "steps", "words"),
     [
         ({"frequency": 100}, 16, "frequency=100 makes 1 mask update (at step 11 of 16)"),
-        ({"frequency": 4}, 12, None),
+        ({"frequency": 3}, 12, None),
         ({"updates": 8, "warmup_steps": 14, "cooldown_steps": 1}, 17, "updates=8 makes 2 mask updates (at step 15, 16 of 17)"),
         ({"cooldown_steps": 0}, 75, "no step is left for the model to recover"),
         ({"updates": 1}, 75, None),
@@ -54,8 +54,8 @@ def test_the_plan_has_the_timetable_and_the_sizes_after_condensing(scope: str) -
         (
             {"min_sparsity_per_module": 0.3},
             75,
-            "min_sparsity_per_module=0.3 rounds to 1 of the 4 units of bert.encoder.layer.0.attention; the nearest shares are 0.25 "
-            "and 0.5.",
+            "min_sparsity_per_module=0.3 rounds to 1 of the 4 units of bert.encoder.layer.0.attention.self; the nearest shares are "
+            "0.25 and 0.5.",
         ),
         ({"min_sparsity_per_module": 0.25}, 75, None),
     ],
