@@ -61,7 +61,7 @@ _HOMES = {
     "hub": ("CardFacts", "ModelCardCallback", "model_card", "push_to_hub"),
     "legacy": ("convert_v4_pruned_heads",),
     "pruner": ("Pruner",),
-    "report": ("SparsityReport", "sparsity_report"),
+    "report": ("SparsityReport", "print_sparsity", "sparsity_report"),
     "sparse": ("to_sparse",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
