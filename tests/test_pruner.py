@@ -341,7 +341,7 @@ def test_sparse_gradients_of_embeddings() -> None:
         pruner.step()
         model.zero_grad()
     pruner.finish()
-    assert pruner.sparsity() == 0.5
+    assert pruner.reached_sparsity() == 0.5
     pruner = Pruner(model, PruningConfig(pattern="head", frequency=1), total_steps=2)
     (model(**batch).loss * model.bert.embeddings.word_embeddings.weight[batch["input_ids"][0, 0], 0] * torch.inf).backward()
     with pytest.raises(FloatingPointError):
