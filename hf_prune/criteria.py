@@ -37,6 +37,7 @@ from .config import PruningConfig
 from .distributed import rank, summed
 from .targets import Target, named_layers
 from .units import UnitGroup, View, whole_scores
+from .wrappers import transformers_models
 
 
 def weight(target: Target) -> Tensor:
@@ -334,7 +335,8 @@ class ActivationCriterion(Criterion):
         #: The state as of the last optimizer step that was not skipped.
         self._observed: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._recording = False
+        #: The outermost model in whose forward this is, while it trains.
+        self._forward_of: nn.Module | None = None
         self._tokens: Tensor | None = None
 
     def statistic(self, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -350,8 +352,9 @@ class ActivationCriterion(Criterion):
         return tuple(view for view in group.weights if view.owns_rows)
 
     def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
-        self._handles.append(model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(self._forward_ends))
+        for one in {model, *transformers_models(model).values()}:  # a wrapper's own layers run outside, masks are given inside
+            self._handles.append(one.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
+            self._handles.append(one.register_forward_hook(self._forward_ends))
         targets = {view.target.module_name: view.target for group in groups for view in self.views(group)}
         for name, module in named_layers(model):
             if (target := targets.get(name)) is not None:
@@ -391,18 +394,22 @@ class ActivationCriterion(Criterion):
         self._observed = dict(self.state)
 
     def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recording = model.training
+        if not model.training:
+            self._forward_of = None
+        elif self._forward_of is None:
+            self._forward_of = model
         mask = kwargs.get("attention_mask")
         self._tokens = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _forward_ends(self, model: nn.Module, args: Any, output: Any) -> None:
         # What runs later is the recomputation of checkpointed layers during backward.
-        self._recording = False
+        if model is self._forward_of:
+            self._forward_of = None
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not self._recording:
+            if self._forward_of is None:
                 return
             channels = 1 if isinstance(base_layer(module), (nn.Conv1d, nn.Conv2d)) else -1
             inputs, outputs = args[0].detach().movedim(channels, -1), output.detach().movedim(channels, -1)

@@ -1,4 +1,4 @@
-"""Many processes: models in wrappers, parameters that live in parts on several ranks, and what ranks have to agree about.
+"""Many processes: parameters that live in parts on several ranks, and what ranks have to agree about.
 
 Under DDP every rank holds the whole model and the same gradients, so every rank decides the same. Under FSDP2 (`fully_shard`) and
 tensor parallelism parameters are DTensors: scores are read from whole tensors, gathered one at a time, so a unit that lies across
@@ -13,13 +13,10 @@ from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from .config import PruningConfigError
-
 if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -40,26 +37,6 @@ def wait_for_all() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- models
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP and `torch.compile`, where modules have their own names; shards are put back in place.
-
-    Raises:
-        PruningConfigError: the model is in a wrapper that hides weights or gradients.
-    """
-    if type(model).__name__ == "DeepSpeedEngine":
-        raise PruningConfigError(
-            "model", "DeepSpeedEngine", "is trained by DeepSpeed, which shows gradients to no one; use DDP or FSDP2."
-        )
-    if dist.is_available() and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        allowed = "holds weights as flat pieces without rows and columns (FSDP1); use FSDP2 (`fully_shard`, `fsdp_version=2`)."
-        raise PruningConfigError("model", "FullyShardedDataParallel", allowed)
-    bare: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    for module in bare.modules():
-        if dist.is_available() and isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation the root's parameters are still gathered
-    return bare
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:

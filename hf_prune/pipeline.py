@@ -52,7 +52,7 @@ from .masks import count_zeros
 from .pruner import recover
 from .report import compare, evaluated
 from .tables import as_text
-from .targets import Target, body_prefix, weight_target
+from .targets import Target, body_prefixes, weight_target
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ class Pipeline:
             unfinished.replace(folder)
         elif differing := _differing(self._load(folder), self.model):
             message = f"is not the one that this recipe began with: {', '.join(differing[:3])} are others"
-            if any(name.startswith(("config.", body_prefix(self.model))) for name in differing):
+            if any(name.startswith(("config.", *body_prefixes(self.model))) for name in differing):
                 allowed = f"{message}. Choose another output_dir, or give the model in {folder}."
                 raise PruningConfigError("model", type(self.model).__name__, allowed)
             # A head that is new is another one each time that it is made.

@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .architectures import AttentionBlock, Block, blocks, find_blocks, spec_for
-from .architectures.blocks import unwrapped
+from .architectures import AttentionBlock, Block, find_blocks, spec_for
 from .architectures.families import SPECS
 from .condense import block_key, dead_units, sample_batch, stock_config
 from .masks import count_zeros
 from .pruner import Pruner
 from .tables import as_text
 from .targets import body_weights
+from .wrappers import bare_model, transformers_model
 
 
 @dataclass(frozen=True)
@@ -125,29 +125,30 @@ class SparsityReport:
         return as_text(self.__rich__())
 
 
-def sparsity_report(model: nn.Module, pruner: Pruner | None = None) -> SparsityReport:
+def sparsity_report(model: Any, pruner: Pruner | None = None) -> SparsityReport:
     """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
 
     Under LoRA, the zeros of the merged weights count.
 
     Args:
-        model: the model.
+        model: the model, or what holds it (a SentenceTransformer, a SetFitModel; see `wrappers.py`).
         pruner: what pruned it, asked whether it came to its end.
 
     Raises:
-        ValueError: a layer has an adapter other than a plain LoRA one.
+        ValueError: a layer has an adapter other than a plain LoRA one, or there are several transformers models.
     """
+    inner = transformers_model(model)
     modules = []
     for weight in body_weights(model):
         zeros, parameters = count_zeros([weight])
         modules.append(ModuleSparsity(weight.name, weight.shape, parameters, zeros, weight.left_out))
-    spec = SPECS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
-    sizes = tuple(_block_size(block) for block in blocks(model, spec)) if spec else ()
-    total = sum(parameter.numel() for parameter in model.parameters())
+    known = getattr(getattr(inner, "config", None), "model_type", "") in SPECS
+    sizes = tuple(_block_size(block) for block in find_blocks(model)) if known else ()
+    total = sum(parameter.numel() for parameter in bare_model(model).parameters())
     return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
 
 
-def print_sparsity(model: nn.Module) -> None:
+def print_sparsity(model: Any) -> None:
     """Print how many of the body's weights are zero, in a line, as in the logs, the report and the card.
 
     Raises:
@@ -163,11 +164,12 @@ def _block_size(block: Block) -> BlockSize:
     return BlockSize(block.name, kind, units, alive=units - int(dead_units(block).sum()))
 
 
-def stock_twin(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
+def stock_twin(model: Any, device: str = "cpu") -> PreTrainedModel:
     """A random model of the same class with the sizes that the model had before it was condensed.
 
     It takes the time that the dense model takes. On device `"meta"` it has shapes and no weights.
     """
+    model = transformers_model(model)
     condensed = getattr(model.config, "hf_prune", None) is not None
     config = stock_config(model.config, spec_for(model.config.model_type)) if condensed else copy.deepcopy(model.config)
     with torch.device(device):
@@ -176,11 +178,12 @@ def stock_twin(model: PreTrainedModel, device: str = "cpu") -> PreTrainedModel:
     return twin  # type: ignore[no-any-return]
 
 
-def original_blocks(model: PreTrainedModel) -> tuple[BlockSize, ...]:
+def original_blocks(model: Any) -> tuple[BlockSize, ...]:
     """The blocks of the model that pruning started from, with how many of their heads or neurons are alive in this one.
 
     A family without an architecture spec has none.
     """
+    model = transformers_model(model)
     if model.config.model_type not in SPECS:
         return ()
     removed = (getattr(model.config, "hf_prune", None) or {}).get("removed_layers", {})
@@ -196,8 +199,9 @@ def original_blocks(model: PreTrainedModel) -> tuple[BlockSize, ...]:
     return tuple(sizes)
 
 
-def total_sparsity(model: PreTrainedModel) -> float:
+def total_sparsity(model: Any) -> float:
     """Share of the body's weights that are zero, or gone since pruning started."""
+    model = transformers_model(model)
     left = sum(module.parameters - module.zeros for module in sparsity_report(model).modules)
     return 1 - left / sum(math.prod(weight.shape) for weight in body_weights(stock_twin(model, "meta")))
 

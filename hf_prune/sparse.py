@@ -20,6 +20,7 @@ from .masks import count_zeros
 from .report import benchmark
 from .tables import as_text
 from .targets import Weight, body_weights
+from .wrappers import bare_model
 
 
 def _bsr(weight: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class SparseReport:
         return as_text(self.__rich__())
 
 
-def to_sparse(model: nn.Module, format: str = "csr", tokens: int = 1024, repeats: int = 5, margin: float = 0.05) -> SparseReport:
+def to_sparse(model: Any, format: str = "csr", tokens: int = 1024, repeats: int = 5, margin: float = 0.05) -> SparseReport:
     """Let the layers of a model's body that gain from it compute with sparse weights, and print what was decided.
 
     Each Linear that has zeros forwards the same random batch both ways in turn, on one thread, and stays dense unless the sparse
@@ -166,7 +167,7 @@ def to_sparse(model: nn.Module, format: str = "csr", tokens: int = 1024, repeats
         decision = _decide(weight, format, tokens, repeats, margin)
         decisions.append(decision)
         if decision.kernel != "dense" and isinstance(weight.module, nn.Linear):
-            model.set_submodule(weight.name, SparseLinear(weight.module, format))
+            bare_model(model).set_submodule(weight.name, SparseLinear(weight.module, format))
     report = SparseReport(tuple(decisions))
     print(report)
     return report

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from .architectures.blocks import active_copy, base_layer, computed, is_adapted, unwrapped
+from .architectures.blocks import active_copy, base_layer, computed, is_adapted
 from .config import PruningConfigError, closest
 from .distributed import placed_like, whole
 from .lora import Adapter, adapter_of
+from .wrappers import bare_model, contents, listed, transformers_models
 
 #: Layer types whose weights can be pruned. GPT-2's Conv1D stores `[in, out]`; convolutions are flattened to `[out, in·kernel]`.
 PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
@@ -129,8 +131,8 @@ def bias_target(name: str, module: nn.Module) -> Target | None:
     return Target(f"{name}.bias", name, module.get_parameter("bias")) if module.bias is not None else None
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, with PEFT seen through.
+def named_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, with PEFT and other containers seen through (see `wrappers.py`).
 
     Names are those of the model without adapters. A layer comes together with its adapters, as one module, and what
     `modules_to_save` names as its active copy. What computes a layer's weight (a parametrization) is a part of the layer.
@@ -138,7 +140,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = active_copy(module)
+        module = active_copy(contents(module))
         if id(module) in seen or isinstance(module, ParametrizationList):
             return
         seen.add(id(module))
@@ -147,7 +149,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             for key, child in module.named_children():
                 yield from walk(child, f"{name}.{key}" if name else key)
 
-    yield from walk(unwrapped(model), "")
+    yield from walk(bare_model(model), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +185,7 @@ class Weight:
         return tuple(self.value().shape) if self.left_out else weight_target(self.name, self.module).shape
 
 
-def weights(model: nn.Module) -> Iterator[Weight]:
+def weights(model: Any) -> Iterator[Weight]:
     """Yield every weight that sparsity is counted over, each once: of linear and convolutional layers, and what is like one.
 
     A parameter of another module, of two dimensions or more, counts too (experts, routers), since it is multiplied with what flows
@@ -213,22 +215,48 @@ def weights(model: nn.Module) -> Iterator[Weight]:
                 yield weight
 
 
-def prunable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def prunable_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield `(name, module)` for every layer whose weight can be pruned; a weight that layers share is yielded once."""
     return ((weight.name, weight.module) for weight in weights(model) if not weight.left_out)
 
 
-def body_prefix(model: nn.Module) -> str:
-    """The name prefix of the modules that make up the model's body, `""` when the model is a bare body."""
-    model = unwrapped(model)
-    base = getattr(model, "base_model", model)
-    return next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+def body_prefixes(model: Any) -> tuple[str, ...]:
+    """What the names of the modules of a model's body begin with, for `str.startswith`: the body is what a task head, or a wrapper,
+    holds, `("",)` when the model is a bare body. A wrapper of several transformers models has several."""
+    prefixes = []
+    inside: Mapping[str, nn.Module] = transformers_models(model) or {"": contents(bare_model(model))}
+    for name, one in inside.items():
+        base = getattr(one, "base_model", one)
+        inner = next((key for key, module in one.named_modules() if module is base), "")
+        prefixes.append("".join(f"{part}." for part in (name, inner) if part))
+    return tuple(prefixes)
 
 
-def body_weights(model: nn.Module) -> Iterator[Weight]:
-    """Yield the [`weights`] of a model's body, without those of its task head: sparsity is the share of zeros in them."""
-    prefix = body_prefix(model)
-    return (weight for weight in weights(model) if weight.name.startswith(prefix))
+def selector(model: Any, names: ModuleNames, exclude: ModuleNames, field: str) -> Callable[[str], bool]:
+    """Which names of modules `names` selects; without `names` all that are in the model's body.
+
+    Args:
+        model: the model.
+        names: see [`names_module`].
+        exclude: names of modules that are left out.
+        field: where the names come from, for the message.
+
+    Raises:
+        PruningConfigError: there are no names to say which of several transformers models is meant.
+    """
+    if names is None and len(several := transformers_models(model)) > 1:
+        example = re.escape(next(iter(several))) + r"\..*"
+        kind = type(model).__name__
+        allowed = f"must say which transformers model in {kind} it means: {listed(several)}. All of the first is {example!r}."
+        raise PruningConfigError(field, names, allowed)
+    body = body_prefixes(model)
+    return lambda name: (name.startswith(body) if names is None else names_module(names, name)) and not names_module(exclude, name)
+
+
+def body_weights(model: Any) -> Iterator[Weight]:
+    """Yield the [`weights`] of a model's body, without those of its head or wrapper: sparsity is the share of zeros in them."""
+    body = body_prefixes(model)
+    return (weight for weight in weights(model) if weight.name.startswith(body))
 
 
 def names_module(names: ModuleNames, name: str) -> bool:

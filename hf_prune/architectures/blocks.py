@@ -10,14 +10,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..wrappers import transformers_models
 from .families import spec_for
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`; any other model as it is."""
-    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return found
 
 
 def active_copy(module: Any) -> Any:
@@ -194,15 +189,19 @@ def layer_lists(base: nn.Module, path: str) -> dict[str, Any]:
     return found
 
 
-def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
-    """Yield every block of `model` that `spec` describes, layer by layer; adapters of PEFT are seen through.
+def blocks(model: nn.Module, spec: ArchitectureSpec, prefix: str = "") -> Iterator[Block]:
+    """Yield every block of a transformers model that `spec` describes, layer by layer; adapters in it are seen through.
+
+    Args:
+        model: the model.
+        spec: its family's.
+        prefix: what the blocks' names begin with, for a model inside another.
 
     Raises:
         ValueError: a block lacks a projection.
     """
-    model = unwrapped(model)
     base: Any = getattr(model, "base_model", model)
-    prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+    prefix += next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
     for path in spec.layers:
         for short, layer in (
             (f"{list_name}.{index}", layer)
@@ -234,12 +233,14 @@ def blocks(model: nn.Module, spec: ArchitectureSpec) -> Iterator[Block]:
                     )
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of a transformers model, by its `config.model_type`.
+def find_blocks(model: Any) -> list[Block]:
+    """The blocks of the transformers models in a model (of one, if it is one), by their `config.model_type`.
 
     Raises:
-        ValueError: the family has no spec, or the model is not what its spec describes.
+        ValueError: a family has no spec, or a model is not what its spec describes.
     """
-    model = unwrapped(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return list(blocks(model, spec_for(str(model_type))))
+    found: list[Block] = []
+    for name, one in (transformers_models(model) or {"": model}).items():
+        model_type = getattr(getattr(one, "config", None), "model_type", None)
+        found += blocks(one, spec_for(str(model_type)), f"{name}." if name else "")
+    return found

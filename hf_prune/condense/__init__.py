@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import AttentionBlock, Projection, spec_for
-from ..architectures.blocks import base_layer, layer_lists, unwrapped
+from ..architectures.blocks import base_layer, layer_lists
 from ..lora import adapter_of
+from ..wrappers import bare_model, transformers_model
 from .layers import layer_counts, outline, removable, remove_layers, without_inputs
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units, without_layers
 from .refusal import needs_hf_prune
@@ -41,7 +42,7 @@ __all__ = [
     "stock_config",
 ]
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 
 
 def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None = None) -> Model:
@@ -62,7 +63,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     onto the condensed base model (`model.unload()`), which is saved like any other.
 
     Args:
-        model: a transformers model, or a `PeftModel` of one; it is changed in place, all or nothing.
+        model: a transformers model, or what holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a module of your own.
+            The transformers model in it is changed in place, all or nothing; the wrapper's own `save_pretrained` saves it small.
         verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch.
         pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this. Matrix kernels are
             slow on odd sizes: 16 makes unevenly pruned models faster than none, for few parameters more.
@@ -75,10 +77,11 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         RuntimeError: a `Pruner` is attached, or verification failed (differences above 1e-5 in float32; see `verify.tolerance`).
         ValueError: see [`condense_plan`].
     """
-    body = unwrapped(model)
-    if not isinstance(body, PreTrainedModel):
+    whole, body = bare_model(model), transformers_model(model)
+    distributed = isinstance(model, nn.Module) and whole is not model
+    if distributed or not isinstance(body, PreTrainedModel):
         raise TypeError(
-            f"model is a {type(body).__name__}; allowed: a transformers PreTrainedModel, or a PeftModel of one. "
+            f"model is a {type(model).__name__}; allowed: a transformers PreTrainedModel, or what holds one. "
             "Unwrap distributed wrappers first."
         )
     if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
@@ -88,9 +91,9 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     plan = condense_plan(body, pad_to_multiple_of)
     if not plan.changed and not plan.removed:
         return model
-    with all_or_nothing(model):
+    with all_or_nothing(whole):
         before = observe(body) if verify else None
-        own_configs(model)
+        own_configs(whole)
         with _zeros_held(plan):
             for block in plan.changed:
                 _fold(block)

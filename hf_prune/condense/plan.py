@@ -13,6 +13,7 @@ from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection,
 from ..architectures.blocks import base_layer, computed_part, layer_lists
 from ..config import PruningConfigError
 from ..lora import adapter_of
+from ..wrappers import transformers_model
 from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 
@@ -150,7 +151,7 @@ class CondensePlan:
 
 
 @torch.no_grad()
-def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> CondensePlan:
+def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> CondensePlan:
     """What [`condense`] would remove from a model, without touching it.
 
     A head is dead when its columns of the output projection are all zero, or its value rows are (it then adds a constant, since
@@ -159,17 +160,19 @@ def condense_plan(model: nn.Module, pad_to_multiple_of: int | None = None) -> Co
     value head goes with the last of its heads; see [`regroup`] for what becomes of the others.
 
     Args:
-        model: the model.
+        model: the model, or what holds it (see `wrappers.py`).
         pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this (or zero).
 
     Raises:
         ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, its
-            adapter is not a plain LoRA one, or `pad_to_multiple_of` is not a positive whole number. A projection whose weight is
-            computed from others (`torch.nn.utils.prune`, `torch.nn.utils.parametrize`) leaves its block out, with the reason.
+            adapter is not a plain LoRA one, there are several transformers models, or `pad_to_multiple_of` is not a positive whole
+            number. A projection whose weight is computed from others (`torch.nn.utils.prune`, `torch.nn.utils.parametrize`) leaves
+            its block out, with the reason.
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise PruningConfigError("pad_to_multiple_of", pad_to_multiple_of, "must be a whole number, 1 or more, or None.")
+    model = transformers_model(model)
     found = find_blocks(model)
     for block in found:
         for part in (*inputs_of(block), output_of(block)):

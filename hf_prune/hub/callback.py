@@ -12,8 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import PruningConfig, dataclass_from_dict
-from ..distributed import bare_model, is_sharded
+from ..distributed import is_sharded
 from ..report import evaluated
+from ..wrappers import bare_model, transformers_model
 from .card import CardFacts, without_folders, write_card
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class ModelCardCallback(TrainerCallback):
     ) -> None:
         facts, self._over = self.facts, None
         if facts.base_model is None:
-            facts.base_model = without_folders(getattr(getattr(model, "config", None), "_name_or_path", None) or None)
+            config = getattr(transformers_model(model), "config", None)
+            facts.base_model = without_folders(getattr(config, "_name_or_path", None) or None)
         if state.global_step > 0 and not facts.metrics_before:
             facts.metrics_before = CardFacts.load(str(args.output_dir)).metrics_before
         elif state.is_world_process_zero:

@@ -19,15 +19,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import SPECS
-from ..architectures.blocks import unwrapped
 from ..condense import condense_plan, needs_hf_prune
 from ..config import PruningConfig, dataclass_from_dict
 from ..plots import plot_history, plot_kept, plot_latency
 from ..report import BlockSize, Comparison, Cost, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
+from ..wrappers import transformers_model
 from .reload import _auto_classes
 
 CARD_NAME = "README.md"
@@ -103,7 +102,7 @@ class CardFacts:
 
 
 def model_card(
-    model: nn.Module,
+    model: Any,
     config: PruningConfig | None = None,
     facts: CardFacts | None = None,
     pictures: Mapping[str, str] | None = None,
@@ -112,7 +111,7 @@ def model_card(
     """The card of a pruned or condensed model.
 
     Args:
-        model: a transformers model.
+        model: a transformers model, or what holds it.
         config: what it was pruned with.
         facts: what cannot be read off the model.
         pictures: path in the repository → caption.
@@ -121,7 +120,7 @@ def model_card(
     Returns:
         A `huggingface_hub.ModelCard`; `str(card)` is the Markdown, `card.data` the metadata.
     """
-    stock: Any = unwrapped(model)
+    stock: Any = transformers_model(model)
     facts = facts or CardFacts()
     report, twin = sparsity_report(model), stock_twin(stock, "meta")
     name = (repo_id or "").rpartition("/")[2] or facts.model_name or f"{stock.config.model_type}-pruned"
@@ -162,14 +161,14 @@ def model_card(
 
 def write_card(
     folder: str | os.PathLike[str],
-    model: nn.Module,
+    model: Any,
     config: PruningConfig | None = None,
     facts: CardFacts | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
     """Write a model's card into a folder, with its pictures (where matplotlib is), `pruning_config.json` and its facts."""
     facts = facts or CardFacts()
-    pictures = write_pictures(Path(folder), original_blocks(unwrapped(model)), facts)  # type: ignore[arg-type]
+    pictures = write_pictures(Path(folder), original_blocks(model), facts)
     card = model_card(model, config, facts, pictures, repo_id)
     facts.save(folder)
     if config is not None:

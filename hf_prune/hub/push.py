@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from .card import CARD_NAME, CardFacts, write_card
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def push_to_hub(
-    model: PreTrainedModel | str | os.PathLike[str],
+    model: Any,
     repo_id: str,
     *,
     config: PruningConfig | None = None,
@@ -33,8 +32,8 @@ def push_to_hub(
     """Publish a pruned or condensed model with everything that belongs to it.
 
     Args:
-        model: a model, whose card is made on the spot, or a folder that holds a model with its card. Of a folder goes what
-            [`files_to_publish`] lists and nothing else.
+        model: a model (or what holds it, and has `save_pretrained`), whose card is made on the spot; or the path of a folder that
+            holds a model with its card. Of a folder goes what [`files_to_publish`] lists and nothing else.
         repo_id: where to; the repository is made if needed.
         config, facts: for the card of a model; see [`model_card`].
         processing_class: tokenizer or processor that is saved with a model.
@@ -51,7 +50,7 @@ def push_to_hub(
             is to be private is public already.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, (str, os.PathLike)):
         with tempfile.TemporaryDirectory() as made:
             model.save_pretrained(made)
             if processing_class is not None:

@@ -22,16 +22,17 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import allocate, normalize
-from ..architectures.blocks import unwrapped
 from ..config import PruningConfig, PruningConfigError
-from ..distributed import bare_model, differing, is_sharded, local, placed_like, rank, summed, whole
+from ..distributed import differing, is_sharded, local, placed_like, rank, summed, whole
 from ..masks import apply_masks, count_zeros
-from ..targets import Target, Weight, bias_target, body_prefix, body_weights, check_names, names_module, weight_target, weights
+from ..targets import Target, Weight, bias_target, body_prefixes, check_names, selector, weight_target, weights
+from ..wrappers import bare_model, contents, transformers_models
 from .plan import PruningPlan, make_plan
 from .rules import Rule, alive_units, match_rules
 
@@ -44,8 +45,9 @@ class Pruner:
     """Prunes a model while any loop trains it.
 
     Args:
-        model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be; its parameters are changed in place, never
-            renamed or wrapped. Under LoRA the merged weights are pruned, see `lora.py`; other kinds of adapters are refused.
+        model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be, or what holds it (a SentenceTransformer, a
+            SetFitModel; see `wrappers.py`); its parameters are changed in place, never renamed or wrapped. Under LoRA the merged
+            weights are pruned, see `lora.py`; other kinds of adapters are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
@@ -54,9 +56,9 @@ class Pruner:
         PruningConfigError: the config does not fit the model or the run. Nothing was changed.
     """
 
-    def __init__(self, model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
+    def __init__(self, model: Any, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
         model = bare_model(model)
-        if getattr(unwrapped(model), "_hf_prune_attached", False):
+        if any(getattr(one, "_hf_prune_attached", False) for one in _marked(model)):
             raise RuntimeError(
                 "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
             )
@@ -87,14 +89,12 @@ class Pruner:
             rule.criterion.attach(model, rule.groups)
         self._keep_for_rewind()
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
-            for name, parameter in trained
-        ]
+        self._handles = [parameter.register_post_accumulate_grad_hook(partial(self._note, name)) for name, parameter in trained]
         for target in self._targets.values():
             if target.adapter is not None:
                 target.adapter.keep_exact()
-        unwrapped(model)._hf_prune_attached = True  # type: ignore[assignment]
+        for one in _marked(model):
+            one._hf_prune_attached = True  # type: ignore[assignment]
         if rank() == 0:
             for rule in self._rules:
                 for concern in rule.concerns:
@@ -179,7 +179,8 @@ class Pruner:
             rule.criterion.detach()
         for handle in self._handles:
             handle.remove()
-        unwrapped(self.model)._hf_prune_attached = False  # type: ignore[assignment]
+        for one in _marked(self.model):
+            one._hf_prune_attached = False  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------------------- reporting
 
@@ -218,7 +219,9 @@ class Pruner:
     def _body(self) -> dict[Weight, int]:
         """The weights of the model's body as it is now, and their sizes, without layers whose adapters cannot be read."""
         found = {}
-        for weight in body_weights(self.model):
+        bodies = body_prefixes(self.model)
+        pruned = tuple(body for body in bodies if any(name.startswith(body) for name in self._weights))  # of several models one
+        for weight in (weight for weight in weights(self.model) if weight.name.startswith(pruned or bodies)):
             with contextlib.suppress(ValueError):
                 found[weight] = math.prod(weight.shape)
         return found
@@ -378,14 +381,14 @@ class Pruner:
 
     def _lock_zeros(self) -> None:
         """Hold the zeros of every weight that the config's `target_modules` names, and the biases of rows that are all zero."""
-        names, prefix, found = self.config.target_modules, body_prefix(self.model), list(weights(self.model))
+        names, exclude, found = self.config.target_modules, self.config.exclude_modules, list(weights(self.model))
         alone = self.config.pattern is None  # else they are the pattern's names, and checked with it
         if alone:
-            for field, given in (("target_modules", names), ("exclude_modules", self.config.exclude_modules)):
+            for field, given in (("target_modules", names), ("exclude_modules", exclude)):
                 check_names(given, [weight.name for weight in found], field)
+        chosen = selector(self.model, names, exclude, "target_modules")
         for weight in found:
-            chosen = weight.name.startswith(prefix) if names is None else names_module(names, weight.name)
-            if not chosen or names_module(self.config.exclude_modules, weight.name):
+            if not chosen(weight.name):
                 continue
             if weight.left_out:
                 if alone and names is not None:
@@ -444,6 +447,11 @@ class Pruner:
     def _lotteries(self) -> list[Rule]:
         """The rules that have lottery tickets to draw."""
         return [rule for rule in self._rules if rule.settings.schedule == "lottery" and not rule.over(self.steps)]
+
+
+def _marked(model: nn.Module) -> list[nn.Module]:
+    """What says that a pruner is attached: the transformers models in a model, whoever wraps them; without any the model itself."""
+    return [*transformers_models(model).values()] or [contents(model)]
 
 
 def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,8 @@ from ..criteria import CRITERIA, ActivationCriterion, Criterion
 from ..distributed import is_sharded, is_tensor_parallel
 from ..patterns import build_groups
 from ..schedules import Timeline, phases, spacing
-from ..targets import body_prefix, check_names, names_module, weights
+from ..targets import body_prefixes, check_names, names_module, selector, weights
 from ..units import UnitGroup
-
-_T = TypeVar("_T")
 
 #: Sparsity that rises in fewer updates than these comes as a shock.
 _FEW_UPDATES = 3
@@ -145,7 +142,7 @@ def match_rules(
     resolved = config.resolved_rules()
     structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
     blocks = find_blocks(model) if structural else []
-    prefix = body_prefix(model)
+    body = body_prefixes(model)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     tied = {parameter for parameter, count in owners.items() if count > 1}
     rules: list[Rule] = []
@@ -153,7 +150,9 @@ def match_rules(
     named: dict[str, dict[int, str]] = {}
     for name, settings in resolved.items():
         taken = set(named) if name == "config" else set()
-        selected = _select(modules, settings, prefix, taken)
+        selects = selector(model, settings.target_modules, settings.exclude_modules, f"{name}.target_modules")
+        selected = {key: module for key, module in modules.items() if selects(key) and key not in taken}
+        named_others = {key: reason for key, reason in others.items() if selects(key) and key not in taken}
         chosen = [block for block in blocks if _selects_block(settings, block, taken)]
         known = [*modules, *others, *(block.name for block in blocks)]
         check_names(settings.target_modules, known, f"{name}.target_modules")
@@ -161,7 +160,7 @@ def match_rules(
         if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
             raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
-        groups, reasons = _groups(name, settings, selected, chosen, tied, _select(others, settings, prefix, taken))
+        groups, reasons = _groups(name, settings, selected, chosen, tied, named_others)
         left_out |= reasons
         if not groups and name == "config" and taken:
             continue
@@ -178,7 +177,7 @@ def match_rules(
     for module in modules:
         if module not in named and module not in left_out:
             left_out[module] = (
-                "no rule names it" if module.startswith(prefix) else "it is no part of the model's body, and no rule names it"
+                "no rule names it" if module.startswith(body) else "it is no part of the model's body, and no rule names it"
             )
     return rules, left_out
 
@@ -242,18 +241,6 @@ def _groups(
         module, reason = next(iter(left_out.items()))
         raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
     return groups, left_out
-
-
-def _select(modules: Mapping[str, _T], settings: PruningConfig, prefix: str, taken: set[str]) -> dict[str, _T]:
-    """The entries of modules that a rule names: without `target_modules`, everything in the model's body."""
-    names = settings.target_modules
-    return {
-        name: module
-        for name, module in modules.items()
-        if (name.startswith(prefix) if names is None else names_module(names, name))
-        and not names_module(settings.exclude_modules, name)
-        and name not in taken
-    }
 
 
 def _selects_block(settings: PruningConfig, block: Block, taken: set[str]) -> bool:
