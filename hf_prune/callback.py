@@ -271,6 +271,32 @@ def install_log_hook() -> None:
     Trainer.log = log  # type: ignore[method-assign]
 
 
+def install_save_hook() -> None:
+    """Let `Trainer.save_model` put `pruning_config.json` beside a model that a [`PruningCallback`] pruned.
+
+    There is no event for it: `on_save` is for checkpoints, which have the file already. Calling this again changes nothing; a
+    Trainer without the callback saves as ever.
+    """
+    stock = Trainer.save_model
+    if getattr(stock, "knows_pruning_callback", False):
+        return
+
+    @functools.wraps(stock)
+    def save_model(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        for callback in self.callback_handler.callbacks:
+            if (
+                isinstance(callback, PruningCallback)
+                and callback.pruner is not None
+                and self.args.should_save
+                and not _internal_call
+            ):
+                callback.config.save_pretrained(output_dir or str(self.args.output_dir))
+        stock(self, output_dir, _internal_call)  # which may upload the folder
+
+    save_model.knows_pruning_callback = True  # type: ignore[attr-defined]
+    Trainer.save_model = save_model  # type: ignore[method-assign]
+
+
 def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:
     """The fields in which two configs differ, with both values."""
     old, new = saved.to_dict(), config.to_dict()
@@ -319,5 +345,6 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
 
 # Here, so that they hold wherever a callback is, also one that was unpickled.
 install_log_hook()
+install_save_hook()
 remember_folders()
 save_between_steps()

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .files import write_text
+
 CONFIG_NAME = "pruning_config.json"
 _T = TypeVar("_T")
 
@@ -511,7 +513,7 @@ class PruningConfig:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the config to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> PruningConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_card_of_a_model(condensed: bool, tmp_path: Path) -> None:
         assert part in text
     assert "2 of 4 heads" in text
     assert "37 of 40 neurons" in text
-    assert "| rules[1] | neuron | 0.5 | snip_momentum | global | cubic |" in text
+    assert r"| rules\[1\] | neuron | 0.5 | snip_momentum | global | cubic |" in text
     assert f"transformers {__import__('transformers').__version__}" in text
     assert 'AutoModelForSequenceClassification.from_pretrained("me/tiny-half"' in text
     assert ("trust_remote_code" in text) == condensed
@@ -310,6 +311,66 @@ def test_a_trainer_without_the_callback_writes_its_own_card(tmp_path: Path) -> N
     trainer.create_model_card()
     assert "generated_from_trainer" in (tmp_path / "README.md").read_text()
     assert "hf_prune" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("where", ["out", "elsewhere"])
+def test_the_card_of_a_saved_model_knows_its_run(where: str, tmp_path: Path) -> None:
+    """Config, metrics and base model of a Trainer that had no callback for cards, as `hf-prune card` finds them."""
+    trainer = Trainer(tiny_bert(), arguments(tmp_path / "out", max_steps=3), train_dataset=rows(24), eval_dataset=rows(16))
+    trainer.add_callback(PruningCallback(HALF))
+    folder = tmp_path / where
+    trainer.save_model(str(tmp_path / "before"))
+    trainer.train()
+    measured = trainer.evaluate()
+    trainer.save_metrics("eval", measured)
+    trainer.save_model(None if where == "out" else str(folder))
+    trainer.create_model_card(finetuned_from="someone/tiny", language="en", license="apache-2.0")
+    if where == "elsewhere":
+        for name in ("README.md", "eval_results.json"):
+            (tmp_path / "out" / name).rename(folder / name)
+    assert PruningConfig.from_pretrained(folder) == HALF
+    assert not (tmp_path / "before" / "pruning_config.json").exists()
+    facts = CardFacts.load(folder)
+    assert (facts.base_model, facts.language, facts.license) == ("someone/tiny", "en", "apache-2.0")
+    assert facts.metrics == {"loss": measured["eval_loss"]}
+    text = str(write_card(folder, trainer.model, PruningConfig.from_pretrained(folder), facts))
+    assert "No pruning config" not in text
+    assert "No evaluation" not in text
+    assert "base_model: someone/tiny" in text
+
+
+def test_what_the_trainers_card_was_told_is_kept(tmp_path: Path) -> None:
+    trainer = trainer_with_card(tmp_path, ModelCardCallback(language="de"))
+    trainer.train()
+    trainer.create_model_card(finetuned_from="someone/tiny", language="en", license="mit")
+    data = metadata_load(tmp_path / "README.md")
+    assert data is not None
+    assert (data["base_model"], data["language"], data["license"]) == ("someone/tiny", "de", "mit")
+
+
+@pytest.mark.parametrize("readme", ["no metadata", "---\n- a\n---\n", "---\na: [\n---\n", "---\nbase_model: [a, b]\n---\n"])
+def test_a_readme_of_ones_own_says_nothing(readme: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "eval_results.json").write_text('{"eval_name": "x", "eval_f1": 0.5, "epoch": 1}')
+    assert CardFacts.load(tmp_path) == CardFacts(metrics={"f1": 0.5})
+
+
+EVIL = "x\n# Heading\n| a | b |\n<script>alert(1)</script> [link](http://evil) `code` ``` ![](http://evil)"
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    names = dict.fromkeys(("model_name", "base_model", "dataset", "dataset_name", "dataset_split"), EVIL)
+    measured = compare(models.tiny(), models.tiny(), EVIL, rows=1, tokens=8, repeats=1).to_dict()
+    facts = CardFacts(metrics={EVIL: 0.5}, training={EVIL: EVIL}, comparison={**measured, "protocol": EVIL}, **names)
+    config = PruningConfig(rules=[PruningRule(pattern="head", target_modules=[EVIL])])
+    card = hf_prune.model_card(halved(), config, facts)
+    plain = hf_prune.model_card(halved(), HALF, FACTS)
+    shown = re.sub(r"```python\n.*?\n```|(?<!\\)`[^`\n]*`", "", card.text, flags=re.DOTALL)  # code shows what it holds as it is
+    for part in ("<script", "\n# Heading", "\n| a |", " [link]", "![](http", "``"):
+        assert part not in shown, part
+    assert [line for line in card.text.splitlines() if line.startswith("#")][1:] == [
+        line for line in plain.text.splitlines() if line.startswith("#")
+    ][1:]
 
 
 def test_no_pictures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

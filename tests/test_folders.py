@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_cards import HALF, halved
+from test_cards import FACTS, HALF, halved
 from test_cli import Run
 from test_reload import save_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from hf_prune import hub
+from hf_prune import condense, hub
 from hf_prune.files import new_folder, write_text
 from hf_prune.hub import write_card
 from hf_prune.hub.files import Kind, carry_over, files_to_publish, sort_files
@@ -263,6 +263,28 @@ def test_a_new_folder_appears_when_it_is_done(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "other") as folder:
         interrupted(folder)
     assert names_in(tmp_path) == {"out/a"}
+
+
+WRITERS = {
+    "modeling_hf_prune.py": lambda folder: condense(halved(how="out")).config.save_pretrained(folder),
+    "pruning_config.json": HALF.save_pretrained,
+    "pruning_facts.json": FACTS.save,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_that_is_killed_leaves_the_old_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITERS[name](tmp_path)
+    before = (tmp_path / name).read_bytes()
+
+    def killed(path: Path, text: str, **kwargs: object) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        WRITERS[name](tmp_path)
+    assert (tmp_path / name).read_bytes() == before
 
 
 def interrupted(folder: Path) -> None:

@@ -134,6 +134,7 @@ def install_card_hook() -> None:
         stock(self, *args, **kwargs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ModelCardCallback) and callback._over is not None:
+                callback.facts.complete_from(str(self.args.output_dir))
                 callback.write(self.args, self.state)
 
     create_model_card.knows_card_callback = True  # type: ignore[attr-defined]

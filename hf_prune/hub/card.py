@@ -6,11 +6,13 @@ that a card can be made again when the model was condensed or measured.
 
 from __future__ import annotations
 
+import html
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,19 +20,24 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from ..architectures import SPECS
 from ..condense import condense_plan, needs_hf_prune
 from ..config import PruningConfig, dataclass_from_dict
+from ..files import write_text
 from ..plots import plot_history, plot_kept, plot_latency
-from ..report import BlockSize, Comparison, Cost, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
+from ..report import BlockSize, Comparison, Cost, evaluated, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
 from ..wrappers import transformers_model
 from .reload import _auto_classes
 
 CARD_NAME = "README.md"
 FACTS_NAME = "pruning_facts.json"
+#: What `Trainer.save_metrics("eval", ...)` writes.
+RESULTS_NAME = "eval_results.json"
 PICTURES = "pictures"
 
 #: The card's template, in Jinja.
@@ -87,18 +94,38 @@ class CardFacts:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> CardFacts:
-        """Read `pruning_facts.json` from a folder; without the file, nothing is known.
+        """Read `pruning_facts.json` from a folder, and what that does not say from what a Trainer left there.
+
+        The metrics are then those in `eval_results.json`; see also [`CardFacts.complete_from`].
 
         Raises:
             PruningConfigError: a key is not one of the fields.
         """
-        path = Path(folder, FACTS_NAME)
-        return dataclass_from_dict(cls, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+        path, results = Path(folder, FACTS_NAME), Path(folder, RESULTS_NAME)
+        facts = dataclass_from_dict(cls, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+        if not facts.metrics and results.is_file():
+            measured = evaluated(json.loads(results.read_text(encoding="utf-8")))
+            facts.metrics = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
+        facts.complete_from(folder)
+        return facts
+
+    def complete_from(self, folder: str | os.PathLike[str]) -> None:
+        """Take what is not known of base model, language and license from the metadata of the card that lies in a folder."""
+        path = Path(folder, CARD_NAME)
+        try:
+            metadata = (metadata_load(path) if path.is_file() else None) or {}
+        except (ValueError, YAMLError):  # somebody's own README
+            return
+        for name in ("base_model", "language", "license"):
+            value = metadata.get(name)
+            known = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if getattr(self, name) is None and isinstance(known, str):
+                setattr(self, name, known)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `pruning_facts.json` into a folder, which is made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, FACTS_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(Path(folder, FACTS_NAME), json.dumps(asdict(self), indent=2) + "\n")
 
 
 def model_card(
@@ -129,8 +156,10 @@ def model_card(
     card: ModelCard = ModelCard.from_template(
         card_metadata(stock, facts, name),
         template_path=str(TEMPLATE),
+        text=as_text,
+        code=as_code,
         name=name,
-        repo=repo_id or name,
+        repo=json.dumps(as_line(repo_id or name), ensure_ascii=False),
         class_name=type(stock).__name__,
         auto_class=auto_class(stock),
         condensed=condensed,
@@ -173,7 +202,7 @@ def write_card(
     facts.save(folder)
     if config is not None:
         config.save_pretrained(folder)
-    card.save(Path(folder, CARD_NAME))
+    write_text(Path(folder, CARD_NAME), str(card))
     return card
 
 
@@ -281,6 +310,24 @@ def _repo_id(name: str | None) -> str | None:
     return name
 
 
+# ------------------------------------------------------------------------------------------------------------------- Markdown
+
+
+def as_line(value: object) -> str:
+    """A value in one line, so that it can start neither a heading nor a table row."""
+    return " ".join(str(value).split())
+
+
+def as_text(value: object) -> str:
+    """A value as Markdown that shows it as it is: what names a metric or a dataset is no link, no markup and no HTML."""
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", as_line(value)), quote=False)
+
+
+def as_code(value: object) -> str:
+    """A value as a code span, in a table too."""
+    return "`" + as_line(value).replace("`", "'").replace("|", "\\|") + "`"
+
+
 # ----------------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -303,7 +350,7 @@ def _rule_rows(config: PruningConfig | None) -> list[list[str]]:
         modules = rule.target_modules or "all that the pattern fits"
         shown = modules if isinstance(modules, str) else ", ".join(modules)
         cells = [name, str(rule.pattern), target, rule.criterion, rule.scope, rule.schedule, shown]
-        rows.append([cell.replace("|", "\\|") for cell in cells])
+        rows.append([as_text(cell) for cell in cells])
     return rows
 
 

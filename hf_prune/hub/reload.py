@@ -31,6 +31,7 @@ from transformers.models.auto import modeling_auto
 from ..architectures import ArchitectureSpec, blocks, spec_for
 from ..condense import needs_hf_prune, shrink
 from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
+from ..files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathL
     carried = needs_hf_prune(config) and any(_auto_classes(config.model_type))
     if carried:
         os.makedirs(save_directory, exist_ok=True)
-        Path(save_directory, f"{MODELING}.py").write_text(modeling_source(config.model_type), encoding="utf-8")
+        write_text(Path(save_directory, f"{MODELING}.py"), modeling_source(config.model_type))
     _name_code(config, auto_map(config) if carried else None)
 
 
