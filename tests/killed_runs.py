@@ -1,4 +1,4 @@
-"""Kills short training runs with SIGKILL, every other one inside a save, and resumes each.
+"""Ends short training runs with SIGKILL, inside a save or anywhere, or with SIGTERM, upon which they save, and resumes each.
 
     python killed_runs.py SETTING FOLDER KILLS SEED
 
@@ -26,6 +26,7 @@ import torch
 from helpers import ROWS, SCHEDULED, pruner_of, tiny_bert, trainer_for, with_dropout
 from safetensors.torch import save_file
 from transformers import Trainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_prune import DistillationTrainer, PruningConfig, last_complete_checkpoint
 
@@ -33,15 +34,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "snip_momentum": {"pattern": "4x1", "target_sparsity": 0.7},
     "movement": {"pattern": "1x1", "criterion": "movement"},
     "distillation": {"pattern": "head", "criterion": "taylor"},
+    "activations": {"pattern": "neuron", "criterion": "apoz"},
 }
 
-#: Evaluated and saved after every second step; one checkpoint is kept.
+KINDS = KILLED_SAVING, KILLED, TERMINATED, TERMINATED_AND_KILLED = (
+    "killed in a save",
+    "killed",
+    "terminated",
+    "terminated, then killed in a save",
+)
+
+#: Evaluated and saved after every second step, and upon SIGTERM; one checkpoint is kept.
 SAVING: dict[str, Any] = {
     "save_strategy": "steps",
     "eval_strategy": "steps",
     "save_steps": 2,
     "eval_steps": 2,
     "save_total_limit": 1,
+    "enable_jit_checkpoint": True,
     "lr_scheduler_type": "linear",
 }
 
@@ -71,14 +81,20 @@ def trainer(setting: str, folder: Path, fresh: bool) -> Trainer:
 
 
 class Bomb:
-    """Kills this process before the `at`-th function call of the run, or before the `at`-th file call of the `save`-th save."""
+    """Sends this process a signal.
 
-    def __init__(self, at: int = 0, save: int | None = None) -> None:
-        self.at, self.save = at, save
+    Args:
+        kind: `"killed in a save"`: before the `at`-th file call of the `save`-th save. Else before the `at`-th function call of the
+            run; and one that was terminated may be killed before the `then`-th file call of the saves that follow.
+    """
+
+    def __init__(self, kind: str = "", at: int = 0, save: int = 0, then: int = 0) -> None:
+        self.kind, self.at, self.save, self.then = kind, at, save, then
         self.calls = 0
         #: File calls of each save so far.
         self.saves: list[int] = []
         self._saving = False
+        self._since = 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if frame.f_code.co_name == "_save_checkpoint" and event in ("call", "return"):
@@ -90,18 +106,24 @@ class Bomb:
         touches = self._saving and event == "c_call" and argument.__name__ in FILE_CALLS and not isinstance(argument.__self__, str)
         if touches:
             self.saves[-1] += 1
-        if self.save is None:
-            strikes = self.calls == self.at
-        else:
-            strikes = touches and (len(self.saves), self.saves[-1]) == (self.save, self.at)
-        if strikes:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == KILLED_SAVING:
+            if touches and (len(self.saves), self.saves[-1]) == (self.save, self.at):
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGKILL if self.kind == KILLED else signal.SIGTERM)
+        elif touches and self.calls > self.at:
+            self._since += 1
+            if self._since == self.then:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(setting: str, folder: Path, bomb: Bomb | None = None, results: Path | None = None) -> None:
     """Train, from the last complete checkpoint if there is one, and leave what came of it in `results`."""
     found = last_complete_checkpoint(folder)
     job = trainer(setting, folder, fresh=found is None)
+    for callback in job.callback_handler.callbacks:
+        if isinstance(callback, JITCheckpointCallback):
+            callback.jit_manager.kill_wait = 0
     sys.setprofile(bomb)
     job.train(resume_from_checkpoint=found)
     sys.setprofile(None)
@@ -142,23 +164,29 @@ def main(setting: str, folder: Path, kills: int, seed: int) -> None:
     output, results = folder / "run", folder / "results"
     run(setting, output)  # imports what the first step and the first save import
     shutil.rmtree(output)
-    forked(partial(run, setting, output, Bomb(), results / "whole"))
+    forked(partial(run, setting, output, Bomb(), results / "whole"))  # which counts, and sends nothing
     shutil.rmtree(output)
     counted = json.loads((results / "whole" / "calls.json").read_text())
     generator = random.Random(seed)
     for number in range(kills):
-        if number % 2 == 0:
-            save = generator.randrange(len(counted["saves"]))
-            bomb = Bomb(generator.randint(1, counted["saves"][save]), save + 1)
-        else:
-            bomb = Bomb(generator.randint(1, counted["calls"]))
+        kind = KINDS[number % len(KINDS)]
+        save = generator.randrange(len(counted["saves"]))
+        within = generator.randint(1, counted["saves"][save])
+        call = generator.randint(1, counted["calls"])
+        bomb = {
+            KILLED_SAVING: Bomb(kind, within, save + 1),
+            TERMINATED_AND_KILLED: Bomb(kind, call, then=within),
+        }.get(kind, Bomb(kind, call))
         ended = forked(partial(run, setting, output, bomb))
         found = last_complete_checkpoint(output)
         report = {
+            "kind": kind,
             "signal": ended,
             "save": bomb.save,
             "call": bomb.at,
-            "checkpoints": sorted(path.name for path in output.glob("checkpoint-*")),
+            "checkpoints": sorted(
+                (path.name for path in output.glob("checkpoint-*")), key=lambda name: int(name.rpartition("-")[2])
+            ),
             "resumed_from": found and Path(found).name,
         }
         forked(partial(run, setting, output, None, results / str(number)))

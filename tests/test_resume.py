@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROWS, SCHEDULED, arguments, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
+from killed_runs import KINDS, TERMINATED, TERMINATED_AND_KILLED
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
@@ -32,25 +33,38 @@ EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 # ------------------------------------------------------------------------------------------------------------------ killed runs
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("setting", ["snip_momentum", "movement", "distillation"])
+SETTINGS = ["snip_momentum", "movement", "distillation", "activations"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "kills"),
+    [*((name, 4) for name in SETTINGS[:3]), *(pytest.param(name, 12, marks=pytest.mark.slow) for name in SETTINGS)],
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting: str, kills: int, tmp_path: Path) -> None:
     script = Path(__file__).with_name("killed_runs.py")
     command = [sys.executable, str(script), setting, str(tmp_path), str(kills), "0"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"signal"')]
+    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"kind"')]
     print("\n".join(str(report) for report in reports))
-    assert [report["signal"] for report in reports] == [9] * kills
-    assert sum(report["save"] is not None for report in reports) == kills // 2
-    passed_over = [report for report in reports if report["checkpoints"] and report["resumed_from"] != report["checkpoints"][-1]]
-    assert passed_over, "no kill left half a checkpoint behind"
+    assert [report["kind"] for report in reports] == [KINDS[number % 4] for number in range(kills)]
     whole = tmp_path / "results" / "whole"
-    for number in range(kills):
+    for number, report in enumerate(reports):
         folder = tmp_path / "results" / str(number)
         for name in ("model.safetensors", "pruner.safetensors"):
             assert_equal(load_file(folder / name), load_file(whole / name))
-        assert json.loads((folder / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
+        ours, history = (json.loads((each / "metrics.json").read_text()) for each in (folder, whole))
+        terminated = report["kind"] in (TERMINATED, TERMINATED_AND_KILLED)
+        assert report["signal"] in ({0, signal.SIGTERM, signal.SIGKILL} if terminated else {signal.SIGKILL})
+        if terminated and report["resumed_from"]:  # what it saves upon the signal is saved before its step is logged
+            step = int(report["resumed_from"].removeprefix("checkpoint-"))
+            history = [entry for entry in history if entry.get("step") != step or entry in ours]
+        assert ours == history
+    if kills > 4:
+        left = [report for report in reports if report["checkpoints"] and report["resumed_from"] != report["checkpoints"][-1]]
+        assert left, "no kill left half a checkpoint behind"
+        names = [report["resumed_from"] or "" for report in reports if report["kind"] == TERMINATED]
+        assert any(name.endswith(("1", "3", "5", "7", "9")) for name in names), "no run saved upon the signal"
 
 
 # ------------------------------------------------------------------------------------------------------------- exact resuming
