@@ -63,9 +63,6 @@ class PruningCallback(TrainerCallback, ExportableState):
             another pattern, criterion, reduction or choice of modules starts with no scores.
     """
 
-    #: See `checkpoints.save_between_steps`.
-    saves_between_steps = True
-
     def __init__(self, config: PruningConfig | Mapping[str, Any], allow_config_change: bool = False) -> None:
         self.config = config if isinstance(config, PruningConfig) else PruningConfig.from_dict(config)
         self.allow_config_change = allow_config_change
@@ -76,6 +73,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.restored = False
         self._between_steps: tuple[TrainingArguments, TrainerState] | None = None
         self._best_competes = False
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether a checkpoint that is written now holds the state of the pruner: from an optimizer step to the next one."""
+        return self._between_steps is not None
 
     def state(self) -> dict[str, Any]:
         """What `ExportableState` stores in `trainer_state.json`.

@@ -22,7 +22,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -236,28 +236,43 @@ def remember_folders() -> None:
     TrainerState.load_from_json = classmethod(load_from_json)  # type: ignore[assignment]
 
 
+#: Event of `JITCheckpointCallback` → whether a run that is resumed from what is saved there is the one that went on.
+_EXACT: dict[str, Callable[[TrainerState, TrainerControl], bool]] = {
+    "on_epoch_begin": lambda state, control: True,
+    "on_step_begin": lambda state, control: float(state.epoch) % 1 > 0,  # a new epoch's order of rows has used random numbers
+    "on_pre_optimizer_step": lambda state, control: False,  # so has the forward pass
+    "on_step_end": lambda state, control: False,  # an evaluation that is due will do so
+    "on_epoch_end": lambda state, control: control.should_training_stop,  # likewise, unless no step follows
+}
+
+
 def save_between_steps() -> None:
-    """Let `enable_jit_checkpoint` save a pruned run after the step in which it is asked to; calling it again changes nothing.
+    """Let `enable_jit_checkpoint` save a pruned run between two steps; calling it again changes nothing.
 
-    `JITCheckpointCallback` also saves before `optimizer.step()` and at the beginning of a step. A checkpoint from there has the
-    weights of the step before and random numbers from later, when the forward pass or a new epoch's order of rows has drawn some:
-    no run that is resumed from it is the one that went on. These two events are wrapped. The step is made in any case, and
-    `on_step_end` saves when it is over.
+    `JITCheckpointCallback` saves at the next of its events when it is asked to, wherever in a step that is: with weights from
+    before the step and random numbers from later, or before an evaluation that the resumed run will not repeat. Its events are
+    wrapped to wait for one where nothing is half done, which comes within two steps.
     """
-    for event in ("on_step_begin", "on_pre_optimizer_step"):
+    save = JITCheckpointCallback.on_step_begin
+    for event, exact in _EXACT.items():
         stock = getattr(JITCheckpointCallback, event)
-        if not getattr(stock, "waits_for_the_step", False):
-            setattr(JITCheckpointCallback, event, _waiting(stock))
+        if not getattr(stock, "saves_between_steps", False):
+            setattr(JITCheckpointCallback, event, _saving_between_steps(stock, save, exact))
 
 
-def _waiting(stock: Callable[..., None]) -> Callable[..., None]:
-    """An event of `JITCheckpointCallback` in which it does nothing if one of the Trainer's callbacks `saves_between_steps`."""
+def _saving_between_steps(
+    stock: Callable[..., None], save: Callable[..., None], exact: Callable[[TrainerState, TrainerControl], bool]
+) -> Callable[..., None]:
+    """An event of `JITCheckpointCallback`. In the run of a callback that can tell, it saves only `between_steps`."""
 
     @functools.wraps(stock)
-    def event(self: JITCheckpointCallback, *args: Any, **kwargs: Any) -> None:
+    def event(self: JITCheckpointCallback, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer: Any = self.trainer
-        if not any(getattr(callback, "saves_between_steps", False) for callback in trainer.callback_handler.callbacks):
-            stock(self, *args, **kwargs)
+        pruned = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "between_steps")]
+        if not pruned:
+            stock(self, args, state, control, **kwargs)
+        elif exact(state, control) and all(callback.between_steps for callback in pruned):
+            save(self, args, state, control, **kwargs)
 
-    event.waits_for_the_step = True  # type: ignore[attr-defined]
+    event.saves_between_steps = True  # type: ignore[attr-defined]
     return event
