@@ -50,11 +50,27 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class _Watched(nn.Parameter):
+    """A parameter that counts how often its `.data` was asked for: what is written there leaves no trace in its version."""
+
+    data_asked_for = 0
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        self.data_asked_for += 1
+        data: Tensor = torch.Tensor.data.__get__(self)
+        return data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)
+
+
 class SparseLinear(nn.Linear):
     """A Linear that computes with a sparse copy of its weight wherever no gradient is recorded.
 
     The parameters are those of the layer it was made from, dense and by their old names, so that checkpoints are plain and training
-    goes on as before. The copy is made anew when the weight has changed.
+    goes on as before. The copy is made anew when the weight has changed, by way of its `.data` too.
     """
 
     def __init__(self, linear: nn.Linear, format: str) -> None:
@@ -81,9 +97,11 @@ class SparseLinear(nn.Linear):
 
     def sparse_weight(self) -> Tensor:
         """The weight in the layer's format."""
-        weight = self.weight.detach()
+        if type(self.weight) is nn.Parameter:
+            self.weight.__class__ = _Watched
+        weight, asked = self.weight.detach(), getattr(self.weight, "data_asked_for", 0)
         version = None if self.weight.is_inference() else self.weight._version
-        state = (version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
+        state = (version, asked, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
         if self._copy is None or self._copy[0] != state:
             self._copy = (state, FORMATS[self.format](weight))
         return self._copy[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def test_sparse_linear(format: str, bias: bool) -> None:
     torch.testing.assert_close(layer(batch), dense(batch))
     torch.testing.assert_close(copy.deepcopy(layer)(batch), dense(batch))
     torch.testing.assert_close(layer.double()(batch.double()), dense(batch.double()))
+
+
+@pytest.mark.parametrize("copied", ["itself", "deepcopy", "pickle", "assigned"])
+def test_edits_of_data_are_noticed(copied: str) -> None:
+    dense = nn.Linear(16, 8)
+    zero_blocks(dense.weight, (4, 1), 0.5)
+    layer, batch = SparseLinear(dense, "csr"), torch.randn(3, 16)
+    with torch.no_grad():
+        layer(batch)
+        if copied == "deepcopy":
+            layer = copy.deepcopy(layer)
+        elif copied == "pickle":
+            layer = pickle.loads(pickle.dumps(layer))
+        elif copied == "assigned":
+            layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+        layer(batch)
+        layer.weight.data[0] = 3
+        torch.testing.assert_close(layer(batch), nn.functional.linear(batch, layer.weight, layer.bias))
+        assert layer.sparse_weight() is layer.sparse_weight()
+        layer.weight.data += 1  # as PEFT merges
+        torch.testing.assert_close(layer(batch), nn.functional.linear(batch, layer.weight, layer.bias))
+    assert isinstance(layer.weight, nn.Parameter)
+    assert type(layer.state_dict()["weight"]) is Tensor
+    layer(batch).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
 
 
 def test_training_is_dense() -> None:
