@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -206,7 +208,20 @@ class PruningCallback(TrainerCallback, ExportableState):
     def _attached(self, args: TrainingArguments, model: nn.Module, total_steps: int, steps_per_epoch: float | None) -> Pruner:
         """A pruner for a run, attached to its model."""
         _refuse(args)
-        return Pruner(model, self.config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        pruner = Pruner(model, self.config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        pruner.at_work = self._in_training
+        return pruner
+
+    def _in_training(self) -> bool:
+        """Whether a Trainer's `train()` that calls this callback is running, on any thread; no event says that it was cut short."""
+        for frame in sys._current_frames().values():
+            caller: FrameType | None = frame
+            while caller is not None:
+                trainer = caller.f_locals.get("self") if caller.f_code.co_name == "train" else None
+                if isinstance(trainer, Trainer) and self in trainer.callback_handler.callbacks:
+                    return True
+                caller = caller.f_back
+        return False
 
     def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
         """Go on from the checkpoint that the Trainer has read.

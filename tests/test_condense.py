@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune import PruningConfig, PruningRule, condense, condense_plan
+from hf_prune import Pruner, PruningConfig, PruningRule, condense, condense_plan
 from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
 from hf_prune.condense import drop_layers, stock_config
 from hf_prune.condense.plan import regroup
@@ -508,9 +508,11 @@ def test_plan_touches_nothing_and_prints() -> None:
 
 def test_what_cannot_be_condensed() -> None:
     model = models.tiny("bert")
-    model._hf_prune_attached = True
+    pruner = Pruner(model, PruningConfig(pattern="head"), total_steps=2)
     with pytest.raises(RuntimeError, match=r"pruner\.finish\(\)"):
         condense(model)
+    pruner.release()
+    condense(model)
 
     with pytest.raises(TypeError, match="Linear; allowed: a transformers PreTrainedModel"):
         condense(nn.Linear(2, 2))
@@ -761,3 +763,12 @@ def test_dropped_layers_are_as_if_they_had_never_been(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert gap(outputs(model), outputs(again)) == 0
+
+
+def test_attention_that_insists_on_float32() -> None:
+    model = models.tiny("gpt2", reorder_and_upcast_attn=True)
+    models.prune_randomly(model)
+    before = outputs(model)
+    condense(model)
+    assert gap(before[:1], outputs(model)[:1]) <= 1e-5
+    assert model.config.hf_prune["layers"]

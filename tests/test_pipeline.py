@@ -413,3 +413,21 @@ def test_every_dropout_is_set(family: str) -> None:
     assert set(rates) == {0.25}
     with pytest.raises(PruningConfigError, match=r"dropout=-1: must be a number in \[0, 1\)"):
         set_dropout(config, -1)
+
+
+@pytest.mark.slow
+def test_layers_are_dropped_after_neurons_were_pruned(tmp_path: Path) -> None:
+    plan = Recipe(
+        [
+            Stage("neurons", pruning={"pattern": "neuron", "criterion": "magnitude", "schedule": "constant"}),
+            Stage("heads", pruning={**HEADS, "scope": "global", "max_sparsity_per_module": 1.0}, drop_layers=True),
+        ],
+        metric="accuracy",
+        training={"max_steps": 4},
+    )
+    model = tiny_bert()
+    for parameter in model.bert.encoder.layer[0].attention.parameters():
+        parameter.data *= 1e-3
+    first = pipeline(tmp_path, plan, model).run()
+    assert loaded(tmp_path, "heads").config.num_hidden_layers == 2
+    assert pipeline(tmp_path, plan, model).run().rows == first.rows

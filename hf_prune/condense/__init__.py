@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import AttentionBlock, Projection, spec_for
 from ..architectures.blocks import base_layer, layer_lists
+from ..attached import is_attached
 from ..lora import adapter_of
 from ..wrappers import bare_model, transformers_model
 from .layers import layer_counts, outline, removable, remove_layers, without_inputs
@@ -86,8 +87,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         )
     if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
         raise ValueError("model learns keys and values for every head (prefix tuning), so none can go; condense it without.")
-    if getattr(body, "_hf_prune_attached", False):
-        raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` before condensing it.")
+    if is_attached(body):
+        raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` or `release()` before condensing it.")
     plan = condense_plan(body, pad_to_multiple_of)
     if not plan.changed and not plan.removed:
         return model

@@ -20,15 +20,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..allocation import allocate, normalize
+from ..attached import attach, detach, is_attached
 from ..config import PruningConfig, PruningConfigError
+from ..criteria import Criterion
 from ..distributed import differing, is_sharded, local, placed_like, rank, summed, whole
 from ..masks import apply_masks, count_zeros
 from ..targets import Target, Weight, bias_target, body_prefixes, check_names, selector, weight_target, weights
@@ -58,9 +62,10 @@ class Pruner:
 
     def __init__(self, model: Any, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
         model = bare_model(model)
-        if any(getattr(one, "_hf_prune_attached", False) for one in _marked(model)):
+        if any(is_attached(one) for one in _marked(model)):
             raise RuntimeError(
-                "A Pruner is attached to this model already; call its finish() first. Two PruningCallbacks are one with `rules`."
+                "A Pruner is attached to this model already; call its finish() or release() first. Two PruningCallbacks are one "
+                "with `rules`."
             )
         self.model = model
         self.config = config
@@ -89,12 +94,16 @@ class Pruner:
             rule.criterion.attach(model, rule.groups)
         self._keep_for_rewind()
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-        self._handles = [parameter.register_post_accumulate_grad_hook(partial(self._note, name)) for name, parameter in trained]
+        handles = [parameter.register_post_accumulate_grad_hook(partial(_note, self._norms, name)) for name, parameter in trained]
+        # no hook holds the pruner, so it goes with the last one who has it, and the hooks go with it
+        self._remove_hooks = weakref.finalize(self, _detach, handles, [rule.criterion for rule in self._rules])
         for target in self._targets.values():
             if target.adapter is not None:
                 target.adapter.keep_exact()
+        #: Whether the run goes on, if something can tell; whoever holds a pruner is else taken to be at it.
+        self.at_work: Callable[[], bool] = lambda: True
         for one in _marked(model):
-            one._hf_prune_attached = True  # type: ignore[assignment]
+            attach(one, self)
         if rank() == 0:
             for rule in self._rules:
                 for concern in rule.concerns:
@@ -175,12 +184,9 @@ class Pruner:
 
     def release(self) -> None:
         """Remove hooks and let go of the model as it is, after a run that was cut short."""
-        for rule in self._rules:
-            rule.criterion.detach()
-        for handle in self._handles:
-            handle.remove()
+        self._remove_hooks()
         for one in _marked(self.model):
-            one._hf_prune_attached = False  # type: ignore[assignment]
+            detach(one, self)
 
     # ------------------------------------------------------------------------------------------------------------- reporting
 
@@ -433,10 +439,6 @@ class Pruner:
         if self.steps in starts or (starts and not self._rewind and self.steps > min(starts)):
             self._rewind = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
-    def _note(self, name: str, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._norms[name] = torch.linalg.vector_norm(_values(parameter.grad.detach()))
-
     def _overflow(self, broken: list[str]) -> str:
         """The message about gradients that are not finite: where backward met the first of them."""
         first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
@@ -476,6 +478,20 @@ def _not_finite(gradients: Mapping[str, Tensor]) -> list[str]:
 def _values(gradient: Tensor) -> Tensor:
     """What of a gradient is on this rank, and of a sparse one (`nn.Embedding(sparse=True)`) the rows that it has."""
     return gradient.coalesce().values() if gradient.is_sparse else local(gradient)
+
+
+def _note(norms: dict[str, Tensor], name: str, parameter: Tensor) -> None:
+    """The hook of a parameter whose gradient is there."""
+    if parameter.grad is not None:
+        norms[name] = torch.linalg.vector_norm(_values(parameter.grad.detach()))
+
+
+def _detach(handles: list[RemovableHandle], criteria: list[Criterion]) -> None:
+    """Take all hooks off a model."""
+    for criterion in criteria:
+        criterion.detach()
+    for handle in handles:
+        handle.remove()
 
 
 def _under(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
