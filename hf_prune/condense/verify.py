@@ -30,14 +30,12 @@ def observe(model: PreTrainedModel) -> Outputs:
 
     It is computed in float64, so that what differs is the model and not the order of its sums: a trained model has activations
     whose rounding in float32 alone exceeds 1e-5. A model that cannot be computed so (GPT-2 with `reorder_and_upcast_attn` insists
-    on float32), or gives no finite numbers there (its softmax is in float32, where the mask of a query that sees nothing becomes
-    −inf), is taken as it is. The model is left as it was, without the hooks by which
-    transformers records hidden states.
+    on float32, a large one may not fit into the device's memory), or gives no finite numbers there (its softmax is in float32,
+    where the mask of a query that sees nothing becomes −inf), is taken as it is. The model is left as it was, without the hooks by
+    which transformers records hidden states.
     """
     try:
         seen = _observe(model, wide=True)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError:
         return _observe(model)
     return seen if all(bool(value.isfinite().all()) for value in seen.values()) else _observe(model)
