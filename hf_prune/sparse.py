@@ -50,20 +50,24 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: The descriptor behind `Tensor.data`.
+_DATA: Any = torch.Tensor.data
+
+
 class _Watched(nn.Parameter):
     """A parameter that counts how often its `.data` was asked for: what is written there leaves no trace in its version."""
 
     data_asked_for = 0
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         self.data_asked_for += 1
-        data: Tensor = torch.Tensor.data.__get__(self)
+        data: Tensor = _DATA.__get__(self)
         return data
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        torch.Tensor.data.__set__(self, value)
+        _DATA.__set__(self, value)
 
 
 class SparseLinear(nn.Linear):
