@@ -269,7 +269,7 @@ def test_a_trainer_fills_the_card(tmp_path: Path) -> None:
     assert facts.metrics == {"loss": after["eval_loss"], "accuracy": after["eval_accuracy"]}
     assert (facts.model_name, facts.dataset, facts.dataset_config) == ("half", "glue", "mrpc")
     assert [entry["step"] for entry in facts.history if "accuracy" in entry][:2] == [2, 4]
-    assert facts.history[-1]["sparsity"] == pytest.approx(0.5)
+    assert facts.history[-1]["reached_sparsity"] == pytest.approx(0.5)
     assert PruningConfig.from_pretrained(tmp_path / "half") == HALF
     text = (tmp_path / "half" / "README.md").read_text()
     assert "| learning_rate | 0.0123 |" in text
