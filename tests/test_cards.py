@@ -387,3 +387,16 @@ def test_facts_are_plain_json(tmp_path: Path) -> None:
     FACTS.save(tmp_path)
     assert json.loads((tmp_path / "pruning_facts.json").read_text())["dataset"] == "glue"
     assert CardFacts.load(tmp_path / "elsewhere") == CardFacts()
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_only_a_model_that_needs_it_is_said_to_need_hf_prune(even: bool) -> None:
+    model = models.tiny("bert")
+    if even:
+        models.prune_evenly(model, heads=False)
+    else:
+        models.prune_randomly(model)
+    text = str(hf_prune.model_card(condense(model)))
+    assert "then condensed" in text
+    assert ("hf_prune is not needed" in text) == even
+    assert ("trust_remote_code" in text) == ("pip install hf-prune" in text) == (not even)

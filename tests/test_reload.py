@@ -484,6 +484,14 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         {**entry({}), "removed_layers": {"encoder.layer": [1, 5]}},
         "['encoder.layer'] is [1, 5]; allowed: a list of numbers from 0 to 4, ascending.",
     ),
+    "original size unknown": (
+        {**entry({}), "original": {"intermediate": 4}},
+        "config.hf_prune['original'] has an unknown key 'intermediate'; allowed: intermediate_size. Did you mean",
+    ),
+    "original size of zero": (
+        {**entry({}), "original": {"intermediate_size": 0}},
+        "['original']['intermediate_size'] is 0; allowed: a whole number from 1, or null.",
+    ),
     "removed layers negative": ({**entry({}), "removed_layers": {"encoder.layer": [-1]}}, "is [-1]; allowed: a list"),
     "ten thousand letters": (
         entry({"x" * 10_000: {}}),
