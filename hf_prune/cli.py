@@ -6,7 +6,6 @@ and nothing else. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 import tempfile
@@ -17,17 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 import hf_prune
 
-from .config import CONFIG_NAME, PruningConfig
+from .config import CONFIG_NAME, PruningConfig, closest_path
 from .files import check_new_folder, new_folder
 
 if TYPE_CHECKING:  # it takes seconds, so what needs torch is imported where it is used, and `--help` does without
     from transformers import PreTrainedModel
 
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, markup=False)
 
 
 class Commands(TyperGroup):
@@ -39,7 +39,7 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            stderr.print(f"[red]Error:[/red] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+            stderr.print(Text.assemble(("Error:", "red"), " ", " ".join(str(error).split())), soft_wrap=True)
             raise typer.Exit(1) from None
 
 
@@ -64,7 +64,9 @@ Model = Annotated[str, typer.Argument(metavar="PATH", help="A model's folder, or
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A model's folder.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it is made if needed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Pad = Annotated[int, typer.Option(min=1, help="Keep so many dead neurons that a block has a multiple of this; odd sizes are slow.")]
+Pad = Annotated[
+    int | None, typer.Option(min=1, help="Keep so many dead neurons that a block has a multiple of this; odd sizes are slow.")
+]
 Against = Annotated[str | None, typer.Option(help="The dense model; by default a random one of the sizes before condensing.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
@@ -79,7 +81,7 @@ def options(version: Version = False) -> None:
 
 
 @app.command()
-def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) -> None:
+def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) -> None:
     """Say how sparse a model is, what it weighs, and what `condense` would do."""
     from .report import megabytes, original_blocks, total_sparsity
 
@@ -114,26 +116,32 @@ def inspect(path: Model, pad_to_multiple_of: Pad = 16, as_json: Json = False) ->
 
 
 @app.command()
-def condense(path: Model, out: Out, pad_to_multiple_of: Pad = 16, verify: bool = True, as_json: Json = False) -> None:
+def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool = True, as_json: Json = False) -> None:
     """Cut dead heads, neurons and layers out of a model, prove that it computes the same, and save it with its card."""
+    from .condense import nothing_to_cut
+
     folder = local(path)
     check_new_folder(out)
     model = load(folder)
     before = model.num_parameters()
+    if hf_prune.condense_plan(model, pad_to_multiple_of).empty:
+        found = f"{hf_prune.sparsity_report(model).sparsity:.2%} of its weights are zero"
+        raise ValueError(f"PATH={path}: {found}. {nothing_to_cut(model, pad_to_multiple_of)}")
     with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
         hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
-    if model.num_parameters() == before:
-        found = f"{hf_prune.sparsity_report(model).sparsity:.2%} of its weights are zero"
-        raise ValueError(f"PATH={path}: there is nothing to cut out: {found}, but no whole head or neuron is.")
     saved_to(out, model, before, save(model, folder, out), as_json)
 
 
 @app.command()
 def convert(path: Model, out: Out, as_json: Json = False) -> None:
     """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
+    from .legacy import converted
+
     folder = local(path)
     check_new_folder(out)
-    model = hf_prune.convert_v4_pruned_heads(folder)
+    model, changed = converted(folder)
+    if not changed:
+        raise ValueError(f"PATH={path}: there is nothing to convert, so nothing was written; it loads as it is.")
     saved_to(out, model, None, save(model, folder, out), as_json)
 
 
@@ -150,6 +158,7 @@ def benchmark(
     """Time and weigh a model beside the dense one, in turn, on one thread."""
     from .report import compare
 
+    check_device(device)
     model: Any = load(local(path))
     dense = load(local(against)) if against else None
     comparison = compare(model.to(device), dense, None, batch_size, tokens, repeats, progress)
@@ -168,7 +177,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a pruning config would do to each module of a model, and what it leaves out and why."""
-    planned = hf_prune.Pruner(load(local(path)), PruningConfig.from_json_file(config), steps, steps_per_epoch).plan()
+    pruning = PruningConfig.from_json_file(config)
+    planned = hf_prune.Pruner(load(local(path)), pruning, steps, steps_per_epoch).plan()
     if as_json:
         return emit(planned.to_dict())
     show(planned)
@@ -266,9 +276,8 @@ def local(path: str, download: bool = True) -> Path:
             hint = f"; below it there are models in {', '.join(below)}" if below else ""
             raise ValueError(f"PATH={path}: has no config.json, so it is not a model's folder{hint}.")
         return folder
-    near = [str(one) for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
-    close = difflib.get_close_matches(str(folder), near, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    close = closest_path(folder, [one.parent for one in folder.parent.glob("*/config.json")])
+    hint = f" Did you mean {close!r}?" if close else ""
     if not download:
         raise ValueError(f"PATH={path}: is no folder.{hint}")
     try:
@@ -285,6 +294,21 @@ def load(folder: Path) -> PreTrainedModel:
     from .loading import load_model
 
     return load_model(folder)
+
+
+def check_device(device: str) -> None:
+    """Raise unless torch can put a tensor on a device.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # a build without it, no driver, no such name
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r}: must be one that torch finds here, such as 'cpu' ({reason}).") from None
 
 
 def config_of(folder: Path) -> PruningConfig | None:
@@ -323,7 +347,9 @@ def progress(rounds: range) -> Iterable[int]:
 
 def blocks_table(blocks: Iterable[Any]) -> Table:
     """Heads and neurons kept, block by block."""
-    table = Table("block", "kept", title="Heads and neurons of the model that pruning started from")
+    from .tables import table_of_modules
+
+    table = table_of_modules("Heads and neurons of the model that pruning started from", "block", "kept")
     for block in blocks:
         table.add_row(block.name, f"{block.alive:,} of {block.units:,} {block.kind}")
     return table
@@ -358,7 +384,7 @@ def written(file: Path, as_json: bool) -> None:
 
 def show(*parts: object) -> None:
     """Print for people: tables as wide as the terminal, or as they need where there is none."""
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True, markup=False)
     for part in parts:
         console.print(part)
 

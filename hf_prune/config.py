@@ -14,10 +14,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import regex
 
 from .files import write_text
 
@@ -81,7 +85,7 @@ class PruningConfigError(ValueError):
 
     def __init__(self, name: str, value: object, allowed: str, match: str | None = None) -> None:
         hint = f" Did you mean {match!r}?" if match else ""
-        super().__init__(f"{name}={value!r}: {allowed}{hint}")
+        super().__init__(f"{name}={_shown(value)}: {allowed}{hint}")
         self.name, self.value, self.allowed, self.match = name, value, allowed, match
 
     def within(self, prefix: str) -> PruningConfigError:
@@ -98,10 +102,26 @@ def within(prefix: str) -> Iterator[None]:
         raise error.within(prefix) from None
 
 
+def _shown(value: object) -> str:
+    """A value as an error shows it: its `repr`, the middle left out of a long one."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a whole number of too many digits
+        return f"({type(value).__name__})"
+    return text if len(text) <= 400 else f"{text[:300]} … {text[-50:]}"
+
+
 def closest(value: object, known: Iterable[str]) -> str | None:
     """The known name most like `value`, if any is."""
-    matches = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5) if isinstance(value, str) else []
     return matches[0] if matches else None
+
+
+def closest_path(path: str | os.PathLike[str], there: Iterable[Path]) -> str | None:
+    """The path whose own name, without its folder, is most like that of `path`, if any is."""
+    names = {other.name: str(other) for other in there}
+    matches = difflib.get_close_matches(Path(path).name, list(names), n=1)
+    return names[matches[0]] if matches else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- patterns
@@ -162,9 +182,9 @@ def parse_pattern(text: str, name: str = "pattern") -> Pattern:
             return Pattern("NxM", None, 1)
         if text in STRUCTURAL_PATTERNS:
             return Pattern(text)
-        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
+        if match := re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text):
             return Pattern("NxM", int(match[1]), int(match[2]))
-        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+        match = re.fullmatch(r"([1-9]\d{0,8}):([1-9]\d{0,8})", text)
         if match and int(match[1]) < int(match[2]):
             return Pattern("N:M", int(match[1]), int(match[2]))
     known = ("1x1", "4x1", "2:4", "1xchannel", "channelx1", *STRUCTURAL_PATTERNS)
@@ -174,12 +194,54 @@ def parse_pattern(text: str, name: str = "pattern") -> Pattern:
 # -------------------------------------------------------------------------------------------------------------- validation
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold; true and false are none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+#: What a value of a type is called.
+_CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
+_CALLED |= {dict: "an object", list: "a list"}
+
+
+def check_type(name: str, value: object, hint: Any) -> None:
+    """Raise unless a value is of the type that a field is declared with; types that JSON does not have are taken as they are.
+
+    Raises:
+        PruningConfigError: it is of another.
+    """
+    if not _fits(value, hint):
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        called = [_CALLED.get(get_origin(option) or option, str(option)) for option in options]
+        raise PruningConfigError(name, value, f"must be {' or '.join(called)}.")
+
+
+def check_types(instance: Any) -> None:
+    """[`check_type`] of every field of a dataclass."""
+    for name, hint in get_type_hints(type(instance)).items():
+        check_type(name, getattr(instance, name), hint)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is dict:
+        return isinstance(value, Mapping) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    if kind is list:
+        return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    return kind not in _CALLED or type(value) is kind
+
+
 def check_share(name: str, value: object, upper_open: bool = True) -> None:
     """A finite number in [0, 1), or in [0, 1]."""
     allowed = f"must be a number in [0, 1{')' if upper_open else ']'}."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise PruningConfigError(name, value, allowed)
-    if not (0 <= value < 1 or (value == 1 and not upper_open)):
+    if not is_number(value) or not (0 <= value < 1 or (value == 1 and not upper_open)):  # type: ignore[operator]
         raise PruningConfigError(name, value, allowed)
 
 
@@ -189,15 +251,21 @@ def _check_name(name: str, value: object, known: Iterable[str]) -> None:
         raise PruningConfigError(name, value, f"must be one of {', '.join(known)}.", closest(value, known))
 
 
+#: The product of all counts such as `{3}` in a regular expression: what compiling it costs.
+_MOST_REPEATS = 1_000_000
+
+
 def _check_modules(name: str, value: Any) -> None:
     """None, a regular expression, or a list of name suffixes, as in PEFT."""
     allowed = "must be a regular expression that matches whole module names, or a list of module names or name suffixes."
     if value is None:
         return
     if isinstance(value, str):
+        if math.prod(float(count) for count in re.findall(r"(\d+),?\}", value)) > _MOST_REPEATS:
+            raise PruningConfigError(name, value, f"repeats something more than {_MOST_REPEATS:,} times; it {allowed}")
         try:
-            re.compile(value)
-        except re.error as error:
+            regex.compile(value)
+        except (regex.error, RecursionError) as error:
             raise PruningConfigError(name, value, f"is no valid regular expression ({error}); it {allowed}") from None
     elif not (isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value)):
         raise PruningConfigError(name, value, allowed)
@@ -208,14 +276,14 @@ def _check_duration(name: str, value: object, whole: bool) -> None:
     allowed = (
         "must be a whole number of steps, or a ratio of the run in [0, 1)." if whole else "must be a number of epochs, 0 or more."
     )
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or value < 0:  # type: ignore[operator]
         raise PruningConfigError(name, value, allowed)
-    if whole and value >= 1 and value != int(value):
+    if whole and value >= 1 and value != int(value):  # type: ignore[operator, call-overload]
         raise PruningConfigError(name, value, allowed)
 
 
 def dataclass_from_dict(cls: type[_T], data: object) -> _T:
-    """Build `cls` from plain data, with an error for a key that is not one of its fields."""
+    """Build `cls` from plain data, with an error for a key that is not one of its fields, and for one that is missing."""
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, Mapping):
         raise PruningConfigError(cls.__name__, data, f"must be an object with the fields {', '.join(known)}.")
@@ -223,6 +291,9 @@ def dataclass_from_dict(cls: type[_T], data: object) -> _T:
         if key not in known:
             allowed = f"is not a field of {cls.__name__}; known are {', '.join(known)}."
             raise PruningConfigError(key, value, allowed, closest(key, known))
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in data:
+            raise PruningConfigError(item.name, None, f"must be given in each {cls.__name__}.")
     return cls(**data)
 
 
@@ -234,11 +305,11 @@ def dataclass_from_json_file(cls: type[_T], path: str | os.PathLike[str]) -> _T:
     """
     file = Path(path)
     if not file.is_file():
-        beside = [str(other) for other in sorted(file.parent.glob("*.json"))]
-        raise PruningConfigError(f"{cls.__name__} file", str(path), "must be a JSON file that is there.", closest(path, beside))
+        near = closest_path(path, sorted(file.parent.glob("*.json")))
+        raise PruningConfigError(f"{cls.__name__} file", str(path), "must be a JSON file that is there.", near)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply
         raise PruningConfigError(f"{cls.__name__} file", str(path), f"is not valid JSON ({error}).") from None
     return dataclass_from_dict(cls, data)
 
@@ -251,7 +322,7 @@ def _check_initial(name: str, value: object) -> None:
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise PruningConfigError(name, value, "must be a number.")
 
 
@@ -275,7 +346,7 @@ def _check_positive(name: str, value: object) -> None:
 
 
 def _check_schedule(name: str, value: object) -> None:
-    if not (isinstance(value, str) and re.fullmatch(r"polynomial\([1-9]\d*\)", value)):
+    if not (isinstance(value, str) and re.fullmatch(r"polynomial\([1-9]\d{0,8}\)", value)):
         _check_name(name, value, SCHEDULES[:-2] + SCHEDULES[-1:] + ("polynomial(k) with a whole k",))
 
 

@@ -17,7 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import AttentionBlock, Block, Projection, find_blocks, spec_for
 from .condense.resize import block_key, inputs_of, output_of, stock_sizes
 from .condense.stock import write_sizes
-from .loading import load_whole
+from .config import PruningConfigError
+from .loading import load_whole, readable
+
+logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -32,24 +35,33 @@ def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str
         kwargs: for `from_pretrained` (`revision`, `dtype`, `token`, …).
 
     Returns:
-        A model of the class that the config names, in evaluation mode.
+        A model of the class that the config names, in evaluation mode. Where there was nothing to convert, a warning says so.
 
     Raises:
         ValueError: the family has no architecture spec, a tensor is smaller in another way (CoFi's hidden sizes), a block is
-            missing as a whole (CoFi then leaves out its LayerNorm too, which no stock model does), or the config does not say which
+            missing as a whole (CoFi then leaves out its LayerNorm too, which no stock model does), the config does not say which
             heads are left where the family needs to know (T5, MPNet), or the checkpoint lacks a tensor of the model.
     """
+    model, changed = converted(pretrained_model_name_or_path, **kwargs)
+    if not changed:
+        logger.warning("There is nothing to convert: every tensor has the shape that the config says.")
+    return model
+
+
+def converted(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> tuple[PreTrainedModel, bool]:
+    """[`convert_v4_pruned_heads`], and whether there was something to convert."""
     options = {name: kwargs[name] for name in ("revision", "token", "subfolder", "cache_dir", "local_files_only") if name in kwargs}
     config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
-    pruned = {int(layer): heads for layer, heads in (config.__dict__.pop("pruned_heads", None) or {}).items()}
+    pruned = _pruned_heads(config.__dict__.pop("pruned_heads", None) or {})
     cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)  # its report of what does not fit is what is wanted here
     try:
-        stock, seen = cls.from_pretrained(
-            pretrained_model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
+        with readable(pretrained_model_name_or_path):
+            stock, seen = cls.from_pretrained(
+                pretrained_model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
     finally:
         transformers.logging.set_verbosity(verbosity)
     shapes = {name: tuple(shape) for name, shape, _ in seen["mismatched_keys"]}
@@ -65,7 +77,20 @@ def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str
     model = load_whole(cls, pretrained_model_name_or_path, config=config, **kwargs)
     if layers:
         write_sizes(model, spec_for(config.model_type))
-    return model
+    return model, bool(layers)
+
+
+def _pruned_heads(entry: Any) -> dict[int, list[int]]:
+    """What a config's `pruned_heads` says: layer → heads that are gone.
+
+    Raises:
+        PruningConfigError: it is of another form.
+    """
+    fits = isinstance(entry, dict) and all(str(layer).isdecimal() and isinstance(heads, list) for layer, heads in entry.items())
+    if not fits:
+        allowed = "must be an object: by the number of each layer, the heads that are gone, such as {'0': [1, 3]}."
+        raise PruningConfigError("pruned_heads", entry, allowed)
+    return {int(layer): heads for layer, heads in entry.items()}
 
 
 def _names(parts: list[Projection]) -> set[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 _NAMED = 10
@@ -30,6 +33,15 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     return load_whole(cls, folder)
 
 
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A file of weights that is cut short or damaged is a ValueError that names `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"PATH={os.fspath(path)}: a file of weights cannot be read ({error}).") from None
+
+
 def load_whole(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """`cls.from_pretrained(path, **kwargs)`, but for a checkpoint without some of the model's tensors.
 
@@ -37,10 +49,11 @@ def load_whole(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> PreTrai
     that is to be measured, written or published. Tensors that need not be saved, such as tied weights, are not missing.
 
     Raises:
-        ValueError: names the tensors.
+        ValueError: names the tensors; or a file of weights cannot be read.
     """
     model: PreTrainedModel
-    model, seen = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+    with readable(path):
+        model, seen = cls.from_pretrained(path, output_loading_info=True, **kwargs)
     if missing := sorted(seen["missing_keys"]):
         named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
         raise ValueError(

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -40,6 +39,8 @@ from .config import (
     PruningConfigError,
     PruningRule,
     check_share,
+    check_type,
+    check_types,
     closest,
     dataclass_from_dict,
     dataclass_from_json_file,
@@ -90,9 +91,10 @@ class Stage:
     recover: str | None = None
     neurons_per_head: float | None = None
     drop_layers: bool = False
-    pad_to_multiple_of: int | None = 16
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.name or Path(self.name).name != self.name:
             raise PruningConfigError("name", self.name, "must be a name that can be a folder's.")
         _check_training(self.training)
@@ -134,6 +136,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_training(self.training)
         stages = []
         for index, stage in enumerate(self.stages):
@@ -513,10 +516,6 @@ def _check_recover(choice: str, config: PruningConfig | None) -> None:
         )
 
 
-#: What a value of a type is called.
-_CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
-
-
 def _check_training(training: Mapping[str, Any]) -> None:
     """Raise unless names and types are those of `TrainingArguments`; the values are the Trainer's to judge."""
     hints = get_type_hints(TrainingArguments)
@@ -524,11 +523,7 @@ def _check_training(training: Mapping[str, Any]) -> None:
     for name, value in training.items():
         if name not in known:
             raise PruningConfigError(f"training.{name}", value, "is not a field of TrainingArguments.", closest(name, known))
-        kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
-        fits = type(value) in kinds or (type(value) is int and float in kinds)
-        if not fits and all(kind in _CALLED for kind in kinds):
-            allowed = f"must be {' or '.join(_CALLED[kind] for kind in kinds)}."
-            raise PruningConfigError(f"training.{name}", value, allowed)
+        check_type(f"training.{name}", value, hints[name])
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from .architectures import AttentionBlock, Block, find_blocks, spec_for
 from .architectures.families import SPECS
 from .condense import block_key, dead_units, sample_batch, stock_config
+from .config import check_types, dataclass_from_dict, within
 from .masks import count_zeros
 from .pruner import Pruner
-from .tables import as_text
+from .tables import as_text, table_of_modules
 from .targets import body_weights
 from .wrappers import bare_model, transformers_model
 
@@ -99,12 +100,8 @@ class SparsityReport:
         }
 
     def __rich__(self) -> Table:
-        table = Table(
-            title=f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all",
-            caption=self.shortfall,
-        )
-        for column in ("module", "shape", "parameters", "zeros", "sparsity"):
-            table.add_column(column, justify="left" if column == "module" else "right")
+        title = f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all"
+        table = table_of_modules(title, "module", "shape", "parameters", "zeros", "sparsity", caption=self.shortfall)
         if self.left_out:
             table.add_column("left out of pruning, because")
         for module in self.modules:
@@ -249,8 +246,20 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
-        """Build from what `to_dict` returned."""
-        return cls(Cost(**data["dense"]), Cost(**data["model"]), data["reference"], data["protocol"])
+        """Build from what `to_dict` returned.
+
+        Raises:
+            PruningConfigError: a field is missing, unknown, or of another type.
+        """
+        costs = {}
+        for name in ("dense", "model"):
+            with within(f"{name}."):
+                costs[name] = dataclass_from_dict(Cost, data.get(name))
+                check_types(costs[name])
+        rest = {name: value for name, value in data.items() if name != "latency_ratio"}
+        comparison = dataclass_from_dict(cls, rest | costs)
+        check_types(comparison)
+        return comparison
 
     def __rich__(self) -> Table:
         table = Table(title=f"{self.latency_ratio:.2f} times as fast as {self.reference}", caption=self.protocol)

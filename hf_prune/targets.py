@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
+from .architectures import SPECS, ArchitectureSpec
 from .architectures.blocks import active_copy, base_layer, computed, is_adapted
 from .config import PruningConfigError, closest
 from .distributed import placed_like, whole
@@ -259,24 +261,72 @@ def body_weights(model: Any) -> Iterator[Weight]:
     return (weight for weight in weights(model) if weight.name.startswith(body))
 
 
-def names_module(names: ModuleNames, name: str) -> bool:
-    """Whether `names` selects the module `name`: a regular expression matches all of it, a list item it or its end, as in PEFT."""
+#: CPU seconds for one regular expression on one name. A few of them take longer than anybody waits.
+_SECONDS = 1
+
+
+def names_module(names: ModuleNames, name: str, field: str = "target_modules") -> bool:
+    """Whether `names` selects the module `name`: a regular expression matches all of it, a list item it or its end, as in PEFT.
+
+    Raises:
+        PruningConfigError: the regular expression, the value of `field`, takes too long.
+    """
     if names is None:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
+        try:
+            return regex.fullmatch(names, name, timeout=_SECONDS) is not None
+        except TimeoutError:
+            allowed = (
+                f"takes more than {_SECONDS} s to compare with {name!r}; write it without repeats of repeats, such as '(a+)+'."
+            )
+            raise PruningConfigError(field, names, allowed) from None
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
-def check_names(names: ModuleNames, known: list[str], field: str) -> None:
+def check_names(names: ModuleNames, known: list[str], field: str, model_type: str = "") -> None:
     """Raise unless every expression or list item matches one of the `known` module names.
 
     Raises:
-        PruningConfigError: something matches nothing; names the closest module.
+        PruningConfigError: something matches nothing; names the closest module, or what the family `model_type` calls it.
     """
     for item in [names] if isinstance(names, str) else [[entry] for entry in names or ()]:
-        if not any(names_module(item, name) for name in known):
-            text = item if isinstance(item, str) else item[0]
-            match = closest(text, known) or closest(text, {name.rsplit(".", 1)[-1] for name in known})
-            allowed = f"matches no module; a regular expression must match a whole name, such as {known[0]!r}."
-            raise PruningConfigError(field, text, allowed, match)
+        if not [name for name in known if names_module(item, name, field)]:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in known})
+            if isinstance(item, str):
+                text, order, allowed = item, (known, ends), f"a regular expression must match a whole name, such as {known[0]!r}."
+            else:
+                text, order, allowed = (
+                    item[0],
+                    (ends, known),
+                    f"a list item must be a name or its end, such as {known[0].rpartition('.')[2]!r}.",
+                )
+            near = _renamed(text, model_type) or closest(text, order[0]) or closest(text, order[1])
+            if near is not None and isinstance(item, str) and not any(names_module(near, name) for name in known):
+                near = f".*{near}"
+            raise PruningConfigError(field, text, f"matches no module; {allowed}", near)
+
+
+def _renamed(text: str, model_type: str) -> str | None:
+    """`text` with the name at its end as the family calls it, if it is another family's: `query` for `q_proj` in BERT."""
+    tail, own = re.search(r"\w+$", text), SPECS.get(model_type)
+    if tail is None or own is None:
+        return None
+    roles = {role for spec in SPECS.values() for role, path in _roles(spec) if path.rpartition(".")[2] == tail[0]}
+    for role, path in _roles(own):
+        if role in roles:
+            end = path.rpartition(".")[2]
+            alone = all(other == role for other, path in _roles(own) if path.rpartition(".")[2] == end)
+            return text[: tail.start()] + (end if alone else path)
+    return None
+
+
+def _roles(spec: ArchitectureSpec) -> list[tuple[str, str]]:
+    """What the projections of a family's blocks do, and their paths below a layer."""
+    parts = [
+        (role, getattr(block, role))
+        for blocks, roles in ((spec.attentions, ("query", "key", "value", "output")), (spec.feed_forwards, ("up", "gate", "down")))
+        for block in blocks
+        for role in roles
+    ]
+    return [(role, part.path) for role, part in parts if part is not None]

@@ -41,6 +41,7 @@ from hf_prune import (
     push_to_hub,
     sparsity_report,
 )
+from hf_prune.condense import nothing_to_cut
 from hf_prune.hub import write_card
 from hf_prune.pipeline import set_dropout
 
@@ -66,6 +67,9 @@ class ModelArguments:
     )
     dropout: float | None = field(
         default=None, metadata={"help": "Every dropout probability of the model; 0 suits a student that copies a teacher."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Condense to a multiple of so many neurons in a block, such as 16; odd sizes are slow."}
     )
 
     @property
@@ -280,7 +284,7 @@ def run(
         if trainer.is_world_process_zero():
             pruning.save_pretrained(str(training_args.output_dir))
             print(sparsity_report(model))
-        metrics |= condense_saved(trainer, task)
+        metrics |= condense_saved(trainer, task, model_args.pad_to_multiple_of)
     if training_args.push_to_hub:
         publish(trainer)
     return metrics
@@ -311,10 +315,10 @@ def evaluate(trainer: Trainer, task: Task, prefix: str) -> dict[str, float]:
     return metrics
 
 
-def condense_saved(trainer: Trainer, task: Task) -> dict[str, float]:
+def condense_saved(trainer: Trainer, task: Task, pad_to_multiple_of: int | None) -> dict[str, float]:
     """Condense the model saved in `output_dir`, save it below, load it again; return the metrics of both."""
     source = Path(str(trainer.args.output_dir))
-    model = condensed_from(source, task.load)
+    model = condensed_from(source, task.load, pad_to_multiple_of)
     if model is None:
         return {}
     metrics = evaluate(like(trainer, model, task), task, "condensed")
@@ -324,16 +328,16 @@ def condense_saved(trainer: Trainer, task: Task) -> dict[str, float]:
     return metrics | evaluate(like(trainer, task.load(source / CONDENSED), task), task, "reloaded")
 
 
-def condensed_from(source: Path, load: Load) -> PreTrainedModel | None:
-    """The saved model, condensed; None when nothing can be cut out.
+def condensed_from(source: Path, load: Load, pad_to_multiple_of: int | None) -> PreTrainedModel | None:
+    """The saved model, condensed; None, after a line that says why, when nothing can be cut out.
 
     The saved model is taken because the trained one still has its optimizer.
     """
     model = load(source)
-    multiple = 16  # odd numbers of neurons are slow
-    if not condense_plan(model, multiple).changed:
+    if condense_plan(model, pad_to_multiple_of).empty:
+        print(nothing_to_cut(model, pad_to_multiple_of))
         return None
-    return condense(model, pad_to_multiple_of=multiple)
+    return condense(model, pad_to_multiple_of=pad_to_multiple_of)
 
 
 def save_condensed(model: PreTrainedModel, source: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     loop = Loop(accelerator, args, task, model, pruning, distillation, teacher)
     facts = card_facts(loop)
     loop.run()
-    metrics = finish(loop, pruning, facts)
+    metrics = finish(loop, pruning, facts, model_args.pad_to_multiple_of)
     if args.push_to_hub and accelerator.is_main_process:
         publish(args)
     accelerator.end_training()
@@ -277,7 +277,7 @@ def card_facts(loop: Loop) -> CardFacts:
     return facts
 
 
-def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts) -> dict[str, float]:
+def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts, pad_to_multiple_of: int | None) -> dict[str, float]:
     """Save the model with its card, condense it where there is something to cut out; return the metrics of both."""
     accelerator, args, task = loop.accelerator, loop.args, loop.task
     facts.metrics = evaluate(accelerator, loop.model, task, args.per_device_eval_batch_size)
@@ -290,7 +290,7 @@ def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts) -> dict[
             write_card(folder, model, pruning, facts)
             print(sparsity_report(model))
     accelerator.wait_for_everyone()
-    small = None if pruning is None else condensed_from(folder, task.load)
+    small = None if pruning is None else condensed_from(folder, task.load, pad_to_multiple_of)
     if small is not None:
         found["condensed"] = evaluate(accelerator, small.to(accelerator.device), task, args.per_device_eval_batch_size)
         if accelerator.is_main_process:

@@ -231,10 +231,13 @@ def test_errors_name_what_is_wrong(cli: Run, masked: Path, tmp_path: Path) -> No
 
     (tmp_path / "model").mkdir()
     assert "has no config.json" in fails("inspect", tmp_path / "model")
-    assert f"is no folder. Did you mean '{tmp_path / 'model'}'" in fails("inspect", tmp_path / "modle")
     tiny_bert().save_pretrained(tmp_path / "dense")
+    assert f"is no folder. Did you mean '{tmp_path / 'dense'}'" in fails("inspect", tmp_path / "dens")
+    for far in ("modle", "xyz"):  # a folder without a model; one that only lies in the same place
+        assert "Did you mean" not in fails("inspect", tmp_path / far)
     assert "below it there are models in dense" in fails("inspect", tmp_path)
-    assert "nothing to cut out: 0.00%" in fails("condense", tmp_path / "dense", tmp_path / "out")
+    assert "0.00% of its weights are zero. There is nothing to cut out" in fails("condense", tmp_path / "dense", tmp_path / "out")
+    assert "there is nothing to convert" in fails("convert", tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "is not empty" in fails("condense", masked, masked)
     (tmp_path / "config.json").write_text(json.dumps({**PruningConfig(pattern="head").to_dict(), "pattern": "heads"}))
@@ -251,3 +254,77 @@ def test_it_runs_as_a_module(masked: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "hf_prune.cli", "inspect", str(masked)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 of 4 heads" in done.stdout
+
+
+def test_a_config_is_read_before_the_model(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")  # no model that could be loaded
+    (tmp_path / "plan.json").write_text('{"pattern": "heads"}')
+    cli("plan", tmp_path, tmp_path / "plan.json", code=1)
+    assert "pattern='heads'" in cli.err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": "encoder[a-z]+"}, "target_modules='encoder[a-z]+': matches no module"),
+        ({"target_modules": "x[/]y"}, "target_modules='x[/]y': matches no module"),
+        ({"target_sparsity": 10**400}, "target_sparsity=1000"),
+        ({"target_modules": "a{99999999999}"}, "target_modules='a{99999999999}': repeats something more than 1,000,000 times"),
+        ({"target_modules": r"(.|[a-z]|\w)*[!?]"}, "takes more than 1 s to compare with 'bert."),
+        ({"target_modules": "(" * 5000 + ")" * 5000}, "is no valid regular expression"),
+        ('{"pattern": ' + "[" * 100_000, "is not valid JSON"),
+        ('{"target_sparsity": 1' + "0" * 5000 + "}", "is not valid JSON"),
+        ('{"pattern": ' + "[" * 500 + "]" * 500 + "}", "pattern=[["),
+    ],
+)
+def test_hostile_configs_end_in_one_line(config: Any, message: str, cli: Run, masked: Path, tmp_path: Path) -> None:
+    text = config if isinstance(config, str) else json.dumps({"pattern": "1x1", **config})
+    (tmp_path / "plan.json").write_text(text)
+    cli("plan", masked, tmp_path / "plan.json", code=1)
+    *progress, line = cli.err.splitlines()
+    assert not any(progress) or progress[-1].startswith("Loading weights: 100%")
+    assert line.startswith("Error: ")
+    assert message in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ("{", "pruning_facts.json: CardFacts file="),
+        ("[]", "pruning_facts.json: CardFacts=[]: must be an object"),
+        ('{"metrics": [1]}', "pruning_facts.json: metrics=[1]: must be an object."),
+        ('{"metrics": {"f1": "good"}}', "pruning_facts.json: metrics={'f1': 'good'}: must be an object"),
+        ('{"comparison": {}}', "pruning_facts.json: comparison.dense.Cost=None: must be an object"),
+        ('{"model_name": 5}', "pruning_facts.json: model_name=5: must be a text or null."),
+    ],
+)
+def test_malformed_facts_end_in_one_line(facts: str, message: str, cli: Run, masked: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(masked, tmp_path / "model"))
+    (folder / "pruning_facts.json").write_text(facts)
+    cli("card", folder, "--no-measure", code=1)
+    assert message in cli.err
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_truncated_weights_end_in_one_line(command: str, cli: Run, masked: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(masked, tmp_path / "model"))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    cli(command, folder, *([tmp_path / "out"] if command == "convert" else []), code=1)
+    assert "model: a file of weights cannot be read" in cli.err
+
+
+@pytest.mark.parametrize("pruned_heads", [[[0, 1]], {"first": [0]}, {"0": 1}, "all"])
+def test_malformed_pruned_heads_end_in_one_line(pruned_heads: Any, cli: Run, masked: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(masked, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pruned_heads": pruned_heads}))
+    cli("convert", folder, tmp_path / "out", code=1)
+    assert f"pruned_heads={pruned_heads!r}: must be an object" in cli.err
+
+
+@pytest.mark.parametrize("device", ["hpux", "mps" if torch.cuda.is_available() else "cuda"])
+def test_a_device_that_is_not_there(device: str, cli: Run, condensed: Path) -> None:
+    cli("benchmark", condensed, "--device", device, code=1)
+    assert f"device={device!r}: must be one that torch finds here" in cli.err

@@ -772,3 +772,25 @@ def test_attention_that_insists_on_float32() -> None:
     condense(model)
     assert gap(before[:1], outputs(model)[:1]) <= 1e-5
     assert model.config.hf_prune["layers"]
+
+
+@pytest.mark.parametrize(("pattern", "pad"), [("2:4", None), ("1x1", None), ("neuron", 1000)])
+def test_it_says_when_nothing_is_cut_out(pattern: str, pad: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.tiny("bert")
+    prune_at_once(model, PruningConfig(pattern=pattern, criterion="magnitude", scope="local"))
+    parameters = model.num_parameters()
+    with caplog.at_level("WARNING"):
+        assert condense(model, pad_to_multiple_of=pad).num_parameters() == parameters
+    assert ("pad_to_multiple_of=1000 keeps all" if pad else "no head, neuron or layer of this Bert") in caplog.text
+    caplog.clear()
+    if pad:
+        assert condense(model).num_parameters() < parameters
+        assert not caplog.text
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_no_warning_where_embeddings_require_gradients() -> None:
+    model = models.tiny("llama", "causal-lm")
+    model.enable_input_require_grads()  # as PEFT and TRL do under gradient checkpointing
+    models.zero_units(find_blocks(model)[1], [0, 1], "in")
+    condense(model)

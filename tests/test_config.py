@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -289,6 +290,18 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"target_modules": "*query"}, f"target_modules='*query': is no valid regular expression (nothing to repeat *); it {MODULES}"),
     ({"rules": [{"exclude_modules": "("}]}, f"rules[0].exclude_modules='(': is no valid regular expression (*); it {MODULES}"),
+    # numbers too large for a float, counts too large for anything, nesting without end
+    *(
+        ({name: 10**400}, f"{name}=1000*: must be *")
+        for name in ("target_sparsity", "threshold", "warmup_steps", "cooldown_epochs")
+    ),
+    ({"pattern": "9" * 5000 + "x1"}, "pattern='99* … 9*x1': must be 'NxM' *"),
+    ({"schedule": f"polynomial({'9' * 5000})"}, "schedule='polynomial(99*: must be one of *"),
+    *(
+        ({"target_modules": value}, f"target_modules={value!r}: repeats something more than 1,000,000 times; it {MODULES}")
+        for value in ("a{99999999999}", "a{2,99999999}", "((a{999}){999}){999}", "a{" + "9" * 200 + ",}")
+    ),
+    ({"target_modules": "(" * 5000 + ")" * 5000}, "target_modules='((* … *))': is no valid regular expression (*); it *"),
     # fields that do not go together
     ({"target_sparsity": 0.3, "initial_sparsity": 0.4}, "initial_sparsity=0.4: must not exceed target_sparsity=0.3."),
     ({"target_sparsity": 0.3, "min_sparsity_per_module": 0.4}, "min_sparsity_per_module=0.4: must not exceed target_sparsity=0.3."),
@@ -317,6 +330,17 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     assert (error.value.name, isinstance(error.value, ValueError)) == (message.split("=", 1)[0], True)
 
 
+@pytest.mark.parametrize("name", ["target_sparsity", "pattern", "criterion", "target_modules", "frequency", "keep_zeros", "rules"])
+def test_values_that_python_cannot_print(name: str) -> None:
+    nested = functools.reduce(lambda inner, _: {"": [inner]}, range(2_000), 10**5000)
+    for value in (nested, [nested]):
+        with pytest.raises(PruningConfigError) as error:
+            PruningConfig.from_dict({"pattern": "1x1", name: value})
+        assert name in str(error.value)
+    with pytest.raises(PruningConfigError, match=r"target_sparsity=\(int\): must be a number in \[0, 1\)"):
+        PruningConfig(pattern="1x1", target_sparsity=10**5000)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -325,6 +349,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         ('{"pattern": "1x1", "target_sparsity": NaN}', f"target_sparsity=nan: {SHARE}"),
         ('{"pattern": "1x1"', "PruningConfig file='*config.json': is not valid JSON (*)."),
         ('{"pattern": "\xff"}', "PruningConfig file='*config.json': is not valid JSON (*utf-8*)."),
+        ('{"pattern": ' + "[" * 100_000, "PruningConfig file='*config.json': is not valid JSON (*)."),
         ('["1x1"]', "PruningConfig=['1x1']: must be an object with the fields *."),
     ],
 )
@@ -360,12 +385,26 @@ BAD_FOR_THE_MODEL: list[tuple[dict[str, Any], str]] = [
     (
         {"target_modules": ".*queri"},
         f"config.target_modules='.*queri': matches no module; a regular expression must match a whole name, such as '{QUERY}'. "
-        "Did you mean 'query'?",
+        "Did you mean '.*query'?",
     ),
-    ({"target_modules": "query"}, "config.target_modules='query': matches no module; *. Did you mean 'query'?"),
-    ({"target_modules": ["query", "keys"]}, "config.target_modules='keys': matches no module; *. Did you mean 'key'?"),
+    ({"target_modules": "query"}, "config.target_modules='query': matches no module; *. Did you mean '.*query'?"),
+    (
+        {"target_modules": ["query", "keys"]},
+        "config.target_modules='keys': matches no module; a list item must be a name or its end, such as 'query'. "
+        "Did you mean 'key'?",
+    ),
+    # what other families call it
+    ({"target_modules": ["q_proj"]}, "config.target_modules='q_proj': matches no module; *. Did you mean 'query'?"),
+    ({"target_modules": ["v_lin"]}, "config.target_modules='v_lin': matches no module; *. Did you mean 'value'?"),
+    ({"target_modules": ["o_proj"]}, "config.target_modules='o_proj': *. Did you mean 'attention.output.dense'?"),
+    ({"target_modules": ".*layer.0.*q_proj"}, "config.target_modules='.*layer.0.*q_proj': *. Did you mean '.*layer.0.*query'?"),
+    # expressions that explode
+    (
+        {"exclude_modules": r"(.|[a-z]|\w)*[!?]"},
+        r"config.exclude_modules='(.|[a-z]|\\w)*[!?]': takes more than 1 s to compare with 'bert.*",
+    ),
     ({"exclude_modules": ["pooler"]}, "config.exclude_modules='pooler': matches no module; *"),
-    ({"rules": [{"target_modules": ".*valu"}]}, "rules[0].target_modules='.*valu': matches no module; *. Did you mean 'value'?"),
+    ({"rules": [{"target_modules": ".*valu"}]}, "rules[0].target_modules='.*valu': matches no module; *. Did you mean '.*value'?"),
     ({"target_modules": [f"{QUERY}s"]}, f"config.target_modules='{QUERY}s': matches no module; *. Did you mean '{QUERY}'?"),
     # everything left out
     ({"exclude_modules": ".*"}, "config.pattern='1x1': finds nothing to prune (*)."),

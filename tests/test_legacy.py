@@ -116,10 +116,11 @@ def test_tensors_smaller_than_the_config(tmp_path: Path) -> None:
     assert float((logits(convert_v4_pruned_heads(tmp_path)) - masked(model)).abs().max()) <= 1e-5
 
 
-def test_what_is_not_pruned_loads_as_ever(tmp_path: Path) -> None:
+def test_what_is_not_pruned_loads_as_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = models.tiny("bert")
     model.save_pretrained(tmp_path)
     converted = convert_v4_pruned_heads(tmp_path, dtype=torch.float64)
+    assert "There is nothing to convert" in caplog.text
     assert converted.dtype == torch.float64
     assert not hasattr(converted.config, "hf_prune")
 

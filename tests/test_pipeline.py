@@ -335,6 +335,12 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
         ({"last": {"training": {"learning_rate": "5e-5"}}}, r"stages\[4\].training.learning_rate='5e-5': must be a number."),
         ({"last": {"training": {"bf16": 1}}}, r"stages\[4\].training.bf16=1: must be true or false."),
         ({"last": {"training": {"seed": 0.5}}}, r"stages\[4\].training.seed=0.5: must be a whole number."),
+        ({"last": {"training": None}}, r"stages\[4\].training=None: must be an object."),
+        ({"last": {"name": 5}}, r"stages\[4\].name=5: must be a text."),
+        ({"last": {"pruning": "head"}}, r"stages\[4\].pruning='head': must be an object or null."),
+        ({"ffn": {"neurons_per_head": "half"}}, r"stages\[3\].neurons_per_head='half': must be a number or null."),
+        ({"attention": {"recover": ["before"]}}, r"stages\[1\].recover=\['before'\]: must be a text or null."),
+        ({"last": {"drop_layers": 1}}, r"stages\[4\].drop_layers=1: must be true or false."),
         ({"last": {"nam": "x"}}, r"stages\[4\].nam='x': is not a field of Stage"),
         ({"last": {"name": "a/b"}}, r"stages\[4\].name='a/b'"),
         ({"last": {"name": "ffn"}}, "stages=.*a name of its own"),
@@ -343,6 +349,20 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
 def test_bad_recipes(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PruningConfigError, match=message):
         recipe(**change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": None}, "stages=None: must be a list."),
+        ({"stages": [], "metric": ["f1"]}, r"metric=\['f1'\]: must be a text."),
+        ({"stages": [], "training": None}, "training=None: must be an object."),
+        ({"stages": [{}]}, r"stages\[0\].name=None: must be given in each Stage."),
+    ],
+)
+def test_recipes_of_other_types(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PruningConfigError, match=message):
+        Recipe(**settings)
 
 
 def test_unknown_stage() -> None:

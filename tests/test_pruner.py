@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from helpers import snapshot, tiny_bert
 from models import ragged_batch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError, condense
+from hf_prune import Pruner, PruningConfig, PruningConfigError, condense, sparsity_report
 from hf_prune.config import CONFLICTS, CRITERIA, parse_pattern
 
 PATTERNS = ["1x1", "4x1", "8x8", "2:4", "1:4", "1xchannel", "channelx1", "auto", "head", "kv_group", "neuron", "block", "layer"]
@@ -305,6 +308,21 @@ def test_the_plan_names_every_module_or_its_reason() -> None:
     for name in linears:
         assert name in text
     assert plan.to_dict()["groups"][0]["pattern"] == "4x1"
+
+
+@pytest.mark.parametrize("pattern", ["head", "neuron", "1x1"])
+def test_a_plan_in_80_columns_cuts_no_name(pattern: str) -> None:
+    model = models.tiny("bert", num_hidden_layers=11, intermediate_size=3072)
+    plan = Pruner(model, PruningConfig(pattern=pattern, scope="threshold", threshold=0.5), total_steps=1000).plan()
+    console = Console(width=80, file=io.StringIO())
+    console.print(plan, sparsity_report(model))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    starts = [line.split()[0] for line in text.splitlines() if line.strip()]
+    folded = "".join(starts)  # a name that is folded goes on at the start of the next line
+    for name in (*(group.name for group in plan.groups), *plan.left_out):
+        assert name in folded
 
 
 def test_frozen_modules_are_left_out_of_gradient_criteria_and_counts_stay_exact() -> None:

@@ -7,6 +7,7 @@ where that can be, and `refusal.py` turns stock code away where it cannot.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -38,10 +39,13 @@ __all__ = [
     "drop_layers",
     "layer_counts",
     "needs_hf_prune",
+    "nothing_to_cut",
     "sample_batch",
     "shrink",
     "stock_config",
 ]
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
 
@@ -71,7 +75,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
             slow on odd sizes: 16 makes unevenly pruned models faster than none, for few parameters more.
 
     Returns:
-        The same model object.
+        The same model object. Where there was nothing to cut out, a warning says so.
 
     Raises:
         TypeError: not a transformers model.
@@ -90,7 +94,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     if is_attached(body):
         raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` or `release()` before condensing it.")
     plan = condense_plan(body, pad_to_multiple_of)
-    if not plan.changed and not plan.removed:
+    if plan.empty:
+        logger.warning(nothing_to_cut(body, pad_to_multiple_of))
         return model
     with all_or_nothing(whole):
         before = observe(body) if verify else None
@@ -107,6 +112,16 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         if before is not None:
             compare(without_inputs(before, plan.removed), observe(body), body.dtype)
     return model
+
+
+def nothing_to_cut(model: PreTrainedModel, pad_to_multiple_of: int | None) -> str:
+    """Why a model whose plan is empty stays as it is, in a sentence."""
+    if pad_to_multiple_of is not None and not condense_plan(model).empty:
+        return f"There is nothing to cut out: pad_to_multiple_of={pad_to_multiple_of} keeps all that is dead."
+    return (
+        f"There is nothing to cut out: no head, neuron or layer of this {type(model).__name__} is dead. Zeros of other patterns, "
+        "such as 2:4 or 1x1, stay in place; see `to_sparse` for what can run them."
+    )
 
 
 @torch.no_grad()

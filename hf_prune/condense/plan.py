@@ -95,6 +95,11 @@ class CondensePlan:
         return [plan for plan in self.blocks if plan.dead.any() or plan.shift.any()]
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.changed and not self.removed
+
+    @property
     def parameters(self) -> int:
         """How many parameters would go."""
         return sum(plan.parameters for plan in self.blocks) + sum(self.removed_parameters.values())

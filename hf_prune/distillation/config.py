@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..config import PruningConfigError, closest, dataclass_from_dict
+from ..config import PruningConfigError, closest, dataclass_from_dict, is_number
 
 #: Layer maps, by name; the functions are in `layers.py`.
 LAYER_MAPS: tuple[str, ...] = ("uniform", "last", "dynamic")
@@ -96,4 +96,4 @@ class DistillationConfig:
 
 def _at_least_zero(value: object) -> bool:
     """Whether it is a finite number of 0 or more."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return is_number(value) and value >= 0  # type: ignore[operator]

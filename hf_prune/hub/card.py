@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from ..architectures import SPECS
 from ..condense import condense_plan, needs_hf_prune
-from ..config import PruningConfig, dataclass_from_dict
+from ..config import PruningConfig, check_types, dataclass_from_json_file, within
 from ..files import write_text
 from ..plots import plot_history, plot_kept, plot_latency
 from ..report import BlockSize, Comparison, Cost, evaluated, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
@@ -69,6 +69,9 @@ class CardFacts:
         training: settings of the run to list.
         history: `step`, with `sparsity`, `reached_sparsity`, `target_sparsity` and metrics where they were logged.
         comparison: a [`Comparison`] as a dictionary.
+
+    Raises:
+        PruningConfigError: a value is not of its field's type.
     """
 
     model_name: str | None = None
@@ -86,6 +89,12 @@ class CardFacts:
     history: list[dict[str, float]] = field(default_factory=list)
     comparison: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.comparison is not None:
+            with within("comparison."):
+                Comparison.from_dict(self.comparison)
+
     @property
     def main_metric(self) -> str | None:
         """The metric that pictures show."""
@@ -99,10 +108,11 @@ class CardFacts:
         The metrics are then those in `eval_results.json`; see also [`CardFacts.complete_from`].
 
         Raises:
-            PruningConfigError: a key is not one of the fields.
+            PruningConfigError: it is not JSON, or a key is not one of the fields, or a value not of its type.
         """
         path, results = Path(folder, FACTS_NAME), Path(folder, RESULTS_NAME)
-        facts = dataclass_from_dict(cls, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+        with within(f"{FACTS_NAME}: "):
+            facts = dataclass_from_json_file(cls, path) if path.is_file() else cls()
         if not facts.metrics and results.is_file():
             measured = evaluated(json.loads(results.read_text(encoding="utf-8")))
             facts.metrics = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
@@ -152,7 +162,7 @@ def model_card(
     report, twin = sparsity_report(model), stock_twin(stock, "meta")
     name = (repo_id or "").rpartition("/")[2] or facts.model_name or f"{stock.config.model_type}-pruned"
     condensed = getattr(stock.config, "hf_prune", None) is not None
-    comparison = None if facts.comparison is None else Comparison.from_dict(_without_ratio(facts.comparison))
+    comparison = None if facts.comparison is None else Comparison.from_dict(facts.comparison)
     card: ModelCard = ModelCard.from_template(
         card_metadata(stock, facts, name),
         template_path=str(TEMPLATE),
@@ -370,10 +380,6 @@ def _size(model: PreTrainedModel) -> str:
 
 def _dataset_name(facts: CardFacts) -> str | None:
     return facts.dataset_name or " ".join(part for part in (facts.dataset, facts.dataset_config) if part) or None
-
-
-def _without_ratio(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: comparison[name] for name in ("dense", "model", "reference", "protocol")}
 
 
 def _versions() -> dict[str, str]:

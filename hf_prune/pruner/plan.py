@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
 from ..allocation import least_removed, most_removable
 from ..config import parse_pattern
-from ..tables import as_text
+from ..tables import as_text, table_of_modules
 from ..units import UnitGroup
 from .rules import Rule
 
@@ -101,33 +102,44 @@ class PruningPlan:
         }
 
     def __rich__(self) -> Group:
-        return Group(self._modules(), self._timetable(), *(concern for rule in self.rules for concern in rule.concerns))
+        concerns = (concern for rule in self.rules for concern in rule.concerns)
+        tables = (self._modules(), self._rules(), self._timetable(), self._left_out())
+        return Group(*(table for table in tables if table.row_count), *concerns)
 
     def _modules(self) -> Table:
         saved = f"{self.parameters:,} parameters in these modules, about {self.condensed_parameters:,} after condensing"
-        table = Table(title=f"Pruning plan: {self.sparsity:.2%} of the body's weights will be zero", caption=saved)
-        numbers = ("units", "weights", "target", "condensed")
-        for column in ("module", "rule", "pattern", "criterion", *numbers):
-            table.add_column(column, justify="right" if column in numbers else "left")
+        title = f"Pruning plan: {self.sparsity:.2%} of the body's weights will be zero"
+        table = table_of_modules(title, "module", "rule", "units", "weights", "target", "condensed", caption=saved)
         for group in self.groups:
-            figure = f"at most {group.max_sparsity:.0%}" if group.sparsity is None else f"{group.sparsity:.1%} ({group.scope})"
+            figure = f"at most {group.max_sparsity:.0%}" if group.sparsity is None else f"{group.sparsity:.1%}"
             fewest, most = group.units_left
             left = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-            condensed = f"{left} units" if parse_pattern(group.pattern).kind in CONDENSABLE else ""
-            cells = (group.name, group.rule, group.pattern, group.criterion)
-            table.add_row(*cells, f"{group.units:,}", f"{group.weights:,}", figure, condensed)
-        for name, reason in self.left_out.items():
-            table.add_row(name, "", f"left out: {reason}")
+            condensed = left if parse_pattern(group.pattern).kind in CONDENSABLE else ""
+            table.add_row(group.name, group.rule, f"{group.units:,}", f"{group.weights:,}", figure, condensed)
+        return table
+
+    def _rules(self) -> Table:
+        table = Table("rule", "pattern", "criterion", "scope", "schedule", title="Rules", box=box.SIMPLE)
+        for row in dict.fromkeys(
+            (group.rule, group.pattern, group.criterion, group.scope, group.schedule) for group in self.groups
+        ):
+            table.add_row(*row)
         return table
 
     def _timetable(self) -> Table:
-        table = Table(title=f"Timetable in {self.rules[0].steps:,} steps" if self.rules else "No mask changes")
-        numbers = ("warm-up", "updates", "first", "last", "recovery")
-        for column in ("rule", "schedule", *numbers):
-            table.add_column(column, justify="right" if column in numbers else "left")
+        title = f"Timetable in {self.rules[0].steps:,} steps" if self.rules else "No mask changes"
+        table = table_of_modules(title, "rule", "warm-up", "updates", "first", "last", "recovery")
         for rule in self.rules:
             steps = (rule.warmup, rule.updates, rule.first_update, rule.last_update, rule.recovery)
-            table.add_row(rule.name, rule.schedule, *(f"{count:,}" for count in steps))
+            table.add_row(rule.name, *(f"{count:,}" for count in steps))
+        return table
+
+    def _left_out(self) -> Table:
+        table = Table(title="Left out", box=box.SIMPLE)
+        table.add_column("module", overflow="fold")
+        table.add_column("because")
+        for name, reason in self.left_out.items():
+            table.add_row(name, reason)
         return table
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from ..patterns import build_groups
 from ..schedules import Timeline, phases, spacing
 from ..targets import body_prefixes, check_names, names_module, selector, weights
 from ..units import UnitGroup
+from ..wrappers import transformers_models
 
 #: Sparsity that rises in fewer updates than these comes as a shock.
 _FEW_UPDATES = 3
@@ -143,20 +144,21 @@ def match_rules(
     structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
     blocks = find_blocks(model) if structural else []
     body = body_prefixes(model)
+    known = [*modules, *others, *(block.name for block in blocks)]
+    model_type = next((str(inside.config.model_type) for inside in transformers_models(model).values()), "")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     tied = {parameter for parameter, count in owners.items() if count > 1}
     rules: list[Rule] = []
     left_out = dict(others)
     named: dict[str, dict[int, str]] = {}
     for name, settings in resolved.items():
+        check_names(settings.target_modules, known, f"{name}.target_modules", model_type)
+        check_names(settings.exclude_modules, known, f"{name}.exclude_modules", model_type)
         taken = set(named) if name == "config" else set()
         selects = selector(model, settings.target_modules, settings.exclude_modules, f"{name}.target_modules")
         selected = {key: module for key, module in modules.items() if selects(key) and key not in taken}
         named_others = {key: reason for key, reason in others.items() if selects(key) and key not in taken}
         chosen = [block for block in blocks if _selects_block(settings, block, taken)]
-        known = [*modules, *others, *(block.name for block in blocks)]
-        check_names(settings.target_modules, known, f"{name}.target_modules")
-        check_names(settings.exclude_modules, known, f"{name}.exclude_modules")
         if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
             raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
