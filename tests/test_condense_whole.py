@@ -19,6 +19,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -200,12 +201,14 @@ def test_condensed_models_are_pickled_and_keep_no_hooks(family: str) -> None:
             models.zero_units(block, list(range(block.num_heads)), "out")
     condense(model)
     assert [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks] == []
-    stream = io.BytesIO()
-    torch.save(model, stream)
-    stream.seek(0)
-    again = torch.load(stream, weights_only=False)
-    assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
-    for twin in (again, copy.deepcopy(model)):
+    twins = [copy.deepcopy(model)]
+    if not any(map(parametrize.is_parametrized, model.modules())):  # wav2vec2's convolution, which torch pickles in no model
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        stream.seek(0)
+        twins.append(torch.load(stream, weights_only=False))
+    for twin in twins:
+        assert [type(module).__name__ for module in twin.modules()] == [type(module).__name__ for module in model.modules()]
         with torch.no_grad():
             batch = models.ragged_batch(model)
             assert torch.equal(twin(**batch)[0], model(**batch)[0])
