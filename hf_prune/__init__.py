@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from .hooks import install_reload_hook
 
 if TYPE_CHECKING:
-    from .callback import PruningCallback
-    from .checkpoints import last_complete_checkpoint
     from .condense import CondensePlan, condense, condense_plan
-    from .config import PruningArguments, PruningConfig, PruningConfigError, PruningRule
+    from .condense.legacy import convert_v4_pruned_heads
     from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
     from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
-    from .legacy import convert_v4_pruned_heads
-    from .pruner import Pruner
-    from .report import SparsityReport, print_sparsity, sparsity_report
-    from .sparse import to_sparse
+    from .measure.sparse import to_sparse
+    from .measure.sparsity import SparsityReport, print_sparsity, sparsity_report
+    from .pruning import Pruner
+    from .settings.arguments import PruningArguments
+    from .settings.config import PruningConfig, PruningRule
+    from .settings.errors import PruningConfigError
+    from .training.callback import PruningCallback
+    from .training.checkpoints import last_complete_checkpoint
 
 __version__ = "0.1.0"
 
@@ -53,16 +55,39 @@ __all__ = [
 
 #: Module → the names that it lends to the package's face.
 _HOMES = {
-    "callback": ("PruningCallback",),
-    "checkpoints": ("last_complete_checkpoint",),
-    "condense": ("CondensePlan", "condense", "condense_plan"),
-    "config": ("PruningArguments", "PruningConfig", "PruningConfigError", "PruningRule"),
-    "distillation": ("DistillationConfig", "DistillationTrainer", "TeacherLogitsCollator", "add_teacher_logits"),
-    "hub": ("CardFacts", "ModelCardCallback", "model_card", "push_to_hub"),
-    "legacy": ("convert_v4_pruned_heads",),
-    "pruner": ("Pruner",),
-    "report": ("SparsityReport", "print_sparsity", "sparsity_report"),
-    "sparse": ("to_sparse",),
+    "condense": (
+        "CondensePlan",
+        "condense",
+        "condense_plan",
+    ),
+    "condense.legacy": ("convert_v4_pruned_heads",),
+    "distillation": (
+        "DistillationConfig",
+        "DistillationTrainer",
+        "TeacherLogitsCollator",
+        "add_teacher_logits",
+    ),
+    "hub": (
+        "CardFacts",
+        "ModelCardCallback",
+        "model_card",
+        "push_to_hub",
+    ),
+    "measure.sparse": ("to_sparse",),
+    "measure.sparsity": (
+        "SparsityReport",
+        "print_sparsity",
+        "sparsity_report",
+    ),
+    "pruning": ("Pruner",),
+    "settings.arguments": ("PruningArguments",),
+    "settings.config": (
+        "PruningConfig",
+        "PruningRule",
+    ),
+    "settings.errors": ("PruningConfigError",),
+    "training.callback": ("PruningCallback",),
+    "training.checkpoints": ("last_complete_checkpoint",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

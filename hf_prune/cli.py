@@ -21,8 +21,9 @@ from typer.core import TyperGroup
 
 import hf_prune
 
-from .config import CONFIG_NAME, PruningConfig, closest_path
 from .files import check_new_folder, new_folder
+from .settings.config import CONFIG_NAME, PruningConfig
+from .settings.errors import closest_path
 
 if TYPE_CHECKING:  # it takes seconds, so what needs torch is imported where it is used, and `--help` does without
     from transformers import PreTrainedModel
@@ -83,7 +84,8 @@ def options(version: Version = False) -> None:
 @app.command()
 def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) -> None:
     """Say how sparse a model is, what it weighs, and what `condense` would do."""
-    from .report import megabytes, original_blocks, total_sparsity
+    from .measure.memory import megabytes
+    from .measure.sparsity import original_blocks, total_sparsity
 
     folder = local(path)
     model = load(folder)
@@ -135,7 +137,7 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool
 @app.command()
 def convert(path: Model, out: Out, as_json: Json = False) -> None:
     """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
-    from .legacy import converted
+    from .condense.legacy import converted
 
     folder = local(path)
     check_new_folder(out)
@@ -156,7 +158,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Time and weigh a model beside the dense one, in turn, on one thread."""
-    from .report import compare
+    from .measure.latency import compare
 
     check_device(device)
     model: Any = load(local(path))
@@ -197,7 +199,7 @@ def card(
 ) -> None:
     """Write the model card, with pictures, into a model's folder, from what is known there."""
     from .hub.card import CARD_NAME, write_card
-    from .report import compare
+    from .measure.latency import compare
 
     folder = local(str(path), download=False)
     model, facts = load(folder), hf_prune.CardFacts.load(folder)
@@ -291,7 +293,7 @@ def local(path: str, download: bool = True) -> Path:
 
 def load(folder: Path) -> PreTrainedModel:
     """The model in a folder; see [`load_model`]."""
-    from .loading import load_model
+    from .model.loading import load_model
 
     return load_model(folder)
 
@@ -347,7 +349,7 @@ def progress(rounds: range) -> Iterable[int]:
 
 def blocks_table(blocks: Iterable[Any]) -> Table:
     """Heads and neurons kept, block by block."""
-    from .tables import table_of_modules
+    from .measure.tables import table_of_modules
 
     table = table_of_modules("Heads and neurons of the model that pruning started from", "block", "kept")
     for block in blocks:
@@ -357,7 +359,7 @@ def blocks_table(blocks: Iterable[Any]) -> Table:
 
 def saved_to(out: Path, model: PreTrainedModel, before: int | None, left: dict[str, str], as_json: bool) -> None:
     """Report a model that was written, and what was left behind."""
-    from .report import original_blocks
+    from .measure.sparsity import original_blocks
 
     after, blocks = model.num_parameters(), original_blocks(model)
     if as_json:

@@ -50,8 +50,8 @@ def _accept_fields(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Non
 
 def _shrink(model: Any) -> None:
     if getattr(model.config, "hf_prune", None) is not None:
-        from .architectures import spec_for
         from .condense import shrink
+        from .model import spec_for
 
         shrink(model, spec_for(model.config.model_type))
 

@@ -31,8 +31,8 @@ import test_condense  # noqa: E402
 import test_reload  # noqa: E402
 
 from hf_prune import condense  # noqa: E402
-from hf_prune.architectures import AttentionBlock, find_blocks  # noqa: E402
-from hf_prune.tables import as_text  # noqa: E402
+from hf_prune.measure.tables import as_text  # noqa: E402
+from hf_prune.model import AttentionBlock, find_blocks  # noqa: E402
 
 Row = dict[str, object]
 

@@ -24,8 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import BertConfig, BertModel
 
 from hf_prune import condense
-from hf_prune.architectures import AttentionBlock, find_blocks
-from hf_prune.report import benchmark
+from hf_prune.measure.latency import benchmark
+from hf_prune.model import AttentionBlock, find_blocks
 
 
 class HandmadeLayer(nn.Module):

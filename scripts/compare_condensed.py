@@ -24,7 +24,7 @@ from torch.export import Dim
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, pipeline
 
 import hf_prune
-from hf_prune.architectures import AttentionBlock, find_blocks
+from hf_prune.model import AttentionBlock, find_blocks
 
 SENTENCES = (
     "The company said its profit doubled in the third quarter.",

@@ -43,7 +43,7 @@ from hf_prune import (
 )
 from hf_prune.condense import nothing_to_cut
 from hf_prune.hub import write_card
-from hf_prune.pipeline import set_dropout
+from hf_prune.training.recipe import set_dropout
 
 #: The folder of the condensed model, below that of the pruned one.
 CONDENSED = "condensed"

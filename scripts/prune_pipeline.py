@@ -20,14 +20,14 @@ from job import ModelArguments, splits_of
 from run_glue import DataTrainingArguments, load_task
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from hf_prune.pipeline import Pipeline, PipelineResult, Recipe
+from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe
 
 
 @dataclass
 class PipelineArguments:
     """Which recipe, and how much of it."""
 
-    recipe: str = field(metadata={"help": "A JSON file; see hf_prune.pipeline.Recipe."})
+    recipe: str = field(metadata={"help": "A JSON file; see hf_prune.training.recipe.Recipe."})
     stages: list[str] | None = field(
         default=None, metadata={"help": "Only these stages, for example all after `fine-tune` for a model that is fine-tuned."}
     )

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from hf_prune import PruningConfig, PruningRule
-from hf_prune.report import benchmark
+from hf_prune.measure.latency import benchmark
 
 #: Where everything goes; made anew by each run.
 HOME = Path(__file__).parents[1] / "runs" / "quickstart"

@@ -28,8 +28,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_prune import CardFacts, PruningConfig
 from hf_prune.hub import write_card
-from hf_prune.report import compare, total_sparsity
-from hf_prune.tables import as_text
+from hf_prune.measure.latency import compare
+from hf_prune.measure.sparsity import total_sparsity
+from hf_prune.measure.tables import as_text
 
 HEADS_AND_NEURONS = [{"pattern": "head"}, {"pattern": "neuron"}]
 #: For rows as short as GLUE's eager attention trains faster on a CPU; half precision halves the time again.

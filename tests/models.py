@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.architectures import AttentionBlock, Block, FeedForwardBlock, find_blocks
-from hf_prune.targets import weight_target
+from hf_prune.model import AttentionBlock, Block, FeedForwardBlock, find_blocks
+from hf_prune.model.targets import weight_target
 
 
 def _bert_like(**changes: int) -> dict[str, int]:

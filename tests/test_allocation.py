@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from hf_prune.allocation import allocate, candidates, lowest, most_removable
-from hf_prune.targets import Target
-from hf_prune.units import UnitGroup, View
+from hf_prune.model.targets import Target
+from hf_prune.model.units import UnitGroup, View
+from hf_prune.pruning.allocation import allocate, candidates, lowest, most_removable
 
 SCORES = st.lists(st.one_of(st.just(0.0), st.sampled_from([1.0, 2.0]), st.floats(-5, 5, width=32)), min_size=1, max_size=24)
 

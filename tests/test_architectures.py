@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_prune import PruningConfig, PruningRule, condense
-from hf_prune.architectures import (
+from hf_prune.model import (
     SPECS,
     ArchitectureSpec,
     AttentionBlock,

@@ -27,16 +27,8 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_prune import (
-    Pruner,
-    PruningCallback,
-    PruningConfig,
-    PruningConfigError,
-    condense,
-    print_sparsity,
-    sparsity_report,
-)
-from hf_prune.checkpoints import STATE_NAME
+from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, print_sparsity, sparsity_report
+from hf_prune.training.checkpoints import STATE_NAME
 
 #: Pattern → ends of the names of the modules it is about, and target sparsity.
 PATTERNS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -261,7 +253,7 @@ def test_tensorboard_gets_sparsity(way: str, tmp_path: Path, monkeypatch: pytest
 def test_the_log_says_when_pruning_starts_and_with_what_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hf_prune"):
         trainer_for(tmp_path, PruningConfig(pattern="1x1", **SCHEDULED)).train()
-    assert [record.getMessage() for record in caplog.records if record.name == "hf_prune.callback"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_prune.training.callback"] == [
         "Pruning starts at step 0 of 12: 1x1 50.00%, from step 4 to 10 in 4 updates.",
         "Pruning ended at step 12: sparsity 0.5000, reached_sparsity 0.5000, target_sparsity 0.5000.",
     ]

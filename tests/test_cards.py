@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_prune
 from hf_prune import CardFacts, ModelCardCallback, PruningCallback, PruningConfig, PruningConfigError, PruningRule, condense
-from hf_prune.architectures import find_blocks
 from hf_prune.hub.card import PICTURES, auto_class, pipeline_tag, write_card
-from hf_prune.report import compare, original_blocks, stock_twin, total_sparsity
+from hf_prune.measure.latency import compare
+from hf_prune.measure.sparsity import original_blocks, stock_twin, total_sparsity
+from hf_prune.model import find_blocks
 
 HALF = PruningConfig(
     target_sparsity=0.5, frequency=1, cooldown_steps=1, rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")]
@@ -104,7 +105,7 @@ def test_the_comparison_weighs_both_models() -> None:
 
 def test_activations_are_counted_where_they_live() -> None:
     """Of two linear layers in a row, input, hidden and output never live all three; the largest pair is hidden and output."""
-    from hf_prune.report import _activations
+    from hf_prune.measure.memory import _activations
 
     class Chain(nn.Module):
         def __init__(self) -> None:

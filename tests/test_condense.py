@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import Pruner, PruningConfig, PruningRule, condense, condense_plan
-from hf_prune.architectures import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
 from hf_prune.condense import drop_layers, stock_config
 from hf_prune.condense.plan import regroup
 from hf_prune.condense.resize import inputs_of, output_of, unit_features
-from hf_prune.targets import weight_target
+from hf_prune.model import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
+from hf_prune.model.targets import weight_target
 
 #: The room itself: `hf_prune.condense` is the function of that name.
 condensing = importlib.import_module("hf_prune.condense")

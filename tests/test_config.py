@@ -17,9 +17,10 @@ import pytest
 from helpers import assert_equal, snapshot, tiny_bert
 from transformers import HfArgumentParser, TrainingArguments
 
-import hf_prune.config
+import hf_prune.settings.config
 from hf_prune import Pruner, PruningArguments, PruningConfig, PruningConfigError, PruningRule
-from hf_prune.config import CONFIG_NAME, parse_pattern
+from hf_prune.settings.config import CONFIG_NAME
+from hf_prune.settings.patterns import parse_pattern
 
 #: Every field that the config and a rule share, none at its default.
 EVERY_FIELD: dict[str, Any] = {
@@ -85,7 +86,7 @@ def test_the_config_needs_neither_torch_nor_transformers() -> None:
     script = f"""
 import runpy, sys
 sys.modules["torch"] = sys.modules["transformers"] = None
-runpy.run_path({hf_prune.config.__file__!r}, run_name="__main__")["PruningConfig"](pattern="1x1")
+runpy.run_path({hf_prune.settings.config.__file__!r}, run_name="__main__")["PruningConfig"](pattern="1x1")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -12,11 +12,14 @@ from models import ragged_batch
 from torch import Tensor, nn
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError
-from hf_prune import config as config_module
-from hf_prune.config import CRITERIA as NAMES
-from hf_prune.config import GRADIENT_CRITERIA
-from hf_prune.criteria import CRITERIA, Criterion, Movement, SnipMomentum, register_criterion
-from hf_prune.units import UnitGroup
+from hf_prune.model.units import UnitGroup
+from hf_prune.pruning.criteria.base import Criterion
+from hf_prune.pruning.criteria.gradients import SnipMomentum
+from hf_prune.pruning.criteria.movement import Movement
+from hf_prune.pruning.criteria.registry import CRITERIA, register_criterion
+from hf_prune.settings import config as config_module
+from hf_prune.settings.config import CRITERIA as NAMES
+from hf_prune.settings.config import GRADIENT_CRITERIA
 
 STEPS = 3
 PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "auto", "head", "neuron", "block", "layer"]

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError, PruningRule, condense, condense_plan, sparsity_report
-from hf_prune.architectures import find_blocks
-from hf_prune.criteria import SnipMomentum
-from hf_prune.targets import weight_target
+from hf_prune.model import find_blocks
+from hf_prune.model.targets import weight_target
+from hf_prune.pruning.criteria.gradients import SnipMomentum
 
 
 def prune(model: PreTrainedModel, config: PruningConfig, steps: int = 6, of: int | None = None) -> Pruner:

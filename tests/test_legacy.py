@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune import convert_v4_pruned_heads
-from hf_prune.architectures import AttentionBlock, find_blocks
+from hf_prune.model import AttentionBlock, find_blocks
 
 #: Which heads transformers 4 was told to prune, by layer.
 PRUNED = {0: [1, 2], 1: [0, 1, 2, 3], 2: [3]}

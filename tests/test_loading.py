@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from hf_prune import convert_v4_pruned_heads
-from hf_prune.loading import load_model
+from hf_prune.model.loading import load_model
 
 
 def without(folder: Path, *names: str) -> None:

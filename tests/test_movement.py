@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError, condense_plan
-from hf_prune.units import UnitGroup, whole_scores
+from hf_prune.model.units import UnitGroup, whole_scores
 
 STEPS, PENALTY = 14, 20.0
 MODES: dict[str, dict[str, Any]] = {

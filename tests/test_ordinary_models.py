@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hf_prune import PruningCallback, PruningConfig, PruningRule, condense, condense_plan
-from hf_prune.architectures import AttentionBlock, find_blocks
+from hf_prune.model import AttentionBlock, find_blocks
 
 
 def condensed(family: str = "bert", head: str | None = None, **config: Any) -> PreTrainedModel:

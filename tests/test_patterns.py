@@ -11,11 +11,12 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.architectures import find_blocks
-from hf_prune.config import Pattern, PruningConfigError, parse_pattern
-from hf_prune.patterns import build_groups
-from hf_prune.targets import Target, weight_target
-from hf_prune.units import UnitGroup, View
+from hf_prune.model import find_blocks
+from hf_prune.model.targets import Target, weight_target
+from hf_prune.model.units import UnitGroup, View
+from hf_prune.pruning.patterns import build_groups
+from hf_prune.settings.errors import PruningConfigError
+from hf_prune.settings.patterns import Pattern, parse_pattern
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2**20))

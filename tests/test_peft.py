@@ -29,11 +29,12 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, sparsity_report
-from hf_prune import config as config_module
-from hf_prune.callback import STATE_NAME
-from hf_prune.criteria import CRITERIA, Criterion, gradient, register_criterion, weight
-from hf_prune.targets import prunable_modules, weight_target
-from hf_prune.units import UnitGroup
+from hf_prune.model.targets import prunable_modules, weight_target
+from hf_prune.model.units import UnitGroup
+from hf_prune.pruning.criteria.base import Criterion, gradient, weight
+from hf_prune.pruning.criteria.registry import CRITERIA, register_criterion
+from hf_prune.settings import config as config_module
+from hf_prune.training.callback import STATE_NAME
 
 #: Family → its head, and every linear layer of its transformer layers.
 CASES: dict[str, tuple[str, list[str]]] = {

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from hf_prune import PruningConfig, PruningConfigError, condense, condense_plan
-from hf_prune.architectures import AttentionBlock, find_blocks
 from hf_prune.condense import drop_layers
-from hf_prune.pipeline import Pipeline, PipelineResult, Recipe, Stage, neuron_sparsity, set_dropout
-from hf_prune.pruner import recover
+from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.pruning import recover
+from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, neuron_sparsity, set_dropout
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 TEACH = {"alpha_task": 0.1, "alpha_logits": 0.9}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError, condense, sparsity_report
-from hf_prune.config import CONFLICTS, CRITERIA, parse_pattern
+from hf_prune.settings.config import CONFLICTS, CRITERIA
+from hf_prune.settings.patterns import parse_pattern
 
 PATTERNS = ["1x1", "4x1", "8x8", "2:4", "1:4", "1xchannel", "channelx1", "auto", "head", "kv_group", "neuron", "block", "layer"]
 SCHEDULES = ["constant", "linear", "cubic", "exp", "cos", "cube", "polynomial(2)", "lottery"]

@@ -31,8 +31,9 @@ from test_scripts_qa_clm import EXAMPLES
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune.cli
-from hf_prune import config, criteria
-from hf_prune.pipeline import Recipe
+from hf_prune.pruning.criteria import registry as criteria
+from hf_prune.settings import config
+from hf_prune.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

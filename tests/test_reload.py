@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_prune import condense, condense_plan
-from hf_prune.architectures import FeedForwardBlock, find_blocks
 from hf_prune.condense.refusal import NEEDED_OR_REMOTE
 from hf_prune.hooks import install_reload_hook
 from hf_prune.hub import MODELING, modeling_source
-from hf_prune.report import sparsity_report, stock_twin, total_sparsity
+from hf_prune.measure.sparsity import sparsity_report, stock_twin, total_sparsity
+from hf_prune.model import FeedForwardBlock, find_blocks
 
 # What a user's process does with every checkpoint in a folder: load it in one way, compare with what the model computed before it
 # was saved, save it again. It prints a JSON report.

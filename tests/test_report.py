@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError, condense, sparsity_report
 from hf_prune.hub import model_card
-from hf_prune.report import benchmark, original_blocks, total_sparsity
+from hf_prune.measure.latency import benchmark
+from hf_prune.measure.sparsity import original_blocks, total_sparsity
 
 
 def test_counts_equal_the_weights() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hub_server import metadata_errors
 from transformers import AutoModelForSequenceClassification
 
-from hf_prune.report import sparsity_report
+from hf_prune.measure.sparsity import sparsity_report
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

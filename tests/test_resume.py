@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, last_complete_checkpoint
-from hf_prune.checkpoints import STATE_NAME, checksum
+from hf_prune.training.checkpoints import STATE_NAME, checksum
 
 EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
@@ -300,7 +300,7 @@ def test_pruning_starts_from_a_checkpoint_without_it(
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     at = {"cubic": 0.4375, "constant": 0.5, "lottery": 1 - 0.5**0.5}[schedule]
     last = 2 if schedule == "constant" else 10
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_prune.callback"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_prune.training.callback"]
     assert message.endswith(
         f"checkpoint-6 was written without PruningCallback: pruning starts at step 6, where the schedule is at a sparsity of "
         f"{at:.4f}; its last mask update is at step {last}."

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from hf_prune.config import SCHEDULES as NAMES
-from hf_prune.schedules import SCHEDULES, Timeline, phases, spacing
+from hf_prune.pruning.schedules import SCHEDULES, Timeline, phases, spacing
+from hf_prune.settings.checks import SCHEDULES as NAMES
 
 FORMULAS = {
     "constant": lambda p, a, b: b,

@@ -19,7 +19,7 @@ from models import tiny
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_prune import PruningConfig, PruningRule
-from hf_prune.architectures import AttentionBlock, find_blocks
+from hf_prune.model import AttentionBlock, find_blocks
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune import sparse, to_sparse
-from hf_prune.sparse import SparseLinear
+from hf_prune import to_sparse
+from hf_prune.measure import sparse
+from hf_prune.measure.sparse import SparseLinear
 
 #: Format → blocks of zeros that suit it.
 BLOCKS = {"csr": (4, 1), "bsr": (8, 8)}

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_prune import Pruner, PruningCallback, PruningConfig, last_complete_checkpoint, sparsity_report
-from hf_prune.checkpoints import STATE_NAME
+from hf_prune.training.checkpoints import STATE_NAME
 
 # ------------------------------------------------------------------------------------------------------------------- the matrix
 

@@ -24,7 +24,7 @@ from hf_prune import (
     model_card,
     sparsity_report,
 )
-from hf_prune.wrappers import transformers_model, transformers_models
+from hf_prune.model.wrappers import transformers_model, transformers_models
 
 
 class Classifier(nn.Module):

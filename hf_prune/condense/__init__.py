@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import AttentionBlock, Projection, spec_for
-from ..architectures.blocks import base_layer, layer_lists
-from ..attached import is_attached
-from ..lora import adapter_of
-from ..wrappers import bare_model, transformers_model
+from ..model import AttentionBlock, Projection, spec_for
+from ..model.attached import is_attached
+from ..model.blocks import base_layer, layer_lists
+from ..model.lora import adapter_of
+from ..model.wrappers import bare_model, transformers_model
 from .layers import layer_counts, outline, removable, remove_layers, without_inputs
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units, without_layers
 from .refusal import needs_hf_prune

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import SPECS, ArchitectureSpec
-from ..architectures.blocks import layer_lists
-from ..config import PruningConfigError
+from ..model import SPECS, ArchitectureSpec
+from ..model.blocks import layer_lists
+from ..settings.errors import PruningConfigError
 
 
 def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:

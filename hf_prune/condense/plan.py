@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
-from ..architectures.blocks import base_layer, computed_part, layer_lists
-from ..config import PruningConfigError
-from ..lora import adapter_of
-from ..wrappers import transformers_model
+from ..model import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
+from ..model.blocks import base_layer, computed_part, layer_lists
+from ..model.lora import adapter_of
+from ..model.wrappers import transformers_model
+from ..settings.errors import PruningConfigError
 from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 

@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
-from ..architectures.blocks import Adapted, adapted, base_layer, is_adapted, layer_lists, out_features
+from ..model import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
+from ..model.blocks import Adapted, adapted, base_layer, is_adapted, layer_lists, out_features
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:

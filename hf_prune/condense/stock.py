@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architectures import ArchitectureSpec, AttentionBlock, Block, blocks
-from ..architectures.blocks import base_layer, layer_lists
+from ..model import ArchitectureSpec, AttentionBlock, Block, blocks
+from ..model.blocks import base_layer, layer_lists
 from .layers import layer_counts, name_decoder_depth
 from .resize import block_key, has_bias, inputs_of, output_of, stock_sizes
 

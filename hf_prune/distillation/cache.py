@@ -25,7 +25,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import PruningConfigError
+from ..settings.errors import PruningConfigError
 from .models import base_model, forward_arguments, select, teacher_arguments
 
 LOGITS, INDICES, LOST_MASS = COLUMNS = ("teacher_logits", "teacher_indices", "teacher_lost_mass")

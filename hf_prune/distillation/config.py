@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..config import PruningConfigError, closest, dataclass_from_dict, is_number
+from ..settings.checks import dataclass_from_dict, is_number
+from ..settings.errors import PruningConfigError, closest
 
 #: Layer maps, by name; the functions are in `layers.py`.
 LAYER_MAPS: tuple[str, ...] = ("uniform", "last", "dynamic")

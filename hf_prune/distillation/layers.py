@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..config import PruningConfigError
+from ..settings.errors import PruningConfigError
 
 Pairs = list[tuple[int, int]]
 

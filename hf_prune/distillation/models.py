@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..config import PruningConfigError
+from ..settings.errors import PruningConfigError
 
 _TARGETS = ("labels", "start_positions", "end_positions")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..config import PruningConfigError
+from ..settings.errors import PruningConfigError
 from .cache import INDICES
 from .config import DistillationConfig
 from .items import Items

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..config import PruningConfigError
+from ..settings.errors import PruningConfigError
 from .cache import COLUMNS, INDICES, LOGITS, TeacherLogitsCollator
 from .config import DistillationConfig
 from .items import items_of

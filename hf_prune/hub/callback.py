@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import PruningConfig, dataclass_from_dict
-from ..distributed import is_sharded
-from ..report import evaluated
-from ..wrappers import bare_model, transformers_model
+from ..measure.sparsity import evaluated
+from ..model.sharding import is_sharded
+from ..model.wrappers import bare_model, transformers_model
+from ..settings.checks import dataclass_from_dict
+from ..settings.config import PruningConfig
 from .card import CardFacts, without_folders, write_card
 
 logger = logging.getLogger(__name__)

@@ -25,13 +25,17 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from ..architectures import SPECS
 from ..condense import condense_plan, needs_hf_prune
-from ..config import PruningConfig, check_types, dataclass_from_json_file, within
 from ..files import write_text
-from ..plots import plot_history, plot_kept, plot_latency
-from ..report import BlockSize, Comparison, Cost, evaluated, megabytes, original_blocks, sparsity_report, stock_twin, total_sparsity
-from ..wrappers import transformers_model
+from ..measure.latency import Comparison, Cost
+from ..measure.memory import megabytes
+from ..measure.plots import plot_history, plot_kept, plot_latency
+from ..measure.sparsity import BlockSize, evaluated, original_blocks, sparsity_report, stock_twin, total_sparsity
+from ..model import SPECS
+from ..model.wrappers import transformers_model
+from ..settings.checks import check_types, dataclass_from_json_file
+from ..settings.config import PruningConfig
+from ..settings.errors import within
 from .reload import _auto_classes
 
 CARD_NAME = "README.md"

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
-from ..config import PruningConfig
+from ..settings.config import PruningConfig
 from .card import CARD_NAME, CardFacts, write_card
 from .files import Kind, files_to_publish
 

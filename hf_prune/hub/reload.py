@@ -28,10 +28,10 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from ..architectures import ArchitectureSpec, blocks, spec_for
 from ..condense import needs_hf_prune, shrink
 from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
 from ..files import write_text
+from ..model import ArchitectureSpec, blocks, spec_for
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,146 @@
+"""Checkpoints that older tools pruned: their tensors are smaller than their config says, and transformers 5 refuses them.
+
+transformers 4 removed heads with `prune_heads` and listed them in the config as `pruned_heads`; CoFi (Xia et al. 2022) and others
+save smaller tensors and nothing else. In both, what is left of each block can be read from the shapes of the tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..model import AttentionBlock, Block, Projection, find_blocks, spec_for
+from ..model.loading import load_whole, readable
+from ..settings.errors import PruningConfigError
+from .resize import block_key, inputs_of, output_of, stock_sizes
+from .stock import write_sizes
+
+logger = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a transformers 4 checkpoint with `pruned_heads`, or any whose heads and neurons are fewer than its config says.
+
+    The model is like one that [`condense`] made: `save_pretrained` writes a checkpoint that loads with hf_prune and without.
+
+    Args:
+        pretrained_model_name_or_path: a folder or a model id.
+        kwargs: for `from_pretrained` (`revision`, `dtype`, `token`, …).
+
+    Returns:
+        A model of the class that the config names, in evaluation mode. Where there was nothing to convert, a warning says so.
+
+    Raises:
+        ValueError: the family has no architecture spec, a tensor is smaller in another way (CoFi's hidden sizes), a block is
+            missing as a whole (CoFi then leaves out its LayerNorm too, which no stock model does), the config does not say which
+            heads are left where the family needs to know (T5, MPNet), or the checkpoint lacks a tensor of the model.
+    """
+    model, changed = converted(pretrained_model_name_or_path, **kwargs)
+    if not changed:
+        logger.warning("There is nothing to convert: every tensor has the shape that the config says.")
+    return model
+
+
+def converted(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> tuple[PreTrainedModel, bool]:
+    """[`convert_v4_pruned_heads`], and whether there was something to convert."""
+    options = {name: kwargs[name] for name in ("revision", "token", "subfolder", "cache_dir", "local_files_only") if name in kwargs}
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+    pruned = _pruned_heads(config.__dict__.pop("pruned_heads", None) or {})
+    cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)  # its report of what does not fit is what is wanted here
+    try:
+        with readable(pretrained_model_name_or_path):
+            stock, seen = cls.from_pretrained(
+                pretrained_model_name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    shapes = {name: tuple(shape) for name, shape, _ in seen["mismatched_keys"]}
+    blocks = find_blocks(stock)
+    _check_shapes(blocks, shapes, {name: tuple(shape) for name, _, shape in seen["mismatched_keys"]}, set(seen["missing_keys"]))
+
+    layers: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        if sizes := _sizes(block, shapes, pruned):
+            layers.setdefault(block.layer, {})[block_key(block)] = sizes
+    if layers:
+        config.hf_prune = {"version": 1, "layers": layers}
+    model = load_whole(cls, pretrained_model_name_or_path, config=config, **kwargs)
+    if layers:
+        write_sizes(model, spec_for(config.model_type))
+    return model, bool(layers)
+
+
+def _pruned_heads(entry: Any) -> dict[int, list[int]]:
+    """What a config's `pruned_heads` says: layer → heads that are gone.
+
+    Raises:
+        PruningConfigError: it is of another form.
+    """
+    fits = isinstance(entry, dict) and all(str(layer).isdecimal() and isinstance(heads, list) for layer, heads in entry.items())
+    if not fits:
+        allowed = "must be an object: by the number of each layer, the heads that are gone, such as {'0': [1, 3]}."
+        raise PruningConfigError("pruned_heads", entry, allowed)
+    return {int(layer): heads for layer, heads in entry.items()}
+
+
+def _names(parts: list[Projection]) -> set[str]:
+    return {f"{part.name}.{name}" for part in parts for name in ("weight", "bias")}
+
+
+def _check_shapes(blocks: list[Block], shapes: Shapes, stock: Shapes, missing: set[str]) -> None:
+    """Check that only heads and neurons differ: rows of the projections into a block, columns of the one out of it.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    inputs = {name for block in blocks for name in _names(inputs_of(block))}
+    outputs = {f"{output_of(block).name}.weight" for block in blocks}
+    conv1d = {f"{part.name}.weight" for block in blocks for part in block.projections if isinstance(part.module, Conv1D)}
+    for name, shape in sorted(shapes.items()):
+        changed = [axis for axis, (size, own) in enumerate(zip(shape, stock[name])) if size != own]
+        allowed = {int(name in conv1d)} if name in inputs else {int(name not in conv1d)} if name in outputs else set()
+        if len(shape) != len(stock[name]) or not set(changed) <= allowed:
+            raise ValueError(
+                f"{name} has the shape {shape} in the checkpoint and {stock[name]} by its config; only heads and neurons may be "
+                "fewer. A model with a smaller hidden size needs a config that says so."
+            )
+    if gone := sorted(missing & (inputs | outputs)):
+        raise ValueError(
+            f"{gone[0]} is not in the checkpoint: a block is missing as a whole. Tools that save such models skip the LayerNorm of "
+            "the block too, which the stock architecture applies, so no equal model of that architecture exists."
+        )
+
+
+def _sizes(block: Block, shapes: Shapes, pruned: dict[int, list[int]]) -> dict[str, Any]:
+    """The entry of a block in `config.hf_prune`, empty if it has its stock size."""
+    output = output_of(block)
+    shape = shapes.get(f"{output.name}.weight")
+    if shape is None:
+        return {}
+    features, width = shape[0 if isinstance(output.module, Conv1D) else 1], getattr(block, "head_size", 1)
+    if features % width:
+        raise ValueError(f"{output.name}.weight has {features} inputs in the checkpoint; whole heads are {width} wide.")
+    sizes: dict[str, Any] = dict.fromkeys(stock_sizes(block), features // width)
+    if isinstance(block, AttentionBlock):
+        if "num_key_value_heads" in sizes:
+            key = shapes.get(f"{block.key.name}.weight")
+            sizes["num_key_value_heads"] = block.num_key_value_heads if key is None else key[0] // width
+        if block.spec.position_bias:
+            gone = pruned.get(int(block.layer.rpartition(".")[2]), [])
+            sizes["heads"] = [head for head in range(block.num_heads) if head not in gone]
+            if len(sizes["heads"]) != features // width:
+                raise ValueError(
+                    f"{block.name} has {features // width} of {block.num_heads} heads in the checkpoint, but config.pruned_heads "
+                    f"lists {gone!r} for this layer; which heads are left has to be known, for they share a position bias."
+                )
+    return sizes

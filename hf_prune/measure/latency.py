@@ -1,0 +1,162 @@
+"""How long a model takes, and what it weighs beside another."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..condense import sample_batch
+from ..settings.checks import check_types, dataclass_from_dict
+from ..settings.errors import within
+from .memory import _activations, _bytes, megabytes
+from .sparsity import stock_twin
+from .tables import as_text
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        parameters: how many it has, zeros included.
+        weight_bytes: of its parameters and buffers in memory; on disk it is as much.
+        activation_bytes: the most that one forward holds besides.
+        milliseconds: of one forward, see [`benchmark`].
+    """
+
+    parameters: int
+    weight_bytes: int
+    activation_bytes: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the dense one. Prints as a table.
+
+    Attributes:
+        dense, model: what each costs.
+        reference: what the dense model is.
+        protocol: how it was measured, in words.
+    """
+
+    dense: Cost
+    model: Cost
+    reference: str
+    protocol: str
+
+    @property
+    def latency_ratio(self) -> float:
+        """How many times faster the model is than the dense one."""
+        return self.dense.milliseconds / self.model.milliseconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "latency_ratio": self.latency_ratio}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        """Build from what `to_dict` returned.
+
+        Raises:
+            PruningConfigError: a field is missing, unknown, or of another type.
+        """
+        costs = {}
+        for name in ("dense", "model"):
+            with within(f"{name}."):
+                costs[name] = dataclass_from_dict(Cost, data.get(name))
+                check_types(costs[name])
+        rest = {name: value for name, value in data.items() if name != "latency_ratio"}
+        comparison = dataclass_from_dict(cls, rest | costs)
+        check_types(comparison)
+        return comparison
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.latency_ratio:.2f} times as fast as {self.reference}", caption=self.protocol)
+        for column in ("", "parameters", "weights", "activations", "latency"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, cost in (("dense", self.dense), ("model", self.model)):
+            sizes = (f"{cost.parameters:,}", megabytes(cost.weight_bytes), megabytes(cost.activation_bytes))
+            table.add_row(name, *sizes, f"{cost.milliseconds:.2f} ms")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def compare(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None = None,
+    reference: str | None = None,
+    rows: int = 8,
+    tokens: int = 128,
+    repeats: int = 30,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> Comparison:
+    """Time and weigh a model beside the dense one it came from, on one batch of full rows of random inputs, in turn.
+
+    Args:
+        model: the pruned or condensed model.
+        dense: what to compare with; by default a random model of the sizes that the model had before it was condensed.
+        reference: what the dense model is, for people.
+        rows: batch size; 1 for a decoder that classifies and has no padding token.
+        tokens: length of the rows, at most half of the positions that the model has; images and sounds have sizes of their own.
+        repeats: forwards of each model that count.
+        track: wraps the rounds of measuring, to show progress.
+    """
+    reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")
+    twin: Any = stock_twin(model) if dense is None else dense
+    models = {"dense": twin.to(model.device), "model": model}
+    inputs = sample_batch(models["dense"], rows, tokens, shortest=tokens)
+    times = benchmark(models, inputs, repeats, track)
+    costs = {name: Cost(one.num_parameters(), _bytes(one), _activations(one, inputs), times[name]) for name, one in models.items()}
+    shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
+    clock = "time" if model.device.type == "cuda" else "CPU time"
+    protocol = f"batch of {shape}, {model.dtype}, {model.device.type}, one thread, {clock}, median of {repeats} forwards in turn"
+    return Comparison(costs["dense"], costs["model"], reference, protocol)
+
+
+def benchmark(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, torch.Tensor],
+    repeats: int = 30,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> dict[str, float]:
+    """Milliseconds of CPU time (CUDA: of time) that each model takes for a batch: the median of `repeats` forwards on one thread.
+
+    The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
+    processes take. The first turn warms up and is not counted.
+    """
+    threads, device = torch.get_num_threads(), next(iter(inputs.values())).device
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    training = {name: model.training for name, model in models.items()}
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in track(range(repeats + 1)):
+                for name, model in models.items():
+                    model.eval()
+                    start = _now(device)
+                    model(**inputs)
+                    seconds[name].append(_now(device) - start)
+    finally:
+        torch.set_num_threads(threads)
+        for name, model in models.items():
+            model.train(training[name])
+    return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of this process's CPU time, or on CUDA of time, when all work given to the device is done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,202 @@
+"""What is zero and what is gone: true zeros, parameters, heads and neurons left."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from ..condense import block_key, dead_units, stock_config
+from ..model import AttentionBlock, Block, find_blocks, spec_for
+from ..model.families import SPECS
+from ..model.masks import count_zeros
+from ..model.targets import body_weights
+from ..model.wrappers import bare_model, transformers_model
+from ..pruning import Pruner
+from .tables import as_text, table_of_modules
+
+
+@dataclass(frozen=True)
+class ModuleSparsity:
+    """Counts of one layer's weight, or of a parameter that is like one; `left_out` says why it cannot be pruned, `""` if it can.
+
+    A weight that can be pruned has the shape `(out, in)`, another one its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    zeros: int
+    left_out: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of true zeros."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """Heads of an attention block or neurons of a feed-forward block: how many there are and how many are alive.
+
+    Dead is what [`condense_plan`] says.
+    """
+
+    name: str
+    kind: str
+    units: int
+    alive: int
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """True zeros in the weights of the model's body, each shared weight once, module by module and in total.
+
+    Weights that cannot be pruned count too; embeddings do not.
+    """
+
+    modules: tuple[ModuleSparsity, ...]
+    blocks: tuple[BlockSize, ...]
+    parameters: int
+    #: What the model lacks because its pruning ended early, if it did.
+    shortfall: str | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of true zeros over all modules."""
+        total = sum(module.parameters for module in self.modules)
+        return sum(module.zeros for module in self.modules) / total if total else 0.0
+
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """Why some weights, though counted, cannot be pruned: reason → their names."""
+        found: dict[str, list[str]] = {}
+        for module in self.modules:
+            if module.left_out:
+                found.setdefault(module.left_out, []).append(module.name)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "sparsity": self.sparsity,
+            "parameters": self.parameters,
+            "modules": [{**asdict(module), "sparsity": module.sparsity} for module in self.modules],
+            "blocks": [asdict(block) for block in self.blocks],
+            "shortfall": self.shortfall,
+        }
+
+    def __rich__(self) -> Table:
+        title = f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all"
+        table = table_of_modules(title, "module", "shape", "parameters", "zeros", "sparsity", caption=self.shortfall)
+        if self.left_out:
+            table.add_column("left out of pruning, because")
+        for module in self.modules:
+            shape = "x".join(str(size) for size in module.shape)
+            reason = [module.left_out] if module.left_out else []
+            table.add_row(module.name, shape, f"{module.parameters:,}", f"{module.zeros:,}", f"{module.sparsity:.2%}", *reason)
+        for block in self.blocks:
+            table.add_row(
+                block.name,
+                f"{block.alive} of {block.units} {block.kind}",
+                "",
+                "",
+                f"{1 - block.alive / max(block.units, 1):.2%}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def sparsity_report(model: Any, pruner: Pruner | None = None) -> SparsityReport:
+    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
+
+    Under LoRA, the zeros of the merged weights count.
+
+    Args:
+        model: the model, or what holds it (a SentenceTransformer, a SetFitModel; see `wrappers.py`).
+        pruner: what pruned it, asked whether it came to its end.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one, or there are several transformers models.
+    """
+    inner = transformers_model(model)
+    modules = []
+    for weight in body_weights(model):
+        zeros, parameters = count_zeros([weight])
+        modules.append(ModuleSparsity(weight.name, weight.shape, parameters, zeros, weight.left_out))
+    known = getattr(getattr(inner, "config", None), "model_type", "") in SPECS
+    sizes = tuple(_block_size(block) for block in find_blocks(model)) if known else ()
+    total = sum(parameter.numel() for parameter in bare_model(model).parameters())
+    return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
+
+
+def print_sparsity(model: Any) -> None:
+    """Print how many of the body's weights are zero, in a line, as in the logs, the report and the card.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
+    """
+    report = sparsity_report(model)
+    zeros, weights = (sum(getattr(module, name) for module in report.modules) for name in ("zeros", "parameters"))
+    print(f"zero weights: {zeros:,} || body weights: {weights:,} || sparsity%: {100 * report.sparsity:.4f}")
+
+
+def _block_size(block: Block) -> BlockSize:
+    kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
+    return BlockSize(block.name, kind, units, alive=units - int(dead_units(block).sum()))
+
+
+def stock_twin(model: Any, device: str = "cpu") -> PreTrainedModel:
+    """A random model of the same class with the sizes that the model had before it was condensed.
+
+    It takes the time that the dense model takes. On device `"meta"` it has shapes and no weights.
+    """
+    model = transformers_model(model)
+    condensed = getattr(model.config, "hf_prune", None) is not None
+    config = stock_config(model.config, spec_for(model.config.model_type)) if condensed else copy.deepcopy(model.config)
+    with torch.device(device):
+        twin: Any = type(model)(config)
+    twin.to(model.dtype).eval()
+    return twin  # type: ignore[no-any-return]
+
+
+def original_blocks(model: Any) -> tuple[BlockSize, ...]:
+    """The blocks of the model that pruning started from, with how many of their heads or neurons are alive in this one.
+
+    A family without an architecture spec has none.
+    """
+    model = transformers_model(model)
+    if model.config.model_type not in SPECS:
+        return ()
+    removed = (getattr(model.config, "hf_prune", None) or {}).get("removed_layers", {})
+    alive = {(block.layer, block_key(block)): _block_size(block).alive for block in find_blocks(model)}
+    sizes = []
+    for block in find_blocks(stock_twin(model, "meta")):
+        path, _, number = block.layer.rpartition(".")
+        gone = removed.get(path, [])
+        now = f"{path}.{int(number) - sum(index < int(number) for index in gone)}"
+        left = 0 if int(number) in gone else alive[now, block_key(block)]
+        kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
+        sizes.append(BlockSize(block.name, kind, units, left))
+    return tuple(sizes)
+
+
+def total_sparsity(model: Any) -> float:
+    """Share of the body's weights that are zero, or gone since pruning started."""
+    model = transformers_model(model)
+    left = sum(module.parameters - module.zeros for module in sparsity_report(model).modules)
+    return 1 - left / sum(math.prod(weight.shape) for weight in body_weights(stock_twin(model, "meta")))
+
+
+def evaluated(logged: Mapping[str, float]) -> dict[str, float]:
+    """The metrics in what a Trainer logs or returns of an evaluation: without `eval_`, and without times."""
+    named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if not name.endswith(("runtime", "_per_second", "_time", "epoch"))}

@@ -1,0 +1,140 @@
+"""Weights under LoRA: what counts is the merged weight W + s·BA, by which the layer computes and which `merge_and_unload()` leaves.
+
+Its zeros are made in two ways. Where a unit holds whole rows (or columns), its rows of W and B (columns of W and A) are zero, and
+the gradients of these rows of B (columns of A) are dropped. Elsewhere W takes the value −s·BA after each step, so that the sum is
+zero; the product is PEFT's own, so that it is exactly zero. There the gradients of A and B, in which dead and living weights have
+their share, stay those of the merged weight as if nothing were dead, straight through the mask, and what a step on them changes in
+dead weights is taken back. Living base weights are never changed, except that one whose mask is lifted brings the merged weight
+back to the value it left with.
+
+The base model alone is no longer what it was, so adapters are not switched off or exchanged afterwards. Merge on the device that
+pruned: another may round the product differently. With `lora_dropout` a training forward sees dead weights as noise of mean zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Adapted, adapted, base_layer, is_adapted
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The active adapter of a LoRA layer.
+
+    Attributes:
+        layer: PEFT's layer.
+        name: the adapter's name.
+    """
+
+    layer: Any
+    name: str
+
+    @property
+    def lora_A(self) -> nn.Module:
+        """Its first projection, with a weight of `[rank, in]`."""
+        module: nn.Module = self.layer.lora_A[self.name]
+        return module
+
+    @property
+    def lora_B(self) -> nn.Module:
+        """Its second projection, with a weight of `[out, rank]`."""
+        module: nn.Module = self.layer.lora_B[self.name]
+        return module
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is trained."""
+        return any(part.get_parameter("weight").requires_grad for part in (self.lora_A, self.lora_B))
+
+    def delta(self) -> Tensor:
+        """s·BA as `merge_and_unload` adds it to the weight, in the weight's shape."""
+        delta: Tensor = self.layer.get_delta_weight(self.name)
+        return delta.detach()
+
+    def merged(self) -> Tensor:
+        """W + s·BA as `merge_and_unload` leaves it, in the weight's shape and dtype."""
+        weight: Tensor = base_layer(self.layer).weight.detach()
+        return (weight + self.delta()).to(weight.dtype)
+
+    def gradient(self) -> Tensor:
+        """The gradient of the merged weight, estimated from those of A and B, in the weight's shape; zero where they have none.
+
+        s·(∂L/∂B·A + B·∂L/∂A − ∂L/∂B·∂L/∂A), by how much a gradient step of size one on A and B lowers the merged weight: the
+        LoRA-guided criterion of LoRAPrune (Zhang et al. 2023, https://arxiv.org/abs/2305.18403), with the scaling s that PEFT
+        multiplies BA with.
+        """
+        (a, a_step), (b, b_step) = (_matrix_and_step(part.get_parameter("weight")) for part in (self.lora_A, self.lora_B))
+        product: Tensor = (b_step @ (a - a_step) + b @ a_step) * self.layer.scaling[self.name]
+        return product.T if getattr(self.layer, "fan_in_fan_out", False) else product.reshape(base_layer(self.layer).weight.shape)
+
+    def keep_exact(self) -> None:
+        """Let a weight of lower precision than its adapter be merged exactly: see [`RoundsToBase`]."""
+        stock: Any = type(self.layer)
+        if self.lora_B.get_parameter("weight").dtype != base_layer(self.layer).weight.dtype and not issubclass(stock, RoundsToBase):
+            self.layer.__class__ = adapted(stock, (RoundsToBase,))
+
+
+def _matrix_and_step(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, or zeros, as matrices."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return parameter.detach().flatten(1), gradient.flatten(1)
+
+
+class RoundsToBase(Adapted):
+    """Mixin of LoRA layers whose adapter has another dtype than the weight, as PEFT makes them for models in half precision.
+
+    `merge()` adds the adapter's product in float32 and rounds the sum, so that W = −s·BA, itself rounded, leaves a rest. Here the
+    product is rounded first, which is what `merge(safe_merge=True)` does.
+    """
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        stock: Any = super()
+        delta: Tensor = stock.get_delta_weight(adapter)
+        return delta.to(base_layer(self).weight.dtype)
+
+
+def adapter_of(name: str, module: nn.Module) -> Adapter | None:
+    """The active adapter of a layer, or None.
+
+    Args:
+        name: the layer's name, for the message.
+        module: the layer.
+
+    Raises:
+        ValueError: the weight that the layer computes with is not W + s·BA for one trained pair A, B.
+    """
+    if not is_adapted(module):
+        return None
+    layer: Any = module
+    reason = _obstacle(layer)
+    if reason:
+        raise ValueError(f"{name}: {reason}. Use one plain LoRA adapter, or merge_and_unload() first.")
+    names = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    return Adapter(layer, names[0]) if names else None
+
+
+def _obstacle(layer: Any) -> str:
+    """Why the merged weight of an adapted layer is not W + s·BA, or an empty string."""
+    from peft.tuners.lora.layer import Conv1d, Conv2d, Linear  # there is an adapted layer, so it is imported already
+
+    stock = layer.stock_class if isinstance(layer, RoundsToBase) else type(layer)
+    if stock not in (Linear, Conv1d, Conv2d) or is_adapted(layer.base_layer):
+        return f"its adapter is a {stock.__module__}.{stock.__name__}, whose merged weight is not W + BA"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) > 1:
+        return f"adapters {', '.join(active)} are active together, and are merged one by one, which leaves no exact zeros"
+    for name in active:
+        if name in layer.lora_variant:
+            return f"its adapter is a LoRA variant, {type(layer.lora_variant[name]).__name__}, whose merged weight is not W + BA"
+        if layer.lora_B[name].bias is not None and base_layer(layer).bias is None:
+            return "its adapter has a bias (lora_bias=True) and the layer has none, so it cannot be merged"
+        if getattr(base_layer(layer), "groups", 1) > 1:
+            return "PEFT cannot merge an adapter of a grouped convolution"
+    if layer.merged or layer.disable_adapters:
+        return "its adapter is merged or disabled"
+    return ""

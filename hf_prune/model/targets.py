@@ -1,0 +1,332 @@
+"""The weights of a model: which of them count, which can be pruned (seen as `[out, in]` matrices), and which a rule names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
+
+from ..settings.errors import PruningConfigError, closest
+from . import SPECS, ArchitectureSpec
+from .blocks import active_copy, base_layer, computed, is_adapted
+from .lora import Adapter, adapter_of
+from .sharding import placed_like, whole
+from .wrappers import bare_model, contents, listed, transformers_models
+
+#: Layer types whose weights can be pruned. GPT-2's Conv1D stores `[in, out]`; convolutions are flattened to `[out, in·kernel]`.
+PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
+
+ModuleNames = str | list[str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter seen as a matrix: a weight as `[out, in]`, a bias as `[out, 1]`.
+
+    Attributes:
+        name: the parameter's name in the model, without what PEFT adds to it.
+        module_name: the name of its module.
+        parameter: the parameter itself; under LoRA that of the base layer.
+        transposed: the parameter is stored `[in, out]`.
+        kernel_first: a convolution is flattened to `[out, kernel·in]` instead of `[out, in·kernel]`, so that neighbouring columns
+            are neighbouring inputs.
+        adapter: the LoRA adapter that adds to the parameter.
+    """
+
+    name: str
+    module_name: str
+    parameter: nn.Parameter
+    transposed: bool = False
+    kernel_first: bool = False
+    adapter: Adapter | None = None
+
+    def value(self) -> Tensor:
+        """What the layer computes with, in the parameter's shape: the parameter, or under LoRA the merged weight."""
+        return self.parameter.detach() if self.adapter is None else self.adapter.merged()
+
+    def weight(self) -> Tensor:
+        """`value()` as `[out, in]`."""
+        return self.matrix(self.value())
+
+    def gradient(self) -> Tensor:
+        """Its gradient as `[out, in]`: under LoRA with a frozen parameter an estimate; zero where it took no part in the loss."""
+        if self.adapter is not None and not self.parameter.requires_grad:
+            return self.matrix(self.adapter.gradient())
+        gradient = self.parameter.grad
+        return self.matrix(torch.zeros_like(self.parameter) if gradient is None else gradient)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether training changes it."""
+        return self.parameter.requires_grad or (self.adapter is not None and self.adapter.requires_grad)
+
+    @torch.no_grad()
+    def mask(self, kept: Tensor, part: Callable[[Tensor], Tensor], adapted: bool, gradients: bool = False) -> None:
+        """Zero the value, or the parameter's gradient, in place where `kept` is False.
+
+        Args:
+            kept: bool, of a shape that broadcasts to that of the part.
+            part: from a tensor of the parameter's shape to a view of what is masked.
+            adapted: whether the adapter adds something there.
+            gradients: mask the gradient.
+        """
+        tensor = self.parameter.grad if gradients else self.parameter
+        if tensor is None:
+            return
+        part(tensor).mul_(kept)
+        if self.adapter is not None and adapted and not gradients:
+            part(tensor).sub_(part(self.adapter.delta()).mul_(~kept))
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which has the parameter's shape, as `[out, in]`; a view unless `kernel_first` or gathered from its shards."""
+        tensor = whole(tensor)
+        if self.transposed:
+            return tensor.T
+        return (tensor.movedim(1, -1) if self.kernel_first else tensor).reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """An `[out, in]` matrix in the parameter's shape; a view, or this rank's part where the parameter is sharded."""
+        rows, inputs, *kernel = (*self.parameter.shape, 1)[: max(self.parameter.ndim, 2)]
+        if self.transposed:
+            tensor = matrix.T
+        elif self.kernel_first:
+            tensor = matrix.reshape(rows, *kernel, inputs).movedim(-1, 1)
+        else:
+            tensor = matrix.reshape(self.parameter.shape)
+        return placed_like(tensor, self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        first = self.parameter.shape[0]
+        rest = math.prod(self.parameter.shape[1:])
+        return (rest, first) if self.transposed else (first, rest)
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the layer: columns, without the positions of a convolution's kernel."""
+        return self.shape[1] // math.prod(self.parameter.shape[2:])
+
+
+def weight_target(name: str, module: nn.Module, kernel_first: bool = False) -> Target:
+    """The weight of a layer.
+
+    Raises:
+        ValueError: the layer has an adapter other than a plain LoRA one.
+    """
+    layer = base_layer(module)
+    weight = layer.get_parameter("weight")
+    transposed, adapter = isinstance(layer, Conv1D), adapter_of(name, module)
+    return Target(f"{name}.weight", name, weight, transposed, kernel_first and weight.ndim > 2, adapter)
+
+
+def bias_target(name: str, module: nn.Module) -> Target | None:
+    """The bias of a layer, if it has one."""
+    return Target(f"{name}.bias", name, module.get_parameter("bias")) if module.bias is not None else None
+
+
+def named_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, with PEFT and other containers seen through (see `wrappers.py`).
+
+    Names are those of the model without adapters. A layer comes together with its adapters, as one module, and what
+    `modules_to_save` names as its active copy. What computes a layer's weight (a parametrization) is a part of the layer.
+    """
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = active_copy(contents(module))
+        if id(module) in seen or isinstance(module, ParametrizationList):
+            return
+        seen.add(id(module))
+        yield name, module
+        if not is_adapted(module):
+            for key, child in module.named_children():
+                yield from walk(child, f"{name}.{key}" if name else key)
+
+    yield from walk(bare_model(model), "")
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight that counts, whether or not it can be pruned.
+
+    Attributes:
+        name: of its layer; of the parameter where that is not called `weight` (`mlp.experts.down_proj`).
+        module: the layer, with its adapters.
+        key: what the layer calls it.
+        left_out: why it cannot be pruned, `""` if it can.
+    """
+
+    name: str
+    module: nn.Module
+    key: str = "weight"
+    left_out: str = ""
+
+    def value(self) -> Tensor:
+        """What the layer computes with, in its own shape; of a weight that can be pruned under LoRA the merged one.
+
+        Raises:
+            ValueError: the layer has an adapter other than a plain LoRA one.
+        """
+        if not self.left_out:
+            return weight_target(self.name, self.module).value()
+        value: Tensor = getattr(base_layer(self.module), self.key)
+        return value.detach()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(out, in)` of a weight that can be pruned, else its own shape."""
+        return tuple(self.value().shape) if self.left_out else weight_target(self.name, self.module).shape
+
+
+def weights(model: Any) -> Iterator[Weight]:
+    """Yield every weight that sparsity is counted over, each once: of linear and convolutional layers, and what is like one.
+
+    A parameter of another module, of two dimensions or more, counts too (experts, routers), since it is multiplied with what flows
+    through the model, and is left out of pruning. Tables do not count: embeddings, and parameters of one row, such as the positions
+    of ViT, `[1, tokens, hidden]`.
+    """
+    seen: set[object] = set()
+    for name, module in named_layers(model):
+        layer = base_layer(module)
+        if isinstance(layer, PRUNABLE):
+            found = [Weight(name, module, left_out=computed(layer))]
+        elif isinstance(layer, nn.Embedding):
+            found = []
+        else:
+            reason = f"it is held by {type(layer).__name__}, no linear or convolutional layer"
+            own = {key: getattr(layer, key) for key in (*layer._parameters, *getattr(layer, "parametrizations", ()))}
+            found = [
+                Weight(name if key == "weight" else f"{name}.{key}".lstrip("."), module, key, reason)
+                for key, value in own.items()
+                if value is not None and value.ndim > 1 and len(value) > 1
+            ]
+        for weight in found:
+            parameter = layer._parameters.get(weight.key)  # what is computed is another tensor each time it is asked for
+            identity = (id(layer), weight.key) if parameter is None else id(parameter)
+            if identity not in seen:
+                seen.add(identity)
+                yield weight
+
+
+def prunable_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `(name, module)` for every layer whose weight can be pruned; a weight that layers share is yielded once."""
+    return ((weight.name, weight.module) for weight in weights(model) if not weight.left_out)
+
+
+def body_prefixes(model: Any) -> tuple[str, ...]:
+    """What the names of the modules of a model's body begin with, for `str.startswith`: the body is what a task head, or a wrapper,
+    holds, `("",)` when the model is a bare body. A wrapper of several transformers models has several."""
+    prefixes = []
+    inside: Mapping[str, nn.Module] = transformers_models(model) or {"": contents(bare_model(model))}
+    for name, one in inside.items():
+        base = getattr(one, "base_model", one)
+        inner = next((key for key, module in one.named_modules() if module is base), "")
+        prefixes.append("".join(f"{part}." for part in (name, inner) if part))
+    return tuple(prefixes)
+
+
+def selector(model: Any, names: ModuleNames, exclude: ModuleNames, field: str) -> Callable[[str], bool]:
+    """Which names of modules `names` selects; without `names` all that are in the model's body.
+
+    Args:
+        model: the model.
+        names: see [`names_module`].
+        exclude: names of modules that are left out.
+        field: where the names come from, for the message.
+
+    Raises:
+        PruningConfigError: there are no names to say which of several transformers models is meant.
+    """
+    if names is None and len(several := transformers_models(model)) > 1:
+        example = re.escape(next(iter(several))) + r"\..*"
+        kind = type(model).__name__
+        allowed = f"must say which transformers model in {kind} it means: {listed(several)}. All of the first is {example!r}."
+        raise PruningConfigError(field, names, allowed)
+    body = body_prefixes(model)
+    return lambda name: (name.startswith(body) if names is None else names_module(names, name)) and not names_module(exclude, name)
+
+
+def body_weights(model: Any) -> Iterator[Weight]:
+    """Yield the [`weights`] of a model's body, without those of its head or wrapper: sparsity is the share of zeros in them."""
+    body = body_prefixes(model)
+    return (weight for weight in weights(model) if weight.name.startswith(body))
+
+
+#: CPU seconds for one regular expression on one name. A few of them take longer than anybody waits.
+_SECONDS = 1
+
+
+def names_module(names: ModuleNames, name: str, field: str = "target_modules") -> bool:
+    """Whether `names` selects the module `name`: a regular expression matches all of it, a list item it or its end, as in PEFT.
+
+    Raises:
+        PruningConfigError: the regular expression, the value of `field`, takes too long.
+    """
+    if names is None:
+        return False
+    if isinstance(names, str):
+        try:
+            return regex.fullmatch(names, name, timeout=_SECONDS) is not None
+        except TimeoutError:
+            allowed = (
+                f"takes more than {_SECONDS} s to compare with {name!r}; write it without repeats of repeats, such as '(a+)+'."
+            )
+            raise PruningConfigError(field, names, allowed) from None
+    return any(name == item or name.endswith(f".{item}") for item in names)
+
+
+def check_names(names: ModuleNames, known: list[str], field: str, model_type: str = "") -> None:
+    """Raise unless every expression or list item matches one of the `known` module names.
+
+    Raises:
+        PruningConfigError: something matches nothing; names the closest module, or what the family `model_type` calls it.
+    """
+    for item in [names] if isinstance(names, str) else [[entry] for entry in names or ()]:
+        if not [name for name in known if names_module(item, name, field)]:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in known})
+            if isinstance(item, str):
+                text, order, allowed = item, (known, ends), f"a regular expression must match a whole name, such as {known[0]!r}."
+            else:
+                text, order, allowed = (
+                    item[0],
+                    (ends, known),
+                    f"a list item must be a name or its end, such as {known[0].rpartition('.')[2]!r}.",
+                )
+            near = _renamed(text, model_type) or closest(text, order[0]) or closest(text, order[1])
+            if near is not None and isinstance(item, str) and not any(names_module(near, name) for name in known):
+                near = f".*{near}"
+            raise PruningConfigError(field, text, f"matches no module; {allowed}", near)
+
+
+def _renamed(text: str, model_type: str) -> str | None:
+    """`text` with the name at its end as the family calls it, if it is another family's: `query` for `q_proj` in BERT."""
+    tail, own = re.search(r"\w+$", text), SPECS.get(model_type)
+    if tail is None or own is None:
+        return None
+    roles = {role for spec in SPECS.values() for role, path in _roles(spec) if path.rpartition(".")[2] == tail[0]}
+    for role, path in _roles(own):
+        if role in roles:
+            end = path.rpartition(".")[2]
+            alone = all(other == role for other, path in _roles(own) if path.rpartition(".")[2] == end)
+            return text[: tail.start()] + (end if alone else path)
+    return None
+
+
+def _roles(spec: ArchitectureSpec) -> list[tuple[str, str]]:
+    """What the projections of a family's blocks do, and their paths below a layer."""
+    parts = [
+        (role, getattr(block, role))
+        for blocks, roles in ((spec.attentions, ("query", "key", "value", "output")), (spec.feed_forwards, ("up", "gate", "down")))
+        for block in blocks
+        for role in roles
+    ]
+    return [(role, part.path) for role, part in parts if part is not None]

@@ -1,0 +1,78 @@
+"""Criteria that read gradients, once an optimizer step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...model.units import UnitGroup
+from .base import Criterion, gradient, weight
+
+# ---------------------------------------------------------------------------------------------------------------- gradients
+
+
+class _Gradient(Criterion):
+    """Keeps one accumulated number a unit."""
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        if group.name not in self.state:
+            raise RuntimeError(f"{group.name!r} has no score yet: call observe() after backward, before each optimizer step.")
+        return self.state[group.name]
+
+
+class Gradient(_Gradient):
+    """|g| of the last step."""
+
+    def observe(self, group: UnitGroup) -> None:
+        self.state[group.name] = self.reduce(group, lambda target: gradient(target).abs())
+
+
+class Snip(_Gradient):
+    """|w·g| of the last step (Lee et al. 2019, https://arxiv.org/abs/1810.02340, eq. 4)."""
+
+    def observe(self, group: UnitGroup) -> None:
+        self.state[group.name] = self.reduce(group, lambda target: (weight(target) * gradient(target)).abs_())
+
+
+class SnipMomentum(_Gradient):
+    """S ← 0.9·S + |w·g|: SNIP smoothed over optimizer steps, as in Intel Neural Compressor."""
+
+    momentum = 0.9
+
+    def observe(self, group: UnitGroup) -> None:
+        seen = self.reduce(group, lambda target: (weight(target) * gradient(target)).abs_())
+        if (score := self.state.get(group.name)) is not None:
+            seen.add_(score, alpha=self.momentum)
+        self.state[group.name] = seen
+
+
+class _MeanOverSteps(_Gradient):
+    """Sums over the steps since the last update. All groups see the same steps, so the sum ranks as the mean does."""
+
+    def quantity(self, group: UnitGroup) -> Tensor:
+        """What one step adds, `[units]`."""
+        raise NotImplementedError
+
+    def observe(self, group: UnitGroup) -> None:
+        seen = self.quantity(group)
+        self.state[group.name] = seen + self.state[group.name] if group.name in self.state else seen
+
+    def updated(self) -> None:
+        self.state.clear()
+
+
+class Taylor(_MeanOverSteps):
+    """(w·g)², over the steps since the last update (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, eq. 8)."""
+
+    def quantity(self, group: UnitGroup) -> Tensor:
+        return self.reduce(group, lambda target: (weight(target) * gradient(target)).square_())
+
+
+class Fisher(_MeanOverSteps):
+    """(∂L/∂m)² for a factor m on the unit's output, over the steps since the last update: the diagonal of the Fisher information.
+
+    ∂L/∂m = Σ w·g over the weights by which the unit leaves its block (Kwon et al. 2022, https://arxiv.org/abs/2204.09656, eq. 9,
+    with gradients of optimizer steps in the place of single examples).
+    """
+
+    def quantity(self, group: UnitGroup) -> Tensor:
+        return group.reduce(lambda target: weight(target) * gradient(target), "sum", group.weights[-1:]).square_()

@@ -1,0 +1,133 @@
+"""Movement pruning: scores that are trained beside the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ...model.targets import Target
+from ...model.units import UnitGroup, whole_scores
+from ...settings.config import PruningConfig
+from .base import gradient, weight
+from .gradients import _Gradient
+
+
+class Movement(_Gradient):
+    """S, trained by Adam on ∂L/∂S = Σ ∂L/∂W'·W over the unit, straight through the mask (Sanh et al. 2020,
+    https://arxiv.org/abs/2005.07683, eq. 5; blocks as in Lagunas et al. 2021, https://arxiv.org/abs/2109.04838).
+
+    W' = W⊙M is the parameter, so its gradient is ∂L/∂W' at every element; W is the value that a masked weight left with. Scores
+    start at 0 and masked units come back when theirs rises again.
+    """
+
+    regrows = True
+    betas, epsilon = (0.9, 0.999), 1e-8
+
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        self.reduction = "sum"
+        #: Parameter name → values of masked weights; the pruner keeps it true.
+        self.values: dict[str, Tensor] = {}
+
+    def observe(self, group: UnitGroup) -> None:
+        step = self.reduce(group, lambda target: self._weight(target) * gradient(target))
+        score = self.state.get(group.name, torch.zeros_like(step))
+        step = step + self.penalty_gradient(score)
+        first, second, count = (self.state.get(f"{group.name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step"))
+        if first is None or second is None or count is None:
+            first, second, count = torch.zeros_like(step), torch.zeros_like(step), torch.zeros(())
+        first = first.lerp(step, 1 - self.betas[0])
+        second = second.lerp(step.square(), 1 - self.betas[1])
+        count = count + 1
+        corrected = (second / (1 - self.betas[1] ** int(count))).sqrt() + self.epsilon
+        direction = (first / (1 - self.betas[0] ** int(count))) / corrected
+        self.state[group.name] = score - self.settings.score_learning_rate * direction
+        for key, value in (("exp_avg", first), ("exp_avg_sq", second), ("step", count)):
+            self.state[f"{group.name}.{key}"] = value
+
+    def penalty_gradient(self, score: Tensor) -> Tensor:
+        """The gradient of a penalty on S, `[units]`."""
+        return torch.zeros_like(score)
+
+    def _weight(self, target: Target) -> Tensor:
+        """W: the values that masked weights left with, and the parameter elsewhere."""
+        kept = self.values.get(target.name)
+        return weight(target) if kept is None else weight(target) + target.matrix(kept)
+
+
+class SoftMovement(Movement):
+    """Movement scored by σ(S), with λ·r·mean σ(S) added to the loss, where r says how far the schedule is (Sanh et al. 2020,
+    section 4.2).
+
+    With `scope="threshold"` a unit goes when σ(S) is at most τ·r, so λ decides how many do. Under `regularization="auto"` λ is
+    steered: the score halfway between the last head (neuron, unit) that shall go and the first that shall stay is brought down to
+    logit(τ), where it arrives when r is 0.9. Adam moves a score by about its learning rate at most, whatever the gradient, so a
+    proportional and integral controller works on that scale: with e = gap/(10·rate), the drift wanted is e plus 0.03 of its sum
+    over the steps, in shares of the rate, and λ makes the penalty that many times as large as the root mean square of the score
+    gradients. λ is negative while scores have to be held up.
+    """
+
+    proportional, integral, largest, settle = 0.1, 0.03, 3.0, 0.9
+
+    def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
+        self._groups = list(groups)
+        self._units = sum(group.num_units for group in self._groups)
+        self._progress = 0.0
+
+    def begin_step(self, progress: float) -> None:
+        self._progress = progress
+        if self.settings.regularization == "auto":
+            self._steer()
+
+    @property
+    def regularization(self) -> float:
+        """λ at this step."""
+        given = self.settings.regularization
+        return float(self.state.get("regularization", 0.0)) if given == "auto" else float(given)
+
+    def penalty_gradient(self, score: Tensor) -> Tensor:
+        probability = score.sigmoid()
+        return self.regularization * self._progress * probability * (1 - probability) / self._units
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        return super().scores(group).sigmoid()
+
+    def figures(self) -> dict[str, float]:
+        if not self.state:
+            return {}
+        mean = sum(float(self.scores(group).sum()) for group in self._groups) / self._units
+        return {"regularization": self.regularization, "penalty": self.regularization * self._progress * mean}
+
+    def _steer(self) -> None:
+        """Set λ for the step at hand."""
+        names = [group.name for group in self._groups]
+        if self._progress == 0 or names[0] not in self.state:
+            return
+        threshold, rate = float(self.settings.threshold or 0), self.settings.score_learning_rate
+        boundary = _boundary(*whole_scores(self._groups, [self.state[name] for name in names]), self.settings.target_sparsity)
+        reference = math.log(threshold / (1 - threshold)) * min(self._progress / self.settle, 1.0)
+        gap = (boundary - reference) / rate * self.proportional
+        summed = _clipped(float(self.state.get("gaps", 0.0)) + self.integral * gap, self.largest)
+        drift = _clipped(gap + summed, self.largest)
+        squares = sum(float(self.state[f"{name}.exp_avg_sq"].sum()) for name in names) / self._units
+        scale = math.sqrt(squares / (1 - self.betas[1] ** int(self.state[f"{names[0]}.step"])))
+        slope = 1 / (2 + 2 * math.cosh(boundary))
+        self.state["gaps"] = torch.tensor(summed, dtype=torch.float64)
+        self.state["regularization"] = torch.tensor(drift * scale * self._units / slope / self._progress, dtype=torch.float64)
+
+
+def _clipped(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))
+
+
+def _boundary(scores: Tensor, sizes: Tensor, share: float) -> float:
+    """The score halfway between the lowest ones that make up `share` of the sizes, as nearly as can be, and the others."""
+    ordered, order = scores.double().sort()
+    spent = torch.cat([sizes.new_zeros(1), sizes[order]]).double().cumsum(0)
+    count = int((spent - share * spent[-1]).abs().argmin())
+    margin = ordered.new_tensor(0.1)
+    padded = torch.cat([ordered[:1] - margin, ordered, ordered[-1:] + margin])
+    return float(padded[count : count + 2].mean())

@@ -1,0 +1,38 @@
+"""Criteria that read the weights alone, or nothing at all."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from ...model.targets import Target
+from ...model.units import UnitGroup
+from .base import Criterion, weight
+
+
+class Magnitude(Criterion):
+    """|w| (Han et al. 2015, https://arxiv.org/abs/1506.02626): the L1 norm, or with `reduction="l2"` the L2 norm."""
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        return self.reduce(group, lambda target: weight(target).abs())
+
+
+class Random(Criterion):
+    """A number drawn once for each unit, from its group's name: a baseline that needs no seed to be the same everywhere."""
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
+        return torch.rand(group.num_units, generator=generator).to(group.device)
+
+
+class FPGM(Criterion):
+    """Σ_j ‖w_i − w_j‖₂ over the rows of a matrix: rows near the geometric median go (He et al. 2019, https://arxiv.org/abs/1811.00250)."""
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        def distances(target: Target) -> Tensor:
+            rows = weight(target).float()
+            return torch.cdist(rows, rows).sum(dim=1, keepdim=True)
+
+        return group.reduce(distances, self.reduction, [view for view in group.weights if view.owns_rows])

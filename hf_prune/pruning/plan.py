@@ -1,0 +1,207 @@
+"""What a pruner will do, module by module and step by step, and what `condense` will make of it, before it does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from ..measure.tables import as_text, table_of_modules
+from ..model.units import UnitGroup
+from ..settings.patterns import parse_pattern
+from .allocation import least_removed, most_removable
+from .rules import Rule
+
+#: Patterns whose units `condense` cuts out, each of them.
+CONDENSABLE = frozenset({"head", "kv_group", "neuron", "block", "layer"})
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """The effective setting of one module or block.
+
+    `sparsity` is what it will have at the end: its own target under local scope; under global scope the share of all modules
+    of the rule together, each between `min_sparsity` and `max_sparsity`. `units_left` are the fewest and the most units that can
+    be left at the end: equal under local scope, while under the others scores decide.
+    """
+
+    name: str
+    rule: str
+    pattern: str
+    criterion: str
+    scope: str
+    schedule: str
+    units: int
+    weights: int
+    sparsity: float | None
+    min_sparsity: float
+    max_sparsity: float
+    units_left: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PlannedRule:
+    """The timetable of a rule, in optimizer steps of the run.
+
+    Attributes:
+        name: `"rules[0]"` and so on, or `"config"`.
+        schedule: how sparsity rises.
+        steps: of the run.
+        warmup: steps before pruning may begin.
+        first_update, last_update: the steps after which masks change for the first and the last time; 0 if they never do.
+        updates: how often they change.
+        recovery: steps after the last update.
+        concerns: what is allowed and yet perhaps not what was meant.
+    """
+
+    name: str
+    schedule: str
+    steps: int
+    warmup: int
+    first_update: int
+    last_update: int
+    updates: int
+    recovery: int
+    concerns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What will be pruned and when, what is left out with its reason, and what condensing saves. Prints as tables.
+
+    Attributes:
+        groups: the modules and blocks.
+        left_out: module or block → reason.
+        rules: their timetables.
+        parameters: how many the pruned modules have.
+        condensed_parameters: about how many of them are left after `condense`; zeros that it cannot cut out count as left, and so
+            does everything under threshold scope.
+        sparsity: what logs, report and card will call so at the end: the share of zeros in the weights of the model's body.
+    """
+
+    groups: tuple[PlannedGroup, ...]
+    left_out: Mapping[str, str]
+    rules: tuple[PlannedRule, ...]
+    parameters: int
+    condensed_parameters: int
+    sparsity: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "groups": [asdict(group) for group in self.groups],
+            "left_out": dict(self.left_out),
+            "rules": [asdict(rule) for rule in self.rules],
+            "parameters": self.parameters,
+            "condensed_parameters": self.condensed_parameters,
+            "sparsity": self.sparsity,
+        }
+
+    def __rich__(self) -> Group:
+        concerns = (concern for rule in self.rules for concern in rule.concerns)
+        tables = (self._modules(), self._rules(), self._timetable(), self._left_out())
+        return Group(*(table for table in tables if table.row_count), *concerns)
+
+    def _modules(self) -> Table:
+        saved = f"{self.parameters:,} parameters in these modules, about {self.condensed_parameters:,} after condensing"
+        title = f"Pruning plan: {self.sparsity:.2%} of the body's weights will be zero"
+        table = table_of_modules(title, "module", "rule", "units", "weights", "target", "condensed", caption=saved)
+        for group in self.groups:
+            figure = f"at most {group.max_sparsity:.0%}" if group.sparsity is None else f"{group.sparsity:.1%}"
+            fewest, most = group.units_left
+            left = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+            condensed = left if parse_pattern(group.pattern).kind in CONDENSABLE else ""
+            table.add_row(group.name, group.rule, f"{group.units:,}", f"{group.weights:,}", figure, condensed)
+        return table
+
+    def _rules(self) -> Table:
+        table = Table("rule", "pattern", "criterion", "scope", "schedule", title="Rules", box=box.SIMPLE)
+        for row in dict.fromkeys(
+            (group.rule, group.pattern, group.criterion, group.scope, group.schedule) for group in self.groups
+        ):
+            table.add_row(*row)
+        return table
+
+    def _timetable(self) -> Table:
+        title = f"Timetable in {self.rules[0].steps:,} steps" if self.rules else "No mask changes"
+        table = table_of_modules(title, "rule", "warm-up", "updates", "first", "last", "recovery")
+        for rule in self.rules:
+            steps = (rule.warmup, rule.updates, rule.first_update, rule.last_update, rule.recovery)
+            table.add_row(rule.name, *(f"{count:,}" for count in steps))
+        return table
+
+    def _left_out(self) -> Table:
+        table = Table(title="Left out", box=box.SIMPLE)
+        table.add_column("module", overflow="fold")
+        table.add_column("because")
+        for name, reason in self.left_out.items():
+            table.add_row(name, reason)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str], sparsity: float) -> PruningPlan:
+    """The plan of matched rules, that make up for `sparsity` of the weights of the model's body."""
+    groups, planned = [], []
+    #: Parameter name → share that is left of it after condensing, and its size.
+    left: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    for rule in rules:
+        settings, timeline, updates = rule.settings, rule.timeline, rule.timeline.updates
+        bounded = settings.scope == "global"
+        cut = parse_pattern(str(settings.pattern)).kind in CONDENSABLE and settings.scope != "threshold"
+        density: dict[str, float] = {}
+        for group in rule.groups:
+            fewest, most = _units_left(rule, group)
+            share = fewest / group.num_units if settings.scope == "local" else 1 - settings.target_sparsity
+            for target in (view.target for view in (*group.weights, *group.biases)):
+                sizes[target.name] = target.parameter.numel()
+                density[target.name] = share if cut else 1.0
+            groups.append(
+                PlannedGroup(
+                    name=group.name,
+                    rule=rule.name,
+                    pattern=str(settings.pattern),
+                    criterion=settings.criterion,
+                    scope=settings.scope,
+                    schedule=settings.schedule,
+                    units=group.num_units,
+                    weights=group.size,
+                    sparsity=None if settings.scope == "threshold" else settings.target_sparsity,
+                    min_sparsity=settings.min_sparsity_per_module if bounded else 0.0,
+                    max_sparsity=1.0 if settings.scope == "local" else settings.max_sparsity_per_module,
+                    units_left=(fewest, most),
+                )
+            )
+        left |= {name: left.get(name, 1.0) * share for name, share in density.items()}
+        planned.append(
+            PlannedRule(
+                name=rule.name,
+                schedule=settings.schedule,
+                steps=timeline.total,
+                warmup=timeline.begin,
+                first_update=updates[0] if updates else 0,
+                last_update=updates[-1] if updates else 0,
+                updates=len(updates),
+                recovery=timeline.recovery,
+                concerns=tuple(rule.concerns),
+            )
+        )
+    parameters, condensed = sum(sizes.values()), round(sum(left[name] * size for name, size in sizes.items()))
+    return PruningPlan(tuple(groups), dict(left_out), tuple(planned), parameters, condensed, sparsity)
+
+
+def _units_left(rule: Rule, group: UnitGroup) -> tuple[int, int]:
+    """The fewest and the most units of a group that can be left at the end."""
+    settings, number = rule.settings, group.num_units
+    if settings.scope == "local":
+        left = number - min(round(settings.target_sparsity * number), group.max_removable)
+        return left, left
+    fewest = number - most_removable(group, settings.max_sparsity_per_module)
+    return fewest, number - least_removed(group, settings.min_sparsity_per_module)

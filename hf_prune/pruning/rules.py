@@ -1,0 +1,342 @@
+"""A config matched to a model and a run: which units each rule prunes and when, everything checked before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Block, find_blocks
+from ..model.sharding import is_sharded, is_tensor_parallel
+from ..model.targets import body_prefixes, check_names, names_module, selector, weights
+from ..model.units import UnitGroup
+from ..model.wrappers import transformers_models
+from ..settings.config import GRADIENT_CRITERIA, PruningConfig
+from ..settings.errors import PruningConfigError
+from ..settings.patterns import STRUCTURAL_PATTERNS, parse_pattern
+from .allocation import least_removed, most_removable
+from .criteria.activations import ActivationCriterion
+from .criteria.base import Criterion
+from .criteria.registry import CRITERIA
+from .patterns import build_groups
+from .schedules import Timeline, phases, spacing
+
+#: Sparsity that rises in fewer updates than these comes as a shock.
+_FEW_UPDATES = 3
+
+#: A share that rounding to whole units misses by more than this deserves a word.
+_NOTICEABLE = 0.005
+
+
+@dataclass
+class Rule:
+    """A rule at work.
+
+    Attributes:
+        name: `"rules[0]"` and so on, or `"config"` for the config's own settings.
+        settings: a complete config without rules.
+        groups: the units it ranks.
+        criterion: how it ranks them.
+        timeline: when its masks change, and to what sparsity.
+        kept: bool `[units]` for each group, the units left.
+        removed_any: whether a unit is gone, so that masking has something to do.
+        asked: the sparsity asked for at the last mask update; it never falls.
+    """
+
+    name: str
+    settings: PruningConfig
+    groups: list[UnitGroup]
+    criterion: Criterion
+    timeline: Timeline
+    kept: list[Tensor] = field(default_factory=list)
+    removed_any: bool = False
+    asked: float = 0.0
+
+    def keep(self, kept: list[Tensor]) -> None:
+        """Set the units left."""
+        self.kept = kept
+        self.removed_any = not all(bool(keep.all()) for keep in kept)
+
+    def progress(self, step: int) -> float:
+        """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
+        return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
+
+    def behind(self, step: int) -> bool:
+        """Whether the last mask update that was due up to `step` did not happen: the step was skipped, or the run began later."""
+        return self.asked < self.timeline.sparsity(self.timeline.last_due(step))
+
+    def due(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only where more is pruned."""
+        return self.behind(step) or (self.timeline.is_due(step) and self.settings.schedule != "lottery")
+
+    def over(self, step: int) -> bool:
+        """Whether the last mask update has happened."""
+        return step >= self.timeline.last_update and not self.behind(step)
+
+    def summary(self) -> str:
+        """Pattern, target, steps and number of updates, in words."""
+        updates, settings = self.timeline.updates, self.settings
+        target = f"scores up to {settings.threshold:g}" if settings.scope == "threshold" else f"{settings.target_sparsity:.2%}"
+        when = f"from step {updates[0]} to {updates[-1]} in {len(updates)} updates" if updates else "never"
+        return f"{settings.pattern} {target}, {when}"
+
+    @property
+    def concerns(self) -> list[str]:
+        """What is allowed and yet not what was meant: a timetable that harms the model, shares that rounding to units misses."""
+        updates, total, settings, found = self.timeline.updates, self.timeline.total, self.settings, []
+        if updates and settings.schedule != "constant" and len(updates) < min(_FEW_UPDATES, settings.updates or _FEW_UPDATES):
+            given = f"updates={settings.updates}" if settings.updates else f"frequency={settings.frequency}"
+            found.append(
+                f"{self.name}: {given} makes {len(updates)} mask update{'s' * (len(updates) > 1)} (at step "
+                f"{', '.join(map(str, updates))} of {total}), so much goes at once; more and smaller updates harm a model less. "
+                "Prune more often, or train longer."
+            )
+        if updates and self.timeline.recovery < 1:
+            found.append(
+                f"{self.name}: the last mask update is after the last of the run's {total} steps, so no step is left for the model "
+                "to recover. Give cooldown_steps, or train longer."
+            )
+        for group in self.groups if settings.scope == "global" else ():
+            number, floor = group.num_units, settings.min_sparsity_per_module
+            gone = least_removed(group, floor)
+            if floor - gone / number > _NOTICEABLE:
+                found.append(
+                    f"{self.name}: min_sparsity_per_module={floor} rounds to {gone} of the {number} units of {group.name}; the "
+                    f"nearest shares are {gone / number:.4g} and {(gone + 1) / number:.4g}."
+                )
+        for group in self.groups if settings.scope == "local" else ():
+            number, target = group.num_units, settings.target_sparsity
+            if target and round(target * number) == 0:
+                found.append(
+                    f"{self.name}: target_sparsity={target} rounds to none of the {number} units of {group.name}; the nearest "
+                    f"share above is {1 / number:.4g}."
+                )
+        return found
+
+    @property
+    def size(self) -> int:
+        """Weights of its groups."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the weights it prunes, each once."""
+        return list(dict.fromkeys(view.target.name for group in self.groups for view in group.weights))
+
+
+def match_rules(
+    model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None
+) -> tuple[list[Rule], dict[str, str]]:
+    """Match a config's rules to the model and the run.
+
+    Returns:
+        The rules, and what is left out: module or block name → reason.
+
+    Raises:
+        PruningConfigError: the config does not fit the model or the run.
+    """
+    known_weights = list(weights(model))
+    modules = {weight.name: weight.module for weight in known_weights if not weight.left_out}
+    others = {weight.name: weight.left_out for weight in known_weights if weight.left_out}
+    if not modules:
+        raise PruningConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
+    resolved = config.resolved_rules()
+    structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
+    blocks = find_blocks(model) if structural else []
+    body = body_prefixes(model)
+    known = [*modules, *others, *(block.name for block in blocks)]
+    model_type = next((str(inside.config.model_type) for inside in transformers_models(model).values()), "")
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    tied = {parameter for parameter, count in owners.items() if count > 1}
+    rules: list[Rule] = []
+    left_out = dict(others)
+    named: dict[str, dict[int, str]] = {}
+    for name, settings in resolved.items():
+        check_names(settings.target_modules, known, f"{name}.target_modules", model_type)
+        check_names(settings.exclude_modules, known, f"{name}.exclude_modules", model_type)
+        taken = set(named) if name == "config" else set()
+        selects = selector(model, settings.target_modules, settings.exclude_modules, f"{name}.target_modules")
+        selected = {key: module for key, module in modules.items() if selects(key) and key not in taken}
+        named_others = {key: reason for key, reason in others.items() if selects(key) and key not in taken}
+        chosen = [block for block in blocks if _selects_block(settings, block, taken)]
+        if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
+            allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
+            raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
+        groups, reasons = _groups(name, settings, selected, chosen, tied, named_others)
+        left_out |= reasons
+        if not groups and name == "config" and taken:
+            continue
+        if not groups:
+            why = "; ".join(f"{module}: {reason}" for module, reason in reasons.items()) or "no such module in this model"
+            raise PruningConfigError(f"{name}.pattern", settings.pattern, f"finds nothing to prune ({why}).")
+        level = parse_pattern(str(settings.pattern)).level
+        for module in dict.fromkeys(view.target.module_name for group in groups for view in group.weights):
+            if (other := named.setdefault(module, {}).get(level)) is not None:
+                allowed = f"{other} names {module!r} already, with a pattern of the same level; exclude it from one of them."
+                raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+            named[module][level] = name
+        rules.append(_rule(name, settings, groups, _timeline(name, settings, total_steps, steps_per_epoch)))
+    for module in modules:
+        if module not in named and module not in left_out:
+            left_out[module] = (
+                "no rule names it" if module.startswith(body) else "it is no part of the model's body, and no rule names it"
+            )
+    return rules, left_out
+
+
+def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline: Timeline) -> Rule:
+    _check_reachable(name, settings, groups)
+    _check_score_rate(name, settings, timeline)
+    if settings.initial_sparsity != "from_model":
+        _check_rounding(name, settings, groups)
+    kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
+    if settings.initial_sparsity == "from_model":
+        kept = alive_units(groups)
+    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings), timeline)
+    rule.keep(kept)
+    return rule
+
+
+def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
+    """The units that have a weight which is not zero, bool `[units]` for each group."""
+    return [group.reduce(lambda target: target.weight() != 0, "max") > 0 for group in groups]
+
+
+def _groups(
+    name: str,
+    settings: PruningConfig,
+    modules: Mapping[str, nn.Module],
+    blocks: list[Block],
+    tied: set[int],
+    others: Mapping[str, str],
+) -> tuple[list[UnitGroup], dict[str, str]]:
+    """The unit groups of a rule, and what it leaves out.
+
+    Args:
+        tied: ids of the parameters that several modules share.
+        others: the weights that the rule names and that cannot be pruned, with the reason; a structural pattern names blocks.
+    """
+    pattern = parse_pattern(str(settings.pattern))
+    try:
+        groups, left_out = build_groups(pattern, modules.items(), blocks)
+    except ValueError as error:
+        raise PruningConfigError(
+            f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}"
+        ) from None
+    for target in (view.target for group in groups for view in group.weights):
+        if not target.parameter.is_floating_point():
+            allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and is_sharded(target.parameter):
+            allowed = f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; do one of the two."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+        if target.adapter is not None and id(target.parameter) in tied:
+            allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
+            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+    if settings.criterion in GRADIENT_CRITERIA:
+        frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
+        left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
+        groups = [group for group in groups if group not in frozen]
+    if pattern.kind not in STRUCTURAL_PATTERNS:
+        left_out |= others
+    if left_out and settings.target_modules is not None:
+        module, reason = next(iter(left_out.items()))
+        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
+    return groups, left_out
+
+
+def _selects_block(settings: PruningConfig, block: Block, taken: set[str]) -> bool:
+    """A block is named by its own name or by that of any of its projections, and excluded likewise."""
+    names = [block.name, *(projection.name for projection in block.projections)]
+    if any(name in taken for name in names) or any(names_module(settings.exclude_modules, name) for name in names):
+        return False
+    return settings.target_modules is None or any(names_module(settings.target_modules, name) for name in names)
+
+
+def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, steps_per_epoch: float | None) -> int | None:
+    """The steps of a phase, or None when the config leaves them open."""
+    epochs: float | None = getattr(settings, f"{phase}_epochs")
+    steps: float | None = getattr(settings, f"{phase}_steps")
+    if epochs:
+        if steps_per_epoch is None:
+            raise PruningConfigError(f"{name}.{phase}_epochs", epochs, "needs steps_per_epoch, or give it in steps.")
+        return round(epochs * steps_per_epoch)
+    if steps is None:
+        return None if epochs is None else 0
+    return round(steps * total_steps) if steps < 1 else int(steps)
+
+
+def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_epoch: float | None) -> Timeline:
+    """The rule's updates in steps of this run.
+
+    Raises:
+        PruningConfigError: warm-up and cool-down leave no step for pruning.
+    """
+    given = [_in_steps(name, settings, phase, total_steps, steps_per_epoch) for phase in ("warmup", "cooldown")]
+    begin, cooldown = phases(total_steps, *given)
+    end = total_steps - cooldown
+    if end <= begin:
+        phase = "warmup" if given[0] else "cooldown"
+        field = f"{phase}_epochs" if getattr(settings, f"{phase}_epochs") else f"{phase}_steps"
+        allowed = (
+            f"warm-up ({begin} steps) and cool-down ({cooldown} steps) must leave at least one of the run's {total_steps} steps."
+        )
+        raise PruningConfigError(f"{name}.{field}", getattr(settings, field), allowed)
+    return Timeline(
+        total=total_steps,
+        begin=begin,
+        end=end,
+        frequency=spacing(end - begin, settings.schedule, settings.frequency, settings.updates),
+        schedule=settings.schedule,
+        initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
+        target=settings.target_sparsity,
+    )
+
+
+def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
+    """Raise if caps leave too little to prune under global scope."""
+    if settings.scope != "global":
+        return
+    cap, target = settings.max_sparsity_per_module, settings.target_sparsity
+    total = sum(group.num_units * group.unit_size for group in groups)
+    most = sum(most_removable(group, cap) * group.unit_size for group in groups)
+    if target * total - most >= max(group.unit_size for group in groups):
+        allowed = (
+            f"is out of reach: with max_sparsity_per_module={cap} at most {most / total:.4f} of these modules can go "
+            f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
+        )
+        raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+
+
+def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
+    """Raise if the target is less than half a unit everywhere, so that nothing would go."""
+    target = settings.target_sparsity
+    if settings.scope == "threshold" or not target:
+        return
+    if settings.scope == "local":
+        wanted = max(target * group.num_units for group in groups)
+        smallest = 1 / max(group.num_units for group in groups)
+    else:
+        size, total = min(group.unit_size for group in groups), sum(group.size for group in groups)
+        wanted, smallest = target * total / size, size / total
+    if round(wanted) == 0:
+        number = round(1 / smallest)
+        allowed = (
+            f"is {wanted:.2g} of {number} units and rounds to none; the nearest share that can be reached is {smallest:.4g} "
+            f"(1 unit of {number}{' in a module' if settings.scope == 'local' else ''})."
+        )
+        raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+
+
+def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) -> None:
+    """Raise if movement scores, which start at 0 and change by their learning rate a step, cannot come down to the threshold."""
+    if settings.regularization != "auto" or settings.threshold is None:
+        return
+    way, steps = abs(math.log(settings.threshold / (1 - settings.threshold))), timeline.last_update - timeline.begin
+    if steps * settings.score_learning_rate < 2 * way:
+        allowed = f"must be at least {2 * way / steps:.2g} to bring scores to threshold={settings.threshold} in {steps} steps."
+        raise PruningConfigError(f"{name}.score_learning_rate", settings.score_learning_rate, allowed)

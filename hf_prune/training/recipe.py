@@ -1,0 +1,540 @@
+"""Fine-tune, prune attention, distil, prune the feed-forward blocks, distil: as one job that goes on where it was stopped.
+
+A [`Recipe`] is a list of [`Stage`]s. Each starts from the model that the one before saved, trains it with a Trainer and an
+optimizer of its own, condenses what was pruned, and saves the model with its figures. It is the process of NNI's "Pruning
+Transformer"; its hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from datasets import Dataset
+from rich.table import Table
+from transformers import (
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..condense import condense, condense_plan, drop_layers, layer_counts
+from ..distillation import DistillationConfig, DistillationTrainer, add_teacher_logits
+from ..distillation.cache import IGNORED_FIELDS
+from ..measure.latency import compare
+from ..measure.sparsity import evaluated
+from ..measure.tables import as_text
+from ..model import AttentionBlock, FeedForwardBlock, find_blocks, spec_for
+from ..model.masks import count_zeros
+from ..model.targets import Target, body_prefixes, weight_target
+from ..pruning import recover
+from ..pruning.criteria.registry import CRITERIA
+from ..settings.checks import check_share, check_type, check_types, dataclass_from_dict, dataclass_from_json_file
+from ..settings.config import PruningConfig, PruningRule
+from ..settings.errors import PruningConfigError, closest, within
+from .callback import PruningCallback
+from .checkpoints import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+RESULT_NAME = "stage_result.json"
+RECOVER = ("before", "trained")
+
+
+@dataclass
+class Stage:
+    """One stage of a recipe.
+
+    Args:
+        name: of its folder and its row in the table.
+        training: fields of `TrainingArguments` that differ from the recipe's.
+        pruning: fields of a [`PruningConfig`]; without, nothing is pruned.
+        distillation: fields of a [`DistillationConfig`]; the teacher is the recipe's dense model.
+        dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
+        recover: after pruning blocks by role, what becomes of a head (or neuron) of which some blocks are left: it gets all its
+            weights back, as they were `"before"` the stage, like all others of the model, or as `"trained"`. Needs criteria whose
+            weights come back (movement).
+        neurons_per_head: prune the neurons of each layer to this share of the share of its heads that are left, as NNI does
+            with 0.5. `pruning` then needs no target.
+        drop_layers: remove layers that have no head left. This changes what the model computes, so train after it.
+        pad_to_multiple_of: see [`condense`].
+
+    Raises:
+        PruningConfigError: a field cannot be used.
+    """
+
+    name: str
+    training: dict[str, Any] = field(default_factory=dict)
+    pruning: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
+    dropout: float | None = None
+    recover: str | None = None
+    neurons_per_head: float | None = None
+    drop_layers: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.name or Path(self.name).name != self.name:
+            raise PruningConfigError("name", self.name, "must be a name that can be a folder's.")
+        _check_training(self.training)
+        if self.dropout is not None:
+            check_share("dropout", self.dropout)
+        if self.distillation is not None:
+            with within("distillation."):
+                DistillationConfig.from_dict(self.distillation)
+        if self.neurons_per_head is not None and (not 0 < self.neurons_per_head <= 1 or self.pruning is None):
+            raise PruningConfigError("neurons_per_head", self.neurons_per_head, "must be in (0, 1], in a stage with pruning.")
+        with within("pruning."):
+            config = self.config({"layer": 0.5})
+        if self.recover is not None:
+            _check_recover(self.recover, config)
+
+    def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
+        """The stage's pruning, under `neurons_per_head` with a rule for the neurons of each block. `sparsity`: by block name."""
+        if self.pruning is None or self.neurons_per_head is None:
+            return None if self.pruning is None else PruningConfig.from_dict(self.pruning)
+        rules = [PruningRule([name], pattern="neuron", target_sparsity=share) for name, share in sparsity.items()]
+        return PruningConfig.from_dict({"scope": "local", **self.pruning, "rules": rules})
+
+
+@dataclass
+class Recipe:
+    """Stages in their order.
+
+    Args:
+        stages: the stages.
+        metric: the metric of the table, without `eval_`.
+        training: fields of `TrainingArguments` for all stages.
+
+    Raises:
+        PruningConfigError: a field cannot be used; the message names stage and field.
+    """
+
+    stages: list[Stage]
+    metric: str = "loss"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check_training(self.training)
+        stages = []
+        for index, stage in enumerate(self.stages):
+            with within(f"stages[{index}]."):
+                stages.append(stage if isinstance(stage, Stage) else dataclass_from_dict(Stage, stage))
+        self.stages = stages
+        names = [stage.name for stage in stages]
+        if not names or len(set(names)) < len(names):
+            raise PruningConfigError("stages", names, "must be one or more, each with a name of its own.")
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> Recipe:
+        """Read a recipe; unknown keys are errors."""
+        return dataclass_from_json_file(cls, path)
+
+    def only(self, names: Sequence[str]) -> Recipe:
+        """The recipe with these stages alone.
+
+        Raises:
+            PruningConfigError: there is no such stage.
+        """
+        known = [stage.name for stage in self.stages]
+        for name in names:
+            if name not in known:
+                raise PruningConfigError("stages", name, f"must be one of {', '.join(known)}.", closest(name, known))
+        return replace(self, stages=[stage for stage in self.stages if stage.name in names])
+
+    def without_distillation(self) -> Recipe:
+        """The recipe with the task loss alone, to compare with."""
+        return replace(self, stages=[replace(stage, distillation=None) for stage in self.stages])
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage ended with.
+
+    Attributes:
+        name: the stage's.
+        sparsity: share of the dense model's attention and feed-forward weights that are gone or zero.
+        metrics: of the evaluation data, in float32, without `eval_`.
+        parameters: of the model.
+        latency_ratio: CPU time of the dense model over that of this one, for 8 full rows of 128 tokens; see [`compare`].
+        heads, neurons: how many each attention and feed-forward block has.
+    """
+
+    name: str
+    sparsity: float
+    metrics: dict[str, float]
+    parameters: int
+    latency_ratio: float
+    heads: list[int]
+    neurons: list[int]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The results of all stages, dense model first. Prints as a table in the row format of NNI's."""
+
+    rows: tuple[StageResult, ...]
+    metric: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.metric} against the dense model")
+        for column in ("stage", "total sparsity", self.metric, "drop", "parameters", "latency ratio"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        dense = self.rows[0].metrics[self.metric]
+        for row in self.rows:
+            value = row.metrics[self.metric]
+            cells = (
+                f"{row.sparsity:.2%}",
+                f"{value:.4f}",
+                f"{value - dense:+.4f}",
+                f"{row.parameters:,}",
+                f"x{row.latency_ratio:.2f}",
+            )
+            table.add_row(row.name, *cells)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+@dataclass
+class Pipeline:
+    """Runs a recipe.
+
+    Each stage has a folder `NN-name` in `args.output_dir` with its model and `stage_result.json`. A stage that has its result is
+    not run again; one that was killed goes on from its last complete checkpoint. `00-start` has the model that the recipe began
+    with, all of it or nothing; it cannot go on with another one. The dense model, which figures are compared with
+    and which teaches, is the one after the first stages without pruning, or the one given when the first stage prunes.
+
+    Args:
+        recipe: what to do.
+        model: the model to start from; it is saved, not changed.
+        args: the training arguments that the recipe's and the stages' are laid over; `output_dir` is the pipeline's.
+        train_dataset, eval_dataset: tokenized.
+        data_collator, processing_class, compute_metrics: as for the Trainer.
+    """
+
+    recipe: Recipe
+    model: PreTrainedModel
+    args: TrainingArguments
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    data_collator: Callable[[list[Any]], dict[str, Any]]
+    processing_class: PreTrainedTokenizerBase | None = None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+
+    def run(self) -> PipelineResult:
+        """Run what is left to do; return the figures of all stages.
+
+        Every stage that is left is first set up with the model to start from, and that model evaluated, so that a recipe that
+        cannot be run fails before anything is trained.
+
+        Raises:
+            PruningConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
+                were run with other settings or another model.
+        """
+        dense = folder = self._begin()
+        for index, stage in enumerate(self.recipe.stages):
+            if not (self._folder(index + 1, stage.name) / RESULT_NAME).is_file():
+                with within(f"stages[{index}]."):
+                    self._check(stage, folder)
+        results = [self._start(folder)]
+        if self.recipe.metric not in (known := results[0].metrics):
+            allowed = f"must be one of {', '.join(known)}."
+            raise PruningConfigError("metric", self.recipe.metric, allowed, closest(self.recipe.metric, known))
+        pruned = False
+        for number, stage in enumerate(self.recipe.stages, start=1):
+            before, folder = folder, self._folder(number, stage.name)
+            pruned |= stage.pruning is not None
+            results.append(self._stage(stage, before, folder, dense if pruned or stage.distillation else folder))
+            if not pruned:
+                dense, results = folder, results[-1:]
+        return PipelineResult(tuple(results), self.recipe.metric)
+
+    # ---------------------------------------------------------------------------------------------------------------- stages
+
+    def _begin(self) -> Path:
+        """The folder of the model to start from, which is written if it is not there.
+
+        Raises:
+            PruningConfigError: it holds another model.
+        """
+        folder = self._folder(0, "start")
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._save(self.model, unfinished)
+            unfinished.replace(folder)
+        elif differing := _differing(self._load(folder), self.model):
+            message = f"is not the one that this recipe began with: {', '.join(differing[:3])} are others"
+            if any(name.startswith(("config.", *body_prefixes(self.model))) for name in differing):
+                allowed = f"{message}. Choose another output_dir, or give the model in {folder}."
+                raise PruningConfigError("model", type(self.model).__name__, allowed)
+            # A head that is new is another one each time that it is made.
+            logger.warning("The model given %s. The recipe goes on with the one in %s.", message, folder)
+        return folder
+
+    def _check(self, stage: Stage, start: Path) -> None:
+        """Set a stage up with the model in `start`, as far as nothing is trained.
+
+        Raises:
+            PruningConfigError: the stage cannot be run.
+        """
+        model = self._load(start, stage.dropout)
+        if stage.drop_layers:
+            with within("drop_layers: "):
+                layer_counts(spec_for(model.config.model_type))
+        if stage.pruning is not None:
+            with _refused("pruning", stage.pruning):
+                condense_plan(model, stage.pad_to_multiple_of)
+        training = self._training(stage)
+        with _refused("training", training):
+            args = self._arguments(start, training)
+            teacher = {} if stage.distillation is None else {"teacher": self._load(start)}
+            trainer = self._trainer(stage, args, model, [], teacher)
+            batches = trainer.get_train_dataloader()
+            trainer.create_optimizer_and_scheduler(num_training_steps=len(batches))
+        if (config := self._pruning(stage, model)) is not None:
+            with _refused("pruning", stage.pruning), within("pruning."):
+                PruningCallback(config).check(args, model, batches)
+
+    def _start(self, folder: Path) -> StageResult:
+        settings = {"name": "start"}
+        return _read(folder, settings) if (folder / RESULT_NAME).is_file() else self._finish(folder, settings, folder)
+
+    def _stage(self, stage: Stage, before: Path, folder: Path, dense: Path) -> StageResult:
+        settings = asdict(stage) | {"training": self._training(stage)}
+        if (folder / RESULT_NAME).is_file():
+            return _read(folder, settings)
+        args = self._arguments(folder, settings["training"])
+        set_seed(args.seed)
+        model = self._load(before, stage.dropout)
+        config = self._pruning(stage, model)
+        callbacks = [] if config is None else [PruningCallback(config)]
+        trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+        for callback in trainer.callback_handler.callbacks:  # from a checkpoint the Trainer may have made another one
+            if isinstance(callback, PruningCallback) and callback.pruner is not None:
+                if stage.recover is not None:
+                    trained = stage.recover == "trained"
+                    recover(model, callback.pruner.unmasked_weights() if trained else self._load(before).state_dict())
+                if stage.drop_layers:
+                    drop_layers(model)
+                condense(model, pad_to_multiple_of=stage.pad_to_multiple_of)
+        self._save(model, folder)
+        return self._finish(folder, settings, dense)
+
+    def _pruning(self, stage: Stage, model: PreTrainedModel) -> PruningConfig | None:
+        if stage.neurons_per_head is None:
+            return stage.config({})
+        heads = max(block.num_heads for block in find_blocks(self.model) if isinstance(block, AttentionBlock))
+        return stage.config(neuron_sparsity(model, heads, stage.neurons_per_head))
+
+    def _evaluating(self, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
+        """The arguments of a Trainer that evaluates."""
+        return {
+            "model": model,
+            "args": args,
+            "eval_dataset": self.eval_dataset,
+            "processing_class": self.processing_class,
+            "data_collator": self.data_collator,
+            "compute_metrics": self.compute_metrics,
+        }
+
+    def _trainer(
+        self,
+        stage: Stage,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        callbacks: list[PruningCallback],
+        teaching: Mapping[str, Any],
+    ) -> Trainer:
+        settings = {"train_dataset": self.train_dataset, "callbacks": callbacks, **self._evaluating(model, args), **teaching}
+        return (
+            Trainer(**settings) if stage.distillation is None else DistillationTrainer(**settings, distillation=stage.distillation)
+        )
+
+    def _teaching(self, stage: Stage, args: TrainingArguments, dense: Path) -> dict[str, Any]:
+        """What the Trainer of a stage with distillation is given besides: the teacher, or data with what the teacher says of it."""
+        if stage.distillation is None:
+            return {}
+        teacher = self._load(dense)
+        if DistillationConfig.from_dict(stage.distillation).needs_teacher:
+            return {"teacher": teacher}
+        batch, cache = args.per_device_eval_batch_size, Path(str(self.args.output_dir), "teacher_logits")
+        return {"train_dataset": add_teacher_logits(self.train_dataset, teacher, self.data_collator, batch, cache_dir=cache)}
+
+    def _finish(self, folder: Path, settings: Mapping[str, Any], dense: Path) -> StageResult:
+        """Evaluate and measure the saved model; write the result, which says that the stage is done, and drop its checkpoints."""
+        model, reference = self._load(folder), self._load(dense)
+        args = self._arguments(folder, {**self.recipe.training, "bf16": False, "fp16": False, "report_to": "none"})
+        metrics = evaluated(Trainer(**self._evaluating(model, args)).evaluate())
+        blocks = find_blocks(model)
+        (zeros, weights), (_, dense_weights) = (count_zeros(_weights(each)) for each in (model, reference))
+        result = StageResult(
+            name=str(settings["name"]),
+            sparsity=1 - (weights - zeros) / dense_weights,
+            metrics=metrics,
+            parameters=model.num_parameters(),
+            latency_ratio=compare(model.cpu(), reference).latency_ratio,
+            heads=[block.num_heads for block in blocks if isinstance(block, AttentionBlock)],
+            neurons=[block.num_neurons for block in blocks if isinstance(block, FeedForwardBlock)],
+        )
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        written = {"result": asdict(result), "settings": dict(settings)}
+        temporary = folder / f"{RESULT_NAME}.part"
+        temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / RESULT_NAME)
+        return result
+
+    # ---------------------------------------------------------------------------------------------------------------- files
+
+    def _folder(self, number: int, name: str) -> Path:
+        return Path(str(self.args.output_dir), f"{number:02}-{name}")
+
+    def _training(self, stage: Stage) -> dict[str, Any]:
+        return {**self.recipe.training, **stage.training}
+
+    def _arguments(self, folder: Path, training: Mapping[str, Any]) -> TrainingArguments:
+        kept = {"save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": False}
+        return replace(self.args, **{**kept, **training, "output_dir": str(folder)})
+
+    def _load(self, folder: Path, dropout: float | None = None) -> PreTrainedModel:
+        config = type(self.model.config).from_pretrained(folder)
+        if dropout is not None:
+            set_dropout(config, dropout)
+        model: PreTrainedModel = type(self.model).from_pretrained(folder, config=config)
+        return model
+
+    def _save(self, model: PreTrainedModel, folder: Path) -> None:
+        model.config.update(_dropouts(self.model.config))  # a stage's dropout is its own
+        model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ sizes and rates
+
+
+def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[str, float]:
+    """The sparsity of each feed-forward block whose layer keeps k of its `heads`: 1 − factor·k/heads, at most 0.98.
+
+    Args:
+        model: with its attention condensed.
+        heads: how many heads a layer had.
+        factor: NNI's is ½.
+    """
+    found = find_blocks(model)
+    left: dict[str, list[float]] = {}
+    for block in found:
+        if isinstance(block, AttentionBlock):
+            left.setdefault(block.layer, []).append(block.num_heads / heads)
+    shares = {layer: sum(values) / len(values) for layer, values in left.items()}
+    # No layer loses all its neurons here: without heads it may still be needed.
+    return {
+        block.name: min(1 - factor * shares.get(block.layer, 1.0), 0.98) for block in found if isinstance(block, FeedForwardBlock)
+    }
+
+
+def set_dropout(config: PreTrainedConfig, probability: float) -> None:
+    """Set every dropout probability of a model's config.
+
+    Raises:
+        PruningConfigError: it is not in [0, 1).
+    """
+    check_share("dropout", probability)
+    config.update(dict.fromkeys(_dropouts(config), probability))
+
+
+def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The dropout probabilities of a config by their names, such as `hidden_dropout_prob` or, in GPT-2, `attn_pdrop`."""
+    numbers = {name: value for name, value in config.to_dict().items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if re.search("dropout|pdrop", name)}
+
+
+def _differing(model: PreTrainedModel, other: PreTrainedModel) -> list[str]:
+    """The config's fields (`config.hidden_size`) and the tensors in which two models differ."""
+    differing = []
+    one, two = (json.loads(each.config.to_json_string(use_diff=False)) for each in (model, other))
+    for name in sorted((one.keys() | two.keys()) - IGNORED_FIELDS):
+        if one.get(name) != two.get(name):
+            differing.append(f"config.{name}")
+    mine, others = model.state_dict(), other.state_dict()
+    for name in sorted(mine.keys() | others.keys()):
+        tensor, given = mine.get(name), others.get(name)
+        if tensor is None or given is None or tensor.shape != given.shape or not torch.equal(tensor, given.to(tensor)):
+            differing.append(name)
+    return differing
+
+
+def _weights(model: PreTrainedModel) -> list[Target]:
+    """The weights of the attention and feed-forward blocks, a shared one once."""
+    modules = {id(part.module): part for block in find_blocks(model) for part in block.projections}
+    return [weight_target(part.name, part.module) for part in modules.values()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_recover(choice: str, config: PruningConfig | None) -> None:
+    """Raise unless the weights of all that is pruned can come back."""
+    if choice not in RECOVER:
+        raise PruningConfigError("recover", choice, f"must be one of {', '.join(RECOVER)}.", closest(choice, RECOVER))
+    used = {} if config is None else {name: rule.criterion for name, rule in config.resolved_rules().items()}
+    others = [f"{name} has {criterion!r}" for name, criterion in used.items() if not CRITERIA[criterion].regrows]
+    if others or not used:
+        regrowing = " or ".join(repr(name) for name, criterion in CRITERIA.items() if criterion.regrows)
+        raise PruningConfigError(
+            "recover", choice, f"needs pruning by criterion {regrowing}; {', '.join(others) or 'there is none'}."
+        )
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    """Raise unless names and types are those of `TrainingArguments`; the values are the Trainer's to judge."""
+    hints = get_type_hints(TrainingArguments)
+    known = {item.name for item in fields(TrainingArguments)} - {"output_dir"}
+    for name, value in training.items():
+        if name not in known:
+            raise PruningConfigError(f"training.{name}", value, "is not a field of TrainingArguments.", closest(name, known))
+        check_type(f"training.{name}", value, hints[name])
+
+
+@contextmanager
+def _refused(name: str, value: object) -> Iterator[None]:
+    """Whatever goes wrong inside is an error about a field."""
+    try:
+        yield
+    except PruningConfigError:
+        raise
+    except Exception as error:  # of transformers or torch, which have many kinds
+        raise PruningConfigError(name, value, f"cannot be used: {error}") from error
+
+
+def _read(folder: Path, settings: Mapping[str, Any]) -> StageResult:
+    """The result of a stage that was done before, with the same settings."""
+    written = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(dict(settings)))
+    differing = sorted(name for name in asked if asked[name] != written["settings"].get(name))
+    if differing:
+        allowed = f"was run with other settings for {', '.join(differing)}; choose another output_dir or delete {folder}."
+        raise PruningConfigError("stage", settings["name"], allowed)
+    return StageResult(**written["result"])
