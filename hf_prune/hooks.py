@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
+
+from .compat import when_imported, wrap
+
+_Path = str | os.PathLike[str]
 
 
 def install_reload_hook() -> None:
@@ -26,97 +26,58 @@ def install_reload_hook() -> None:
 
 
 def _wrap_models(module: Any) -> None:
-    _wrap(module.PreTrainedModel, "from_pretrained", first=_accept_config)
-    _wrap(module.PreTrainedModel, "post_init", first=_shrink)
+    wrap(module.PreTrainedModel, "from_pretrained", _accepting_config)
+    wrap(module.PreTrainedModel, "post_init", _shrinking)
 
 
 def _wrap_configs(module: Any) -> None:
-    _wrap(module.PreTrainedConfig, "from_dict", first=_accept_fields)
-    _wrap(module.PreTrainedConfig, "save_pretrained", first=_write_modeling_file)
-    _wrap(module.PreTrainedConfig, "to_json_file", then=_refuse_others)
+    wrap(module.PreTrainedConfig, "from_dict", _accepting_fields)
+    wrap(module.PreTrainedConfig, "save_pretrained", _writing_modeling_file)
+    wrap(module.PreTrainedConfig, "to_json_file", _refusing_others)
 
 
-def _accept_config(cls: type, *args: Any, config: Any = None, **kwargs: Any) -> None:
-    if hasattr(config, "transformers_weights"):
-        _accept_fields(cls, vars(config))
+def _accepting_config(stock: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    if hasattr(config := kwargs.get("config"), "transformers_weights"):
+        _accept(vars(config))
+    return stock(cls, *args, **kwargs)
 
 
-def _accept_fields(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> None:
-    if config_dict.get("transformers_weights") is not None:
+def _accepting_fields(stock: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    _accept(config_dict)
+    return stock(cls, config_dict, **kwargs)
+
+
+def _accept(fields: dict[str, Any]) -> None:
+    if fields.get("transformers_weights") is not None:
         from .condense.refusal import accept
 
-        accept(config_dict)
+        accept(fields)
 
 
-def _shrink(model: Any) -> None:
+def _shrinking(stock: Callable[..., None], model: Any) -> None:
     if getattr(model.config, "hf_prune", None) is not None:
         from .condense import shrink
         from .model import spec_for
 
         shrink(model, spec_for(model.config.model_type))
+    stock(model)
 
 
-def _write_modeling_file(config: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+def _writing_modeling_file(
+    stock: Callable[..., Any], config: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
     if getattr(config, "hf_prune", None) is not None:
         from .hub.reload import write_modeling_file
 
         write_modeling_file(config, save_directory)
+    return stock(config, save_directory, *args, **kwargs)
 
 
-def _refuse_others(config: Any, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+def _refusing_others(
+    stock: Callable[..., None], config: Any, json_file_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    stock(config, json_file_path, *args, **kwargs)
     if getattr(config, "hf_prune", None) is not None:
         from .hub.reload import refuse_others
 
         refuse_others(config, json_file_path)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
-
-
-def _wrap(owner: type, name: str, first: Callable[..., None] = _nothing, then: Callable[..., None] = _nothing) -> None:
-    """Make the method `owner.name` call `first`, do what it always did, and call `then`, all with its arguments."""
-    found = vars(owner)[name]
-    stock = getattr(found, "__func__", found)  # the function of a class method
-    if getattr(stock, "wrapped_with", None) == (first, then):
-        return
-
-    @functools.wraps(stock)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        first(self, *args, **kwargs)
-        result = stock(self, *args, **kwargs)
-        then(self, *args, **kwargs)
-        return result
-
-    method.wrapped_with = (first, then)  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(method) if isinstance(found, classmethod) else method)
-
-
-def when_imported(name: str, do: Callable[[ModuleType], None]) -> None:
-    """Call `do` with the module `name`: now if it is imported already, else right after it is."""
-    if name in sys.modules:
-        do(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _Waiting(name, do))
-
-
-class _Waiting:
-    """A finder for `sys.meta_path`: it finds one module as the others do, and lets something be done with it once it has run."""
-
-    def __init__(self, name: str, do: Callable[[ModuleType], None]) -> None:
-        self.name, self.do = name, do
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target)) is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            self.do(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec

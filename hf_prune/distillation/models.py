@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..compat import auto_classes
 from ..settings.errors import PruningConfigError
 
 _TARGETS = ("labels", "start_positions", "end_positions")
@@ -46,14 +47,10 @@ def teacher_arguments(model: nn.Module) -> set[str]:
 def load_teacher(path: str | os.PathLike[str], student: nn.Module) -> PreTrainedModel:
     """Load a teacher for the student's task, through the Auto class that the student's class belongs to."""
     model = base_model(student)
-    name, config = type(model).__name__, type(model.config)
-    autos: list[Any] = [auto for auto in vars(modeling_auto).values() if isinstance(auto, type) and hasattr(auto, "_model_mapping")]
-    for auto in autos:
-        if auto is not modeling_auto.AutoModelForPreTraining and auto._model_mapping and config in auto._model_mapping:
-            known = auto._model_mapping[config]
-            if name in [each.__name__ for each in (known if isinstance(known, (list, tuple)) else (known,))]:
-                loaded: PreTrainedModel = auto.from_pretrained(path)
-                return loaded
+    for auto, classes in auto_classes(model.config.model_type):
+        if auto != "AutoModelForPreTraining" and type(model).__name__ in classes:
+            loaded: PreTrainedModel = getattr(modeling_auto, auto).from_pretrained(path)
+            return loaded
     return type(model).from_pretrained(path)  # type: ignore[no-any-return]
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..compat import wrap
 from ..measure.sparsity import evaluated
 from ..model.sharding import is_sharded
 from ..model.wrappers import bare_model, transformers_model
@@ -120,26 +120,17 @@ class ModelCardCallback(TrainerCallback):
             write_card(folder, model, config, self.facts, args.hub_model_id)
 
 
-def install_card_hook() -> None:
+def _leaving_card(stock: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     """Let `Trainer.create_model_card`, and so `Trainer.push_to_hub`, leave the card of a [`ModelCardCallback`] in place.
 
-    The Trainer writes its own card right before it uploads, where no event lets a callback have the last word. Calling this again
-    changes nothing; a Trainer without the callback writes its own card as ever.
+    The Trainer writes its own card right before it uploads, where no event lets a callback have the last word. A Trainer without
+    the callback writes its own card as ever.
     """
-    stock = Trainer.create_model_card
-    if getattr(stock, "knows_card_callback", False):
-        return
-
-    @functools.wraps(stock)
-    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        stock(self, *args, **kwargs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ModelCardCallback) and callback._over is not None:
-                callback.facts.complete_from(str(self.args.output_dir))
-                callback.write(self.args, self.state)
-
-    create_model_card.knows_card_callback = True  # type: ignore[attr-defined]
-    Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+    stock(trainer, *args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ModelCardCallback) and callback._over is not None:
+            callback.facts.complete_from(str(trainer.args.output_dir))
+            callback.write(trainer.args, trainer.state)
 
 
 def _history(entry: Mapping[str, float]) -> dict[str, float]:
@@ -147,4 +138,4 @@ def _history(entry: Mapping[str, float]) -> dict[str, float]:
     return kept | evaluated(entry)
 
 
-install_card_hook()  # here, so that it holds wherever a callback is, also one that was unpickled
+wrap(Trainer, "create_model_card", _leaving_card)  # here, so that it holds wherever a callback is, also one that was unpickled

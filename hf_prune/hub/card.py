@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
+from ..compat import auto_classes
 from ..condense import condense_plan, needs_hf_prune
 from ..files import write_text
 from ..measure.latency import Comparison, Cost
@@ -36,7 +37,6 @@ from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import PruningConfig
 from ..settings.errors import within
-from .reload import _auto_classes
 
 CARD_NAME = "README.md"
 FACTS_NAME = "pruning_facts.json"
@@ -178,7 +178,7 @@ def model_card(
         auto_class=auto_class(stock),
         condensed=condensed,
         needs_hf_prune=needs_hf_prune(stock.config),
-        remote_code=any(_auto_classes(stock.config.model_type)),
+        remote_code=any(auto_classes(stock.config.model_type)),
         total_sparsity=total_sparsity(stock),
         sparsity=report.sparsity,
         parameters=stock.num_parameters(),
@@ -286,7 +286,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str) -> ModelC
 
 def auto_class(model: PreTrainedModel) -> str:
     """The Auto class that loads a model, by name: of those that do, one that a pipeline uses; `AutoModel` if there is none."""
-    names = [auto for auto, classes in _auto_classes(model.config.model_type) if type(model).__name__ in classes]
+    names = [auto for auto, classes in auto_classes(model.config.model_type) if type(model).__name__ in classes]
     used = [name for name in names if name in _tasks()]
     return next(iter(used + [name for name in names if name not in _ENCODERS]), "AutoModel")
 

@@ -20,14 +20,13 @@ import logging
 import os
 import pprint
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
-from transformers.models.auto import modeling_auto
 
+from ..compat import auto_classes
 from ..condense import needs_hf_prune, shrink
 from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
 from ..files import write_text
@@ -100,7 +99,7 @@ def write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathL
     The file holds stock classes: none is written for a family that transformers does not have, which is loaded by its own, and none
     for a model that stock code loads.
     """
-    carried = needs_hf_prune(config) and any(_auto_classes(config.model_type))
+    carried = needs_hf_prune(config) and any(auto_classes(config.model_type))
     if carried:
         os.makedirs(save_directory, exist_ok=True)
         write_text(Path(save_directory, f"{MODELING}.py"), modeling_source(config.model_type))
@@ -132,25 +131,16 @@ def _name_code(config: Any, own: dict[str, str] | None) -> None:
 def refuse_others(config: PreTrainedConfig, file: str | os.PathLike[str]) -> None:
     """Make the `config.json` of a model that needs hf_prune turn away code that would load it wrongly."""
     if needs_hf_prune(config):
-        refuse_stock_code(file, NEEDED_OR_REMOTE if any(_auto_classes(config.model_type)) else NEEDED)
+        refuse_stock_code(file, NEEDED_OR_REMOTE if any(auto_classes(config.model_type)) else NEEDED)
 
 
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
     """The `auto_map` of a condensed checkpoint: Auto class → class in its modelling file, for every Auto class of the family."""
     architectures = getattr(config, "architectures", None) or []
     chosen = {}
-    for auto, names in _auto_classes(config.model_type):
+    for auto, names in auto_classes(config.model_type):
         chosen[auto] = f"{MODELING}.{next((name for name in names if name in architectures), names[0])}"
     return chosen
-
-
-def _auto_classes(model_type: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each Auto class that serves a family, with the names of the model classes that it may load."""
-    for auto, cls in vars(modeling_auto).items():
-        mapping = getattr(cls, "_model_mapping", None)
-        if auto.startswith("AutoModel") and mapping is not None and model_type in mapping._model_mapping:
-            names = mapping._model_mapping[model_type]
-            yield auto, names if isinstance(names, tuple) else (names,)
 
 
 def modeling_source(model_type: str) -> str:
@@ -159,7 +149,7 @@ def modeling_source(model_type: str) -> str:
     definitions: list[str] = []
     for module in (ArchitectureSpec.__module__, blocks.__module__, shrink.__module__, accept.__module__):
         definitions += _definitions(inspect.getsource(sys.modules[module]), imports)
-    classes = sorted({name for _, names in _auto_classes(model_type) for name in names})
+    classes = sorted({name for _, names in auto_classes(model_type) for name in names})
     parts = [
         _HEADER + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items())),
         *definitions,

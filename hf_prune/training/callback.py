@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from ..compat import remember_folders, save_between_steps, wrap
 from ..model.sharding import wait_for_all
 from ..pruning import Pruner
 from ..settings.config import PruningConfig
@@ -27,8 +27,6 @@ from .checkpoints import (
     folder_being_written,
     load_state,
     record_of,
-    remember_folders,
-    save_between_steps,
     save_state,
     written,
 )
@@ -157,7 +155,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         # A model below the final sparsity does not compete to be the best: the first one that has it starts the competition.
         if self.pruner is not None and not self._best_competes:
             state.best_metric = None
-            self._best_competes = self.pruner.done
+            self._best_competes = self.pruner.is_finished
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
@@ -173,9 +171,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint))
         self._running.finish()
-        figures = self._running.figures()  # under FSDP2 all processes have to count
+        metrics = self._running.metrics()  # under FSDP2 all processes have to count
         if state.is_world_process_zero:
-            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             logger.info("Pruning ended at step %d: %s.", state.global_step, said)
         if (shortfall := self._running.shortfall) is not None:
             logger.warning(shortfall)
@@ -267,51 +265,28 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._running.load_state_dict(state, strict=not _differing_fields(saved, self.config))
 
 
-def install_log_hook() -> None:
-    """Let everything that a Trainer with a [`PruningCallback`] logs carry the pruner's figures.
+def _with_metrics(stock: Callable[..., None], trainer: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Let everything that a Trainer with a [`PruningCallback`] logs carry the pruner's metrics.
 
     `on_log` comes too late: it is called in the order of the callbacks, and the loggers of `report_to` always come first, so they
-    would have reported already. Calling this again changes nothing; a Trainer without the callback logs as ever.
+    would have reported already. A Trainer without the callback logs as ever.
     """
-    stock = Trainer.log
-    if getattr(stock, "knows_pruning_callback", False):
-        return
-
-    @functools.wraps(stock)
-    def log(self: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, PruningCallback) and callback.pruner is not None:
-                logs.update(callback.pruner.figures())
-        stock(self, logs, *args, **kwargs)
-
-    log.knows_pruning_callback = True  # type: ignore[attr-defined]
-    Trainer.log = log  # type: ignore[method-assign]
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PruningCallback) and callback.pruner is not None:
+            logs.update(callback.pruner.metrics())
+    stock(trainer, logs, *args, **kwargs)
 
 
-def install_save_hook() -> None:
+def _with_config(stock: Callable[..., None], trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
     """Let `Trainer.save_model` put `pruning_config.json` beside a model that a [`PruningCallback`] pruned.
 
-    There is no event for it: `on_save` is for checkpoints, which have the file already. Calling this again changes nothing; a
-    Trainer without the callback saves as ever.
+    There is no event for it: `on_save` is for checkpoints, which have the file already. A Trainer without the callback saves as
+    ever.
     """
-    stock = Trainer.save_model
-    if getattr(stock, "knows_pruning_callback", False):
-        return
-
-    @functools.wraps(stock)
-    def save_model(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        for callback in self.callback_handler.callbacks:
-            if (
-                isinstance(callback, PruningCallback)
-                and callback.pruner is not None
-                and self.args.should_save
-                and not _internal_call
-            ):
-                callback.config.save_pretrained(output_dir or str(self.args.output_dir))
-        stock(self, output_dir, _internal_call)  # which may upload the folder
-
-    save_model.knows_pruning_callback = True  # type: ignore[attr-defined]
-    Trainer.save_model = save_model  # type: ignore[method-assign]
+    for callback in trainer.callback_handler.callbacks if trainer.args.should_save and not _internal_call else ():
+        if isinstance(callback, PruningCallback) and callback.pruner is not None:
+            callback.config.save_pretrained(output_dir or str(trainer.args.output_dir))
+    stock(trainer, output_dir, _internal_call)  # which may upload the folder
 
 
 def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:
@@ -361,7 +336,7 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
 
 
 # Here, so that they hold wherever a callback is, also one that was unpickled.
-install_log_hook()
-install_save_hook()
+wrap(Trainer, "log", _with_metrics)
+wrap(Trainer, "save_model", _with_config)
 remember_folders()
 save_between_steps()

@@ -7,7 +7,6 @@ checkpoints.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -22,9 +21,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
@@ -215,64 +213,3 @@ def folder_being_written(output_dir: Path, step: int, is_hyper_param_search: boo
         return output_dir / name
     folders = [folder for folder in (*output_dir.glob(name), *output_dir.glob(f"*/{name}")) if any(folder.iterdir())]
     return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()), default=output_dir / name)
-
-
-def remember_folders() -> None:
-    """Let a `TrainerState` know, as `folder`, where it was read from; calling it again changes nothing.
-
-    `TrainerState.load_from_json` is wrapped because the Trainer tells its callbacks that a run is resumed, but not from where.
-    """
-    stock = TrainerState.load_from_json.__func__  # type: ignore[attr-defined]
-    if getattr(stock, "remembers_folder", False):
-        return
-
-    @functools.wraps(stock)
-    def load_from_json(cls: type[TrainerState], json_path: str) -> TrainerState:
-        state: TrainerState = stock(cls, json_path)
-        state.folder = Path(json_path).parent  # type: ignore[attr-defined]
-        return state
-
-    load_from_json.remembers_folder = True  # type: ignore[attr-defined]
-    TrainerState.load_from_json = classmethod(load_from_json)  # type: ignore[assignment]
-
-
-#: Event of `JITCheckpointCallback` → whether a run that is resumed from what is saved there is the one that went on.
-_EXACT: dict[str, Callable[[TrainerState, TrainerControl], bool]] = {
-    "on_epoch_begin": lambda state, control: True,
-    "on_step_begin": lambda state, control: float(state.epoch) % 1 > 0,  # a new epoch's order of rows has used random numbers
-    "on_pre_optimizer_step": lambda state, control: False,  # so has the forward pass
-    "on_step_end": lambda state, control: False,  # an evaluation that is due will do so
-    "on_epoch_end": lambda state, control: control.should_training_stop,  # likewise, unless no step follows
-}
-
-
-def save_between_steps() -> None:
-    """Let `enable_jit_checkpoint` save a pruned run between two steps; calling it again changes nothing.
-
-    `JITCheckpointCallback` saves at the next of its events when it is asked to, wherever in a step that is: with weights from
-    before the step and random numbers from later, or before an evaluation that the resumed run will not repeat. Its events are
-    wrapped to wait for one where nothing is half done, which comes within two steps.
-    """
-    save = JITCheckpointCallback.on_step_begin
-    for event, exact in _EXACT.items():
-        stock = getattr(JITCheckpointCallback, event)
-        if not getattr(stock, "saves_between_steps", False):
-            setattr(JITCheckpointCallback, event, _saving_between_steps(stock, save, exact))
-
-
-def _saving_between_steps(
-    stock: Callable[..., None], save: Callable[..., None], exact: Callable[[TrainerState, TrainerControl], bool]
-) -> Callable[..., None]:
-    """An event of `JITCheckpointCallback`. In the run of a callback that can tell, it saves only `between_steps`."""
-
-    @functools.wraps(stock)
-    def event(self: JITCheckpointCallback, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer: Any = self.trainer
-        pruned = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "between_steps")]
-        if not pruned:
-            stock(self, args, state, control, **kwargs)
-        elif exact(state, control) and all(callback.between_steps for callback in pruned):
-            save(self, args, state, control, **kwargs)
-
-    event.saves_between_steps = True  # type: ignore[attr-defined]
-    return event
