@@ -165,7 +165,7 @@ class Loop:
             batches = accelerator.skip_first_batches(self.loader, done * args.gradient_accumulation_steps)
             losses = self.epoch(batches, bar)
             metrics = evaluate(accelerator, self.model, self.task, args.per_device_eval_batch_size)
-            figures = {} if self.pruner is None else self.pruner.figures()
+            figures = {} if self.pruner is None else self.pruner.metrics()
             accelerator.print(f"epoch {epoch + 1}:", {**metrics, **figures})
             if args.with_tracking:
                 accelerator.log({**metrics, **figures, "train_loss": losses, "epoch": epoch}, step=self.step)

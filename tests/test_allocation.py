@@ -16,10 +16,10 @@ from hf_prune.pruning.allocation import allocate, candidates, lowest, most_remov
 SCORES = st.lists(st.one_of(st.just(0.0), st.sampled_from([1.0, 2.0]), st.floats(-5, 5, width=32)), min_size=1, max_size=24)
 
 
-def group(name: str, units: int, size: int = 1, cell: tuple[int, int] | None = None) -> UnitGroup:
+def group(name: str, units: int, size: int = 1, n_of_m: tuple[int, int] | None = None) -> UnitGroup:
     """Units of `size` weights, side by side in one row each."""
     target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
-    return UnitGroup(name, (View(target, 1, size, 0, units),), cell=cell)
+    return UnitGroup(name, (View(target, 1, size, 0, units),), n_of_m=n_of_m)
 
 
 def nothing(groups: list[UnitGroup]) -> list[Tensor]:
@@ -103,7 +103,8 @@ def test_what_is_gone_stays_gone(scores: list[list[float]], first: float, second
 @given(st.lists(SCORES, min_size=2, max_size=4), st.floats(0.2, 0.6), st.floats(0, 0.2), st.floats(0.6, 1))
 def test_floor_and_cap_hold_and_the_budget_is_spent(scores: list[list[float]], sparsity: float, floor: float, cap: float) -> None:
     groups = [group(str(i), len(values)) for i, values in enumerate(scores)]
-    removed = allocate(groups, [torch.tensor(v) for v in scores], nothing(groups), sparsity, "global", floor, cap)
+    limits = {"floors": [floor] * len(groups), "caps": [cap] * len(groups)}
+    removed = allocate(groups, [torch.tensor(v) for v in scores], nothing(groups), sparsity, "global", **limits)
     least = [round(floor * g.num_units) for g in groups]
     most = [max(most_removable(g, cap), low) for g, low in zip(groups, least)]
     counts = [int(gone.sum()) for gone in removed]
@@ -125,7 +126,7 @@ def test_units_of_different_size_meet_the_budget_within_one_unit(parts: list[tup
 @given(st.integers(1, 4), st.integers(0, 2**20), st.floats(0, 0.5), st.sampled_from(["local", "global"]))
 def test_n_m_cells_are_never_overfull_while_sparsity_rises(cells: int, seed: int, sparsity: float, scope: str) -> None:
     torch.manual_seed(seed)
-    groups = [group("a", cells * 4, cell=(2, 4)), group("b", 8, cell=(2, 4))]
+    groups = [group("a", cells * 4, n_of_m=(2, 4)), group("b", 8, n_of_m=(2, 4))]
     scores = [torch.randn(g.num_units) for g in groups]
     half = allocate(groups, scores, nothing(groups), sparsity / 2, scope)
     removed = allocate(groups, [torch.randn(g.num_units) for g in groups], half, sparsity, scope)
@@ -138,7 +139,7 @@ def test_n_m_cells_are_never_overfull_while_sparsity_rises(cells: int, seed: int
 
 def test_zero_scores_do_not_wipe_a_layer() -> None:
     groups = [group(str(i), 12) for i in range(6)]
-    removed = allocate(groups, [torch.zeros(12)] * 6, nothing(groups), 0.5, "global", cap=0.98)
+    removed = allocate(groups, [torch.zeros(12)] * 6, nothing(groups), 0.5, "global", caps=[0.98] * 6)
     assert [int(gone.sum()) for gone in removed] == [6] * 6
 
 

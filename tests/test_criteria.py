@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError
 from hf_prune.model.units import UnitGroup
-from hf_prune.pruning.criteria.base import Criterion
+from hf_prune.pruning.criteria import CRITERIA, Criterion, register_criterion
 from hf_prune.pruning.criteria.gradients import SnipMomentum
 from hf_prune.pruning.criteria.movement import Movement
-from hf_prune.pruning.criteria.registry import CRITERIA, register_criterion
 from hf_prune.settings import config as config_module
 from hf_prune.settings.config import CRITERIA as NAMES
-from hf_prune.settings.config import GRADIENT_CRITERIA
+from hf_prune.settings.config import ROW_CRITERIA
 
 STEPS = 3
 PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "auto", "head", "neuron", "block", "layer"]
@@ -67,7 +66,7 @@ class Recorded:
             target_modules=None if pattern in ("auto", "head", "neuron", "block", "layer") else r".*(query|intermediate\.dense)",
         )
         pruner = Pruner(self.model, settings, total_steps=STEPS + 2)
-        self.rule = pruner._rules[0]
+        self.rule = pruner.rules[0]
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.weights: list[dict[str, Tensor]] = []
         self.gradients: list[dict[str, Tensor]] = []
@@ -176,7 +175,7 @@ def test_soft_movement_adds_the_gradient_of_its_penalty(pattern: str) -> None:
         frequency=100,
     )
     pruner = Pruner(model, config, total_steps=20)
-    rule = pruner._rules[0]
+    rule = pruner.rules[0]
     scores = {group.name: torch.zeros(group.num_units, dtype=torch.float64, requires_grad=True) for group in rule.groups}
     optimizer = torch.optim.Adam(scores.values(), lr=1e-2, betas=Movement.betas, eps=Movement.epsilon)
     for step in range(1, STEPS + 1):
@@ -300,7 +299,7 @@ def test_activations_ignore_evaluation_and_recomputation(criterion: str) -> None
             model.train()
         model(**batch).loss.backward()
         pruner.observe()
-        return pruner._rules[0].criterion.state_dict()
+        return pruner.rules[0].seen.state_dict()
 
     plain = state(checkpointing=False, evaluate=False)
     assert plain
@@ -328,7 +327,7 @@ def test_hooks_go_with_the_last_update_and_with_the_pruner() -> None:
 
 def test_names_and_classes_agree() -> None:
     assert set(NAMES) == set(CRITERIA)
-    assert set(NAMES) > GRADIENT_CRITERIA
+    assert {name for name, criterion in CRITERIA.items() if criterion.scores_rows} == ROW_CRITERIA
 
 
 def test_a_criterion_of_ones_own() -> None:

@@ -182,7 +182,7 @@ def test_padding_is_no_data(criterion: str) -> None:
         pruner = Pruner(model, PruningConfig(pattern="neuron", criterion=criterion), total_steps=3)
         model.train()(**rows, labels=torch.zeros(4, dtype=torch.long)).loss.backward()
         pruner.observe()
-        rule = pruner._rules[0]
+        rule = pruner.rules[0]
         return [rule.criterion.scores(group) for group in rule.groups]
 
     for left, right in zip(scores(0), scores(7)):

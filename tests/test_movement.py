@@ -113,7 +113,7 @@ def test_scores_masks_and_weights_equal_the_reference_at_every_step(
     model = tiny_bert(num_hidden_layers=2, hidden_size=16, intermediate_size=12).double().train()
     config = PruningConfig(pattern=pattern, frequency=2, cooldown_steps=3, max_sparsity_per_module=1.0, **MODES[mode])
     pruner = Pruner(model, config, total_steps=STEPS)
-    (rule,) = pruner._rules
+    (rule,) = pruner.rules
     reference = Reference(tiny_bert(num_hidden_layers=2, hidden_size=16, intermediate_size=12).double(), rule.groups, optimizer)
     optimize = OPTIMIZERS[optimizer](model.parameters())
     came_back = 0
@@ -151,7 +151,7 @@ def test_scores_masks_and_weights_equal_the_reference_at_every_step(
 def test_a_unit_that_comes_back_has_the_values_it_left_with() -> None:
     model = tiny_bert(num_hidden_layers=1).train()
     pruner = Pruner(model, PruningConfig(pattern="neuron", criterion="movement", frequency=1), total_steps=30)
-    (rule,) = pruner._rules
+    (rule,) = pruner.rules
     (group,) = rule.groups
     tensors = [view.target.parameter for view in (*group.weights, *group.biases)]
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_the_steered_penalty_ends_within_one_head_of_the_target(share: float, he
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-        penalties.append(pruner.figures()["penalty"])
+        penalties.append(pruner.metrics()["penalty"])
     pruner.finish()
     plans = [row for row in condense_plan(model).to_dict() if row["unit"] == "heads"]
     removed = sum(row["before"] - row["after"] for row in plans)
@@ -221,7 +221,7 @@ def test_the_steered_penalty_ends_within_one_head_of_the_target(share: float, he
 def test_what_can_go_as_a_whole_is_scored_by_the_lines_of_its_tiles() -> None:
     model = tiny_bert(num_hidden_layers=1)
     config = PruningConfig(pattern="auto", criterion="movement")
-    groups = Pruner(model, config, total_steps=2)._rules[0].groups
+    groups = Pruner(model, config, total_steps=2).rules[0].groups
     generator = torch.Generator().manual_seed(0)
     scores = [torch.randn(group.num_units, generator=generator) for group in groups]
     found, sizes = whole_scores(groups, scores)

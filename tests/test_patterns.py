@@ -184,7 +184,8 @@ def test_blocks_by_role_are_tiles_rows_and_columns(family: str) -> None:
         expected = {"up": (1, view.target.shape[1]), "gate": (1, view.target.shape[1]), "down": (view.target.shape[0], 1)}
         assert (view.height, view.width) == expected.get(role, (8, 8))
         shared = family == "llama" and role == "value"
-        assert group.lines == {"down": "columns", "output": "columns", "query": "", "key": ""}.get(role, "" if shared else "rows")
+        axes = {"down": "columns", "output": "columns", "query": "", "key": ""}
+        assert group.unit_axis == axes.get(role, "" if shared else "rows")
         assert bool(group.biases) == (role in ("up", "gate") and family in ("bert", "gpt2"))
         assert group.block in [block.name for block in found]
         group.apply(torch.zeros(group.num_units, dtype=torch.bool))

@@ -31,8 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, sparsity_report
 from hf_prune.model.targets import prunable_modules, weight_target
 from hf_prune.model.units import UnitGroup
-from hf_prune.pruning.criteria.base import Criterion, gradient, weight
-from hf_prune.pruning.criteria.registry import CRITERIA, register_criterion
+from hf_prune.pruning.criteria import CRITERIA, Criterion, gradient, register_criterion, weight
 from hf_prune.settings import config as config_module
 from hf_prune.training.callback import STATE_NAME
 
@@ -154,7 +153,7 @@ def test_trained_merged_and_condensed(family: str, pattern: str, tmp_path: Path)
     assert pruner.reached_sparsity() == pruner.target_sparsity() == 0.5
     assert trainer.state.log_history[-1]["reached_sparsity"] == 0.5
     before, report = logits(model, inputs), sparsity_report(model)
-    names = {view.target.module_name for rule in pruner._rules for group in rule.groups for view in group.weights}
+    names = {view.target.module_name for rule in pruner.rules for group in rule.groups for view in group.weights}
     merged = model.merge_and_unload()
     weights = {name: merged.get_submodule(name).weight for name in names}
     assert sum(int((value == 0).sum()) for value in weights.values()) * 2 == sum(value.numel() for value in weights.values())
@@ -265,7 +264,7 @@ def test_every_step_leaves_exact_zeros_and_living_base_weights_alone(family: str
     before = {name: layer.base_layer.weight.detach().clone() for name, layer in lora_layers(model).items()}
     adapters = {name: layer.lora_B["default"].weight.detach().clone() for name, layer in lora_layers(model).items()}
     pruner = Pruner(model, config(pattern, criterion="snip", schedule="linear", target_modules=r".*\d\..*"), 6)
-    weights = pruner._weights.values()
+    weights = pruner.weights.values()
     for _ in steps(model, pruner, inputs, 6):
         merged = merged_weights(model)
         zeros = sum(int((value == 0).sum()) for value in merged.values())
@@ -477,16 +476,17 @@ def test_what_comes_back_has_the_value_it_left_with(pattern: str, alternating: s
     pruner = Pruner(model, settings, 8)
     layer = model.get_base_model().bert.encoder.layer[1].attention.self.value
     name, bias = "bert.encoder.layer.1.attention.self.value", layer.base_layer.bias.detach().clone()
-    before, put_aside, came_back = weight_target(name, layer).value(), pruner._values[f"{name}.weight"].clone(), 0
+    put_aside_now = lambda: pruner.state_dict()[f"regrowth/value/{name}.weight"].clone()  # noqa: E731
+    before, put_aside, came_back = weight_target(name, layer).value(), put_aside_now(), 0
     for _ in steps(model, pruner, inputs, 8, lr=3e-2):
-        found, aside = weight_target(name, layer).value(), pruner._values[f"{name}.weight"]
+        found, aside = weight_target(name, layer).value(), put_aside_now()
         alive = found != 0
         returned = alive & (before == 0)
         torch.testing.assert_close(found[returned], put_aside[returned], atol=1e-6, rtol=0)
         assert torch.equal(aside == 0, alive)
         if pattern == "head":
             assert torch.equal(layer.base_layer.bias, bias * alive.any(dim=1))
-        before, put_aside, came_back = found, aside.clone(), came_back + int(returned.sum())
+        before, put_aside, came_back = found, aside, came_back + int(returned.sum())
     assert came_back > 0
 
 
@@ -524,7 +524,7 @@ def test_merge_is_exact_in_half_precision(adapter: str, pattern: str, dtype: tor
                     parameter += 0.01 * torch.randn_like(parameter)
         pruner.step()
     pruner.finish()
-    pruned = {target.module_name for target in pruner._weights.values()}
+    pruned = {target.module_name for target in pruner.weights.values()}
     zeros = {name: value for name, value in zeros_of(model).items() if name in pruned}
     assert pruner.reached_sparsity() >= 0.5
     for merge in ({}, {"safe_merge": True}):
@@ -630,9 +630,9 @@ def test_modules_to_save() -> None:
     list(steps(model, pruner, inputs, 4))
     pruner.finish()
     assert torch.equal(model.get_base_model().classifier.original_module.weight, original)
-    assert {"bert.pooler.dense.weight", "classifier.weight"} <= pruner._weights.keys()
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= pruner.weights.keys()
     merged = model.merge_and_unload()
-    for name in pruner._weights:
+    for name in pruner.weights:
         value = merged.get_parameter(name)
         assert 2 * int((value == 0).sum()) == value.numel()
     assert not torch.equal(merged.classifier.weight[merged.classifier.weight != 0], original[merged.classifier.weight != 0])

@@ -208,7 +208,7 @@ def test_python_blocks(sandbox: Path) -> None:
             exec(compile(block, "README.md", "exec"), names)
     finally:
         criteria.CRITERIA.pop("sensitivity", None)
-        for known in (config.CRITERIA, config.GRADIENT_CRITERIA):
+        for known in (config.CRITERIA, config.ROW_CRITERIA):
             known.discard("sensitivity")
     dense = AutoModelForSequenceClassification.from_pretrained(sandbox / "start")
     small = AutoModelForSequenceClassification.from_pretrained(sandbox / "condensed")

@@ -161,7 +161,7 @@ def test_the_target_is_reached_with_exact_zeros(feature: str, method: str, tmp_p
     trainer = trainer_for(tmp_path, {**config, **SCHEDULED}, model, **changes)
     trainer.train()
     pruner = pruner_of(trainer)
-    assert pruner.done
+    assert pruner.is_finished
     assert pruner.shortfall is None
     assert watch.steps >= 12
     targeted = {group.name for group in pruner.plan().groups}
@@ -322,7 +322,7 @@ def test_a_step_that_the_scaler_skips_is_no_observation(overflows: set[int]) -> 
     )
     model, pruner, skipped = scaled_run(config, overflows)
     assert set(skipped) == overflows
-    assert pruner.done
+    assert pruner.is_finished
     assert pruner.reached_sparsity() == pytest.approx(0.7, abs=1e-3)
     assert_equal(snapshot(model), reference_run(overflows))
 
@@ -355,7 +355,7 @@ def test_a_skipped_step_leaves_nothing_in_activation_statistics() -> None:
 def test_the_last_update_may_be_skipped_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     config = PruningConfig(pattern="1x1", target_sparsity=0.7, warmup_steps=2, cooldown_steps=0, frequency=2)
     _, pruner, _ = scaled_run(config, {12})
-    assert not pruner.done
+    assert not pruner.is_finished
     assert "was due at step 12" in str(pruner.shortfall)
 
 
@@ -432,7 +432,7 @@ def test_early_stopping_under_target_warns_once(counts_from: str, tmp_path: Path
         f"Pruning is not finished: the model is that of step {trainer.state.best_global_step}, its last mask update was due at "
         f"step 8. {pruner.reached_sparsity():.2%} of the weights are zero and 50.00% were asked for."
     )
-    report = sparsity_report(trainer.model, pruner)
+    report = sparsity_report(trainer.model, pruner.shortfall)
     assert report.shortfall == report.to_dict()["shortfall"] == messages[0]
     assert "Pruning is not finished" in str(report)
 
@@ -442,7 +442,7 @@ def test_a_finished_run_has_nothing_to_warn_of(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert not [record for record in caplog.records if record.name.startswith("hf_prune")]
-    assert sparsity_report(trainer.model, pruner_of(trainer)).shortfall is None
+    assert sparsity_report(trainer.model, pruner_of(trainer).shortfall).shortfall is None
 
 
 # --------------------------------------------------------------------------------------------------------------------- refused

@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..model.masks import count_zeros
 from ..model.targets import Weight, body_weights
 from ..model.wrappers import bare_model
 from .latency import benchmark
+from .sparsity import count_zeros
 from .tables import as_text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from ..condense import block_key, dead_units, stock_config
 from ..model import AttentionBlock, Block, find_blocks, spec_for
 from ..model.families import SPECS
-from ..model.masks import count_zeros
-from ..model.targets import body_weights
+from ..model.sharding import whole
+from ..model.targets import Target, Weight, body_weights
 from ..model.wrappers import bare_model, transformers_model
-from ..pruning import Pruner
 from .tables import as_text, table_of_modules
 
 
@@ -115,14 +114,23 @@ class SparsityReport:
         return as_text(self.__rich__())
 
 
-def sparsity_report(model: Any, pruner: Pruner | None = None) -> SparsityReport:
+def count_zeros(counted: Iterable[Target | Weight]) -> tuple[int, int]:
+    """`(zeros, elements)` over weights and biases, counted from the values; under LoRA those of the merged weight."""
+    zeros = elements = 0
+    for value in (item.value() for item in counted):
+        elements += value.numel()
+        zeros += value.numel() - int(whole(torch.count_nonzero(value)))
+    return zeros, elements
+
+
+def sparsity_report(model: Any, shortfall: str | None = None) -> SparsityReport:
     """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
 
     Under LoRA, the zeros of the merged weights count.
 
     Args:
         model: the model, or what holds it (a SentenceTransformer, a SetFitModel; see `wrappers.py`).
-        pruner: what pruned it, asked whether it came to its end.
+        shortfall: what it lacks because its pruning ended early, see `Pruner.shortfall`.
 
     Raises:
         ValueError: a layer has an adapter other than a plain LoRA one, or there are several transformers models.
@@ -135,7 +143,7 @@ def sparsity_report(model: Any, pruner: Pruner | None = None) -> SparsityReport:
     known = getattr(getattr(inner, "config", None), "model_type", "") in SPECS
     sizes = tuple(_block_size(block) for block in find_blocks(model)) if known else ()
     total = sum(parameter.numel() for parameter in bare_model(model).parameters())
-    return SparsityReport(tuple(modules), sizes, total, pruner.shortfall if pruner else None)
+    return SparsityReport(tuple(modules), sizes, total, shortfall)
 
 
 def print_sparsity(model: Any) -> None:

@@ -40,6 +40,13 @@ class View:
             columns = width = 1
         return matrix[self.start : self.stop].reshape(rows, height, columns, width)
 
+    def spread(self, kept: Tensor) -> Tensor:
+        """From units to elements. `kept`: bool `[units]`. Returns bool `[out, in]`, True in rows that are not the view's."""
+        rows, height, columns, width = self.grid
+        matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
+        matrix[self.start : self.stop] = kept.view(rows, 1, columns, 1).expand(self.grid).reshape(rows * height, columns * width)
+        return matrix
+
     @property
     def owns_rows(self) -> bool:
         """Whether a unit holds whole rows of the target, that is outputs of its own."""
@@ -75,14 +82,12 @@ class View:
         """
         for view in self.adapters:
             view.apply(kept, gradients)
-        rows, height, columns, width = self.grid
+        rows, _, columns, _ = self.grid
         factors, parameter = kept.view(rows, 1, columns, 1), self.target.parameter
         in_blocks = parameter.ndim <= 2 and not is_sharded(parameter)
         if not in_blocks:
             # The matrix of a convolution may be a copy, that of shards is one: the factors are brought into their shape instead.
-            matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
-            matrix[self.start : self.stop] = factors.expand(self.grid).reshape(rows * height, columns * width)
-            factors = self.target.from_matrix(matrix)
+            factors = self.target.from_matrix(self.spread(kept))
 
         def blocks(tensor: Tensor) -> Tensor:
             return self.target.matrix(tensor)[self.start : self.stop].view(self.grid) if in_blocks else tensor
@@ -98,17 +103,17 @@ class UnitGroup:
         name: the module or block it stands for.
         weights: views whose elements count, in score and in sparsity.
         biases: views that follow: the bias of a removed row goes with it.
-        cell: `(n, m)` when at most n of every m neighbouring units may go (N:M), else None.
+        n_of_m: `(n, m)` when at most n of every m neighbouring units may go (N:M), else None.
         block: the block whose heads or neurons these units are parts of; `""` when each unit stands for itself.
-        lines: `"rows"` or `"columns"` when a head or neuron is gone as soon as all units in its row or column of this grid are.
+        unit_axis: `"rows"` or `"columns"` when a head or neuron is gone as soon as all units in its row or column of this grid are.
     """
 
     name: str
     weights: tuple[View, ...]
     biases: tuple[View, ...] = ()
-    cell: tuple[int, int] | None = None
+    n_of_m: tuple[int, int] | None = None
     block: str = ""
-    lines: str = ""
+    unit_axis: str = ""
 
     @property
     def num_units(self) -> int:
@@ -139,7 +144,7 @@ class UnitGroup:
     @property
     def max_removable(self) -> int:
         """The largest number of units the pattern lets go."""
-        return self.num_units * self.cell[0] // self.cell[1] if self.cell else self.num_units
+        return self.num_units * self.n_of_m[0] // self.n_of_m[1] if self.n_of_m else self.num_units
 
     def reduce(self, elements: Callable[[Target], Tensor], how: str, views: Iterable[View] | None = None) -> Tensor:
         """From elements to units: one number a unit over all its views. Returns `[units]`, float32 at least.
@@ -184,9 +189,9 @@ def whole_scores(groups: Sequence[UnitGroup], scores: Sequence[Tensor]) -> tuple
     for group, score in zip(groups, scores):
         name = group.block or group.name
         sizes[name] = sizes.get(name, 0) + group.size
-        if group.lines or not group.block:
+        if group.unit_axis or not group.block:
             rows, _, columns, _ = group.weights[0].grid
-            line = score.view(rows, columns).amax(dim=1 if group.lines == "rows" else 0) if group.lines else score
+            line = score.view(rows, columns).amax(dim=1 if group.unit_axis == "rows" else 0) if group.unit_axis else score
             whole[name] = torch.minimum(whole[name], line) if name in whole else line
     counts = [torch.full_like(line, sizes[name] / line.numel()) for name, line in whole.items()]
     return torch.cat(list(whole.values())), torch.cat(counts)

@@ -51,9 +51,9 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def candidates(scores: Tensor, cell: tuple[int, int]) -> Tensor:
+def candidates(scores: Tensor, n_of_m: tuple[int, int]) -> Tensor:
     """Mark the n lowest of every m neighbouring scores, the first of equals going first. `[k·m]` → bool `[k·m]`."""
-    n, m = cell
+    n, m = n_of_m
     if m > _PAIRWISE:
         chosen = torch.zeros_like(scores, dtype=torch.bool).view(-1, m)
         order = scores.view(-1, m).argsort(dim=1, stable=True)
@@ -75,20 +75,22 @@ def allocate(
     removed: Sequence[Tensor],
     sparsity: float,
     scope: str,
-    floor: float = 0.0,
-    cap: float = 1.0,
+    costs: Sequence[float] | None = None,
+    floors: Sequence[float] | None = None,
+    caps: Sequence[float] | None = None,
     threshold: float | None = None,
 ) -> list[Tensor]:
     """Choose the units that go.
 
     Args:
-        groups: the unit groups of one rule.
-        scores: unit scores, `[units]` each; the lowest go first.
+        groups: the unit groups of one budget.
+        scores: unit scores, `[units]` each; the lowest go first. Under `"global"`, scores per cost.
         removed: units gone already, bool `[units]` each; they stay gone.
-        sparsity: share of the weights that shall be gone, in `[0, 1]`.
-        scope: `"local"`: each group by itself; `"global"`: all ranked together, counted in weights; `"threshold"`: whatever scores
-            at most `threshold`, `sparsity` aside.
-        floor, cap: least and largest share of a group that may be gone, under `"global"` and `"threshold"`.
+        sparsity: share of the cost of all units that shall be gone, in `[0, 1]`.
+        scope: `"local"`: each group by itself; `"global"`: all ranked together, counted in their costs; `"threshold"`: whatever
+            scores at most `threshold`, `sparsity` aside.
+        costs: what a unit of each group costs; by default the weights it holds.
+        floors, caps: least and largest share of each group that may be gone, under `"global"` and `"threshold"`; by default none.
 
     Returns:
         Bool `[units]` for each group. The number of units is the one asked for to within one unit (of the group under
@@ -101,10 +103,13 @@ def allocate(
         low, high = torch.aminmax(score)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError(f"The scores of {group.name!r} hold NaN or infinite values; look at its weights and gradients.")
+    costs = [group.unit_size for group in groups] if costs is None else costs
+    floors = [0.0] * len(groups) if floors is None else floors
+    caps = [1.0] * len(groups) if caps is None else caps
     if scope == "global":
-        return _allocate_global(groups, scores, removed, sparsity, floor, cap)
+        return _allocate_global(groups, scores, removed, sparsity, costs, floors, caps)
     chosen = []
-    for group, score, gone in zip(groups, scores, removed):
+    for group, score, gone, floor, cap in zip(groups, scores, removed, floors, caps):
         if scope == "local":
             count = round(sparsity * group.num_units)
         else:
@@ -136,50 +141,59 @@ def least_removed(group: UnitGroup, floor: float) -> int:
 
 def _lowest_in_group(group: UnitGroup, scores: Tensor, count: int) -> Tensor:
     """The `count` lowest units of a group, or as many of them as its pattern lets go. Changes `scores`."""
-    if group.cell is None:
+    if group.n_of_m is None:
         return lowest(scores, count)
-    allowed = candidates(scores, group.cell)
+    allowed = candidates(scores, group.n_of_m)
     if count >= group.max_removable:
         return allowed
     return lowest(scores.masked_fill_(~allowed, torch.inf), count)
 
 
 def _allocate_global(
-    groups: Sequence[UnitGroup], scores: Sequence[Tensor], removed: Sequence[Tensor], sparsity: float, floor: float, cap: float
+    groups: Sequence[UnitGroup],
+    scores: Sequence[Tensor],
+    removed: Sequence[Tensor],
+    sparsity: float,
+    costs: Sequence[float],
+    floors: Sequence[float],
+    caps: Sequence[float],
 ) -> list[Tensor]:
     """Rank all units together; where that breaks a floor or a cap, take the floors, shut out what is above the caps, rank again."""
     flat = torch.cat(list(scores)).masked_fill_(torch.cat(list(removed)), -torch.inf)
     numbers = [group.num_units for group in groups]
-    least = [max(least_removed(group, floor), int(torch.count_nonzero(gone))) for group, gone in zip(groups, removed)]
-    most = [max(most_removable(group, cap), count) for group, count in zip(groups, least)]
+    least = [
+        max(least_removed(group, floor), int(torch.count_nonzero(gone))) for group, gone, floor in zip(groups, removed, floors)
+    ]
+    most = [max(most_removable(group, cap), count) for group, count, cap in zip(groups, least, caps)]
     ranked = flat.split(numbers)  # type: ignore[no-untyped-call]
     for group, score in zip(groups, ranked):
-        if group.cell is not None:
-            score.masked_fill_(~candidates(score, group.cell), torch.inf)
-    chosen = _lowest_for_budget(groups, flat, sparsity, sum(least), sum(most)).split(numbers)  # type: ignore[no-untyped-call]
+        if group.n_of_m is not None:
+            score.masked_fill_(~candidates(score, group.n_of_m), torch.inf)
+    chosen = _lowest_for_budget(groups, flat, sparsity, costs, sum(least), sum(most)).split(numbers)  # type: ignore[no-untyped-call]
     counts = [int(torch.count_nonzero(units)) for units in chosen]
     if all(low <= count <= high for low, count, high in zip(least, counts, most)):
         return list(chosen)
     for score, low, high in zip(ranked, least, most):
         forced, within = lowest(score, low), lowest(score, high)
         score.masked_fill_(~within, torch.inf).masked_fill_(forced, -torch.inf)
-    return list(_lowest_for_budget(groups, flat, sparsity, sum(least), sum(most)).split(numbers))  # type: ignore[no-untyped-call]
+    return list(_lowest_for_budget(groups, flat, sparsity, costs, sum(least), sum(most)).split(numbers))  # type: ignore[no-untyped-call]
 
 
-def _lowest_for_budget(groups: Sequence[UnitGroup], flat: Tensor, sparsity: float, least: int, most: int) -> Tensor:
-    """Mark the lowest units whose weights come nearest to the share asked for, between `least` and `most` units in all."""
-    sizes = [group.unit_size for group in groups]
-    budget = sparsity * sum(group.num_units * size for group, size in zip(groups, sizes))
-    if len(set(sizes)) == 1:
-        return lowest(flat, min(max(round(budget / sizes[0]), least), most))
-    # Units differ in size: walk up the ranking until the budget is met. Ties go by relative position in their group.
+def _lowest_for_budget(
+    groups: Sequence[UnitGroup], flat: Tensor, sparsity: float, costs: Sequence[float], least: int, most: int
+) -> Tensor:
+    """Mark the lowest units whose costs come nearest to the requested share, between `least` and `most` units in all."""
+    budget = sparsity * sum(group.num_units * cost for group, cost in zip(groups, costs))
+    if len(set(costs)) == 1:
+        return lowest(flat, min(max(round(budget / costs[0]), least), most))
+    # Units differ in cost: walk up the ranking until the budget is met. Ties go by relative position in their group.
     positions = torch.cat([torch.arange(group.num_units, device=flat.device) / group.num_units for group in groups])
     order = positions.argsort(stable=True)
     order = order[flat[order].argsort(stable=True)]
-    weights = torch.cat([torch.full((group.num_units,), size) for group, size in zip(groups, sizes)]).to(flat.device)
-    spent = weights[order].double().cumsum(0)
+    prices = torch.cat([torch.full((group.num_units,), cost) for group, cost in zip(groups, costs)]).to(flat.device)
+    spent = prices[order].double().cumsum(0)
     count = int(torch.searchsorted(spent, budget))
-    if count < spent.numel() and spent[count] - budget <= weights[order[count]] / 2:
+    if count < spent.numel() and spent[count] - budget <= prices[order[count]] / 2:
         count += 1
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[order[: min(max(count, least), most)]] = True

@@ -56,7 +56,7 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
         assert pattern.m
         if target.inputs % pattern.m:
             return None, f"its {target.inputs} inputs are not divisible by {pattern.m}"
-        return UnitGroup(name, (View(target, 1, 1, 0, rows),), cell=(pattern.n, pattern.m)), ""
+        return UnitGroup(name, (View(target, 1, 1, 0, rows),), n_of_m=(pattern.n, pattern.m)), ""
     height, width = pattern.n or rows, pattern.m or columns
     if rows % height or columns % width:
         return None, f"its shape {rows}x{columns} is not divisible by {height}x{width}"
@@ -111,9 +111,9 @@ def _role_groups(block: Block) -> list[UnitGroup]:
         ]
     size, shared = block.head_size, block.heads_per_group > 1
     roles = {"query": block.query, "key": block.key, "value": block.value, "output": block.output}
-    lines = {"value": "" if shared else "rows", "output": "columns"}
+    axes = {"value": "" if shared else "rows", "output": "columns"}
     return [
-        UnitGroup(f"{block.name}.{role}", (_tile_view(part, size),), (), None, block.name, lines.get(role, ""))
+        UnitGroup(f"{block.name}.{role}", (_tile_view(part, size),), (), None, block.name, axes.get(role, ""))
         for role, part in roles.items()
     ]
 

@@ -14,6 +14,7 @@ from ..measure.tables import as_text, table_of_modules
 from ..model.units import UnitGroup
 from ..settings.patterns import parse_pattern
 from .allocation import least_removed, most_removable
+from .budget import Budget
 from .rules import Rule
 
 #: Patterns whose units `condense` cuts out, each of them.
@@ -25,12 +26,14 @@ class PlannedGroup:
     """The effective setting of one module or block.
 
     `sparsity` is what it will have at the end: its own target under local scope; under global scope the share of all modules
-    of the rule together, each between `min_sparsity` and `max_sparsity`. `units_left` are the fewest and the most units that can
+    of the budget together, each between `min_sparsity` and `max_sparsity`. `budget` names the rules that share
+    it. `units_left` are the fewest and the most units that can
     be left at the end: equal under local scope, while under the others scores decide.
     """
 
     name: str
     rule: str
+    budget: str
     pattern: str
     criterion: str
     scope: str
@@ -41,6 +44,11 @@ class PlannedGroup:
     min_sparsity: float
     max_sparsity: float
     units_left: tuple[int, int]
+
+    @property
+    def shared(self) -> str:
+        """Over what the sparsity is counted."""
+        return self.scope if self.rule == self.budget else f"{self.scope}, {self.budget}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class PruningPlan:
     def _rules(self) -> Table:
         table = Table("rule", "pattern", "criterion", "scope", "schedule", title="Rules", box=box.SIMPLE)
         for row in dict.fromkeys(
-            (group.rule, group.pattern, group.criterion, group.scope, group.schedule) for group in self.groups
+            (group.rule, group.pattern, group.criterion, group.shared, group.schedule) for group in self.groups
         ):
             table.add_row(*row)
         return table
@@ -146,13 +154,13 @@ class PruningPlan:
         return as_text(self.__rich__())
 
 
-def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str], sparsity: float) -> PruningPlan:
-    """The plan of matched rules, that make up for `sparsity` of the weights of the model's body."""
+def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: float) -> PruningPlan:
+    """The plan of what budgets are spent on, which makes up for `sparsity` of the weights of the model's body."""
     groups, planned = [], []
     #: Parameter name → share that is left of it after condensing, and its size.
     left: dict[str, float] = {}
     sizes: dict[str, int] = {}
-    for rule in rules:
+    for budget, rule in [(each, rule) for each in budgets for rule in each.rules]:
         settings, timeline, updates = rule.settings, rule.timeline, rule.timeline.updates
         bounded = settings.scope == "global"
         cut = parse_pattern(str(settings.pattern)).kind in CONDENSABLE and settings.scope != "threshold"
@@ -167,6 +175,7 @@ def make_plan(rules: Iterable[Rule], left_out: Mapping[str, str], sparsity: floa
                 PlannedGroup(
                     name=group.name,
                     rule=rule.name,
+                    budget=budget.name,
                     pattern=str(settings.pattern),
                     criterion=settings.criterion,
                     scope=settings.scope,

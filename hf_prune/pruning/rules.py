@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from ..model import Block, find_blocks
 from ..model.sharding import is_sharded, is_tensor_parallel
-from ..model.targets import body_prefixes, check_names, names_module, selector, weights
+from ..model.targets import Target, body_prefixes, check_names, names_module, selector, weights
 from ..model.units import UnitGroup
 from ..model.wrappers import transformers_models
-from ..settings.config import GRADIENT_CRITERIA, PruningConfig
+from ..settings.config import PruningConfig
 from ..settings.errors import PruningConfigError
 from ..settings.patterns import STRUCTURAL_PATTERNS, parse_pattern
 from .allocation import least_removed, most_removable
-from .criteria.activations import ActivationCriterion
-from .criteria.base import Criterion
-from .criteria.registry import CRITERIA
+from .criteria import CRITERIA, Criterion
 from .patterns import build_groups
 from .schedules import Timeline, phases, spacing
+from .statistics import Activations
+from .updates import UPDATES, Update
 
 #: Sparsity that rises in fewer updates than these comes as a shock.
 _FEW_UPDATES = 3
@@ -39,43 +39,29 @@ class Rule:
     Attributes:
         name: `"rules[0]"` and so on, or `"config"` for the config's own settings.
         settings: a complete config without rules.
+        is_open: whether it has no target of its own and shares that of the config.
         groups: the units it ranks.
         criterion: how it ranks them.
+        seen: the activations that its criterion and its update read.
         timeline: when its masks change, and to what sparsity.
         kept: bool `[units]` for each group, the units left.
         removed_any: whether a unit is gone, so that masking has something to do.
-        asked: the sparsity asked for at the last mask update; it never falls.
     """
 
     name: str
     settings: PruningConfig
+    is_open: bool
     groups: list[UnitGroup]
     criterion: Criterion
+    seen: Activations
     timeline: Timeline
     kept: list[Tensor] = field(default_factory=list)
     removed_any: bool = False
-    asked: float = 0.0
 
     def keep(self, kept: list[Tensor]) -> None:
         """Set the units left."""
         self.kept = kept
         self.removed_any = not all(bool(keep.all()) for keep in kept)
-
-    def progress(self, step: int) -> float:
-        """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
-        return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
-
-    def behind(self, step: int) -> bool:
-        """Whether the last mask update that was due up to `step` did not happen: the step was skipped, or the run began later."""
-        return self.asked < self.timeline.sparsity(self.timeline.last_due(step))
-
-    def due(self, step: int) -> bool:
-        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only where more is pruned."""
-        return self.behind(step) or (self.timeline.is_due(step) and self.settings.schedule != "lottery")
-
-    def over(self, step: int) -> bool:
-        """Whether the last mask update has happened."""
-        return step >= self.timeline.last_update and not self.behind(step)
 
     def summary(self) -> str:
         """Pattern, target, steps and number of updates, in words."""
@@ -118,9 +104,40 @@ class Rule:
         return found
 
     @property
-    def size(self) -> int:
-        """Weights of its groups."""
-        return sum(group.size for group in self.groups)
+    def removed(self) -> list[Tensor]:
+        """The units that cannot come back, bool `[units]` for each group."""
+        return [torch.zeros_like(kept) if self.criterion.regrows else ~kept for kept in self.kept]
+
+    def apply(self, gradients: bool = False) -> None:
+        """Zero what is masked, in the parameters or in their gradients."""
+        if self.removed_any:
+            for group, kept in zip(self.groups, self.kept):
+                group.apply(kept, gradients)
+
+    @property
+    def update(self) -> Update:
+        """What the units that stay do when others go."""
+        return UPDATES[self.settings.update]
+
+    def compensate(self, before: list[Tensor], after: list[Tensor]) -> None:
+        """Let the weights by which units leave their block make up for those that go now.
+
+        Where a unit owns whole rows there is nothing left to make up for it; that is done where its columns are.
+        """
+        for group, was, stays in zip(self.groups, before, after):
+            for view in group.weights if bool((was & ~stays).any()) else ():
+                if view.owns_rows:
+                    continue
+                weight = view.target.weight()
+                moments = self.seen.mean("second_moments", view.target) if self.update.reads_second_moments else None
+                precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                changed = self.update.compute(precise, moments, ~view.spread(stays)).to(weight.dtype)
+                view.target.parameter.copy_(view.target.from_matrix(changed))
+
+    @property
+    def targets(self) -> list[Target]:
+        """The weights and biases that it masks."""
+        return [view.target for group in self.groups for view in (*group.weights, *group.biases)]
 
     @property
     def weight_names(self) -> list[str]:
@@ -144,7 +161,7 @@ def match_rules(
     others = {weight.name: weight.left_out for weight in known_weights if weight.left_out}
     if not modules:
         raise PruningConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
-    resolved = config.resolved_rules()
+    resolved, open_rules = config.resolved_rules(), config.open_rules()
     structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
     blocks = find_blocks(model) if structural else []
     body = body_prefixes(model)
@@ -163,7 +180,7 @@ def match_rules(
         selected = {key: module for key, module in modules.items() if selects(key) and key not in taken}
         named_others = {key: reason for key, reason in others.items() if selects(key) and key not in taken}
         chosen = [block for block in blocks if _selects_block(settings, block, taken)]
-        if issubclass(CRITERIA[settings.criterion], ActivationCriterion) and is_tensor_parallel(model):
+        if CRITERIA[settings.criterion].activations and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
             raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
         groups, reasons = _groups(name, settings, selected, chosen, tied, named_others)
@@ -178,8 +195,12 @@ def match_rules(
             if (other := named.setdefault(module, {}).get(level)) is not None:
                 allowed = f"{other} names {module!r} already, with a pattern of the same level; exclude it from one of them."
                 raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+            if name in open_rules and (rivals := sorted(open_rules & set(named[module].values()))):
+                allowed = f"must be given, since {rivals[0]} names {module!r} too and has none."
+                raise PruningConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
-        rules.append(_rule(name, settings, groups, _timeline(name, settings, total_steps, steps_per_epoch)))
+        timeline = _timeline(name, settings, total_steps, steps_per_epoch)
+        rules.append(_rule(model, name, settings, name in open_rules, groups, timeline))
     for module in modules:
         if module not in named and module not in left_out:
             left_out[module] = (
@@ -188,17 +209,35 @@ def match_rules(
     return rules, left_out
 
 
-def _rule(name: str, settings: PruningConfig, groups: list[UnitGroup], timeline: Timeline) -> Rule:
+def _rule(model: nn.Module, name: str, settings: PruningConfig, is_open: bool, groups: list[UnitGroup], timeline: Timeline) -> Rule:
     _check_reachable(name, settings, groups)
     _check_score_rate(name, settings, timeline)
     if settings.initial_sparsity != "from_model":
         _check_rounding(name, settings, groups)
-    kept = [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
-    if settings.initial_sparsity == "from_model":
-        kept = alive_units(groups)
-    rule = Rule(name, settings, groups, CRITERIA[settings.criterion](settings), timeline)
-    rule.keep(kept)
+    criterion = CRITERIA[settings.criterion](settings)
+    for group in groups:
+        if criterion.scores_rows and not any(view.owns_rows for view in group.weights):
+            allowed = f"scores output rows, and no unit of pattern {settings.pattern!r} owns one in {group.name!r}."
+            raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
+    seen = Activations(model, _watched(criterion, UPDATES[settings.update], groups))
+    rule = Rule(name, settings, is_open, groups, criterion, seen, timeline)
+    rule.keep(alive_units(groups) if settings.initial_sparsity == "from_model" else all_units(groups))
+    criterion.attach(groups, seen)
     return rule
+
+
+def _watched(criterion: Criterion, update: Update, groups: Iterable[UnitGroup]) -> dict[str, list[Target]]:
+    """The statistics that are read of activations, with the weights whose layers they are of."""
+    groups = list(groups)
+    watched = {name: [view.target for group in groups for view in criterion.watched(group)] for name in criterion.activations}
+    if update.reads_second_moments:
+        watched["second_moments"] = [view.target for group in groups for view in group.weights if not view.owns_rows]
+    return watched
+
+
+def all_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
+    """Every unit, bool `[units]` for each group."""
+    return [torch.ones(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
 
 
 def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
@@ -237,7 +276,7 @@ def _groups(
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
-    if settings.criterion in GRADIENT_CRITERIA:
+    if CRITERIA[settings.criterion].reads_gradients:
         frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]

@@ -141,6 +141,11 @@ class Timeline:
         latest = self._latest(step)
         return latest if latest >= max(self.begin, 1) else 0
 
+    def next_due(self, step: int) -> int:
+        """The first step after `step` right after which masks change, or the last one of all."""
+        first = max(step + 1, self.begin, 1)
+        return next((later for later in range(first, self.last_update) if self.is_due(later)), self.last_update)
+
     def _latest(self, step: int) -> int:
         """The latest multiple of `frequency` after `begin`, in whole steps, up to `step`."""
         count = math.floor((step - self.begin + 0.5) / self.frequency)

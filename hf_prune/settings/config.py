@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from .errors import PruningConfigError, within
 from .patterns import _PATTERN_HELP, parse_pattern
 
 CONFIG_NAME = "pruning_config.json"
-#: Criteria, by name; the classes are in `criteria.py`.
+#: Criteria, by name; the classes are in `pruning/criteria`.
 CRITERIA: set[str] = {
     "magnitude",
     "gradient",
@@ -51,17 +51,19 @@ CRITERIA: set[str] = {
     "fisher",
     "random",
 }
-#: Criteria that read gradients, so their weights must be trained.
-GRADIENT_CRITERIA: set[str] = {"gradient", "snip", "snip_momentum", "taylor", "movement", "soft_movement", "fisher"}
+#: Criteria that score output rows, so that they need units that own some.
+ROW_CRITERIA: set[str] = {"fpgm", "apoz", "mean_activation"}
+#: Updates, by name; the functions are in `pruning/updates.py`.
+UPDATES: set[str] = {"zero"}
 SCOPES: tuple[str, ...] = ("local", "global", "threshold")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "l2", "max")
 NORMALIZATIONS: tuple[str, ...] = ("none", "mean", "l2")
 
 #: Settings that make no sense together: (field, its values, other field, the values it does not go with, reason).
-CONFLICTS: tuple[tuple[str, frozenset[str], str, frozenset[str], str], ...] = (
+CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
     (
         "criterion",
-        frozenset({"fpgm", "apoz", "mean_activation"}),
+        ROW_CRITERIA,
         "pattern",
         frozenset({"NxM", "N:M", "channelx1", "auto", "block", "layer"}),
         "scores output rows, so it needs a pattern whose units own some: 1xchannel, head, kv_group or neuron",
@@ -96,6 +98,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "regularization": _check_regularization,
     "score_learning_rate": _check_positive,
     "threshold": _check_number,
+    "update": partial(_check_name, known=UPDATES),
     "schedule": _check_schedule,
     "warmup_steps": partial(_check_duration, whole=True),
     "warmup_epochs": partial(_check_duration, whole=False),
@@ -137,6 +140,9 @@ def _check_together(config: PruningConfig) -> None:
     if config.regularization == "auto" and not (config.threshold is not None and 0 < config.threshold < 1):
         allowed = "needs scope 'threshold' and a threshold between 0 and 1, below which σ(S) is brought by the end."
         raise PruningConfigError("regularization", "auto", allowed)
+    if config.update != "zero" and (config.schedule == "lottery" or config.criterion in ("movement", "soft_movement")):
+        allowed = "makes up for what goes once and for all; lottery schedules and movement bring weights back, so they take 'zero'."
+        raise PruningConfigError("update", config.update, allowed)
     for name, values, other, others, reason in CONFLICTS:
         value, other_value = getattr(config, name), getattr(config, other)
         form = parse_pattern(other_value).form if other == "pattern" and other_value else other_value
@@ -178,6 +184,7 @@ class PruningRule:
     score_learning_rate: float | None = None
     scope: str | None = None
     threshold: float | None = None
+    update: str | None = None
     schedule: str | None = None
     warmup_steps: float | None = None
     warmup_epochs: float | None = None
@@ -200,11 +207,12 @@ class PruningConfig:
     modules it names. With `pattern=None` only what the rules name is pruned.
 
     Args:
-        target_sparsity: share of zeros in the pruned weights at the end, in [0, 1).
+        target_sparsity: share of zeros in the pruned weights at the end, in [0, 1). Rules without a target of their own share it:
+            under `scope="global"` their units are ranked together, and the share is of all their weights.
         pattern: what is removed together: `"NxM"`, `"N:M"`, `"1xchannel"`, `"channelx1"`, `"auto"` (blocks by role, as in block
             movement pruning: square tiles as high as a head in attention, rows and columns of neurons in the feed-forward block),
             `"head"`, `"kv_group"` (a key and value head with all the heads that share it), `"neuron"`, `"block"`, `"layer"`.
-        criterion: how units are scored, a name in `hf_prune.pruning.criteria.registry.CRITERIA`.
+        criterion: how units are scored, a name in `hf_prune.pruning.criteria.CRITERIA`.
         reduction: from elements to unit: `"mean"`, `"sum"`, `"l2"`, `"max"`. The mean makes units of different size comparable.
         normalization: of scores across modules before they are ranked together: `"none"`, or divided by their `"mean"` or `"l2"`
             norm.
@@ -214,6 +222,8 @@ class PruningConfig:
         scope: `"local"`: every module reaches the target; `"global"`: all modules of the rule are ranked together, counted in
             weights; `"threshold"`: units whose score is at most `threshold` go, and `target_sparsity` only shapes the schedule.
         threshold: the score at or below which units go at the end, under `scope="threshold"`; it rises with the schedule.
+        update: what the weights that stay do when others go, a name in `hf_prune.pruning.updates.UPDATES`; `"zero"`: nothing,
+            training repairs what is lost.
         schedule: how sparsity rises between warm-up and cool-down, a name in `hf_prune.pruning.schedules.SCHEDULES`.
         initial_sparsity: sparsity at the first update; `"from_model"`: the units that are zero already stay so and are counted.
         warmup_steps, warmup_epochs: nothing is pruned before. A steps value below 1 is a ratio of the run, as in transformers.
@@ -246,6 +256,7 @@ class PruningConfig:
     score_learning_rate: float = 1e-2
     scope: str = "global"
     threshold: float | None = None
+    update: str = "zero"
     schedule: str = "cubic"
     initial_sparsity: float | str = 0.0
     warmup_steps: float | None = None
@@ -297,6 +308,11 @@ class PruningConfig:
         if self.pattern is not None:
             resolved["config"] = replace(self, rules=[]) if self.rules else self
         return resolved
+
+    def open_rules(self) -> set[str]:
+        """The names of the rules that have no target of their own and share that of the config."""
+        own = {f"rules[{index}]" for index, rule in enumerate(self.rules) if rule.target_sparsity is not None}
+        return set(self.resolved_rules()) - own
 
     # ------------------------------------------------------------------------------------------------------------- JSON
 

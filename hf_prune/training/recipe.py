@@ -34,13 +34,12 @@ from ..condense import condense, condense_plan, drop_layers, layer_counts
 from ..distillation import DistillationConfig, DistillationTrainer, add_teacher_logits
 from ..distillation.cache import IGNORED_FIELDS
 from ..measure.latency import compare
-from ..measure.sparsity import evaluated
+from ..measure.sparsity import count_zeros, evaluated
 from ..measure.tables import as_text
 from ..model import AttentionBlock, FeedForwardBlock, find_blocks, spec_for
-from ..model.masks import count_zeros
 from ..model.targets import Target, body_prefixes, weight_target
 from ..pruning import recover
-from ..pruning.criteria.registry import CRITERIA
+from ..pruning.criteria import CRITERIA
 from ..settings.checks import check_share, check_type, check_types, dataclass_from_dict, dataclass_from_json_file
 from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import PruningConfigError, closest, within

@@ -1,13 +1,15 @@
 """How units are scored: the larger the score, the longer a unit is kept.
 
 A criterion turns weight, gradient or activation into a quantity of elements or rows, the pattern reduces it to units, and the
-criterion accumulates that over steps: its state is one number a unit (activation criteria: one a row or column), held as tensors.
+criterion accumulates that over steps: its state is one number a unit, held as tensors. What it reads is taken by `statistics.py`.
 
 A criterion of your own is one class and one registry line:
 
 ```python
 class Sensitivity(Criterion):
     "Running mean of |g|."
+
+    reads_gradients = True
 
     def observe(self, group):
         seen = self.reduce(group, lambda target: gradient(target).abs())
@@ -16,29 +18,20 @@ class Sensitivity(Criterion):
     def scores(self, group):
         return self.state[group.name]
 
-register_criterion("sensitivity", Sensitivity, reads_gradients=True)
+register_criterion("sensitivity", Sensitivity)
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...model.targets import Target
-from ...model.units import UnitGroup
+from ...model.units import UnitGroup, View
 from ...settings.config import PruningConfig
-
-
-def weight(target: Target) -> Tensor:
-    """The weight as `[out, in]`; under LoRA the merged one."""
-    return target.weight()
-
-
-def gradient(target: Target) -> Tensor:
-    """The gradient as `[out, in]`; see [`Target.gradient`]."""
-    return target.gradient()
+from ..statistics import Activations
 
 
 class Criterion:
@@ -50,6 +43,14 @@ class Criterion:
 
     #: Whether masked weights may come back, so that their values must be kept.
     regrows = False
+    #: Whether it needs the gradients of the weights it scores, which frozen weights do not have.
+    reads_gradients = False
+    #: Whether it scores whole output rows, so that it needs units that own some.
+    scores_rows = False
+    #: The statistics of activations that it reads, names in `statistics.STATISTICS`, of the views it watches.
+    activations: tuple[str, ...] = ()
+    #: What was seen of them; set when the criterion is attached to a model.
+    seen: Activations
 
     def __init__(self, settings: PruningConfig) -> None:
         self.settings = settings
@@ -60,20 +61,19 @@ class Criterion:
         """Reduce elements of a group's weights to units, `[units]`."""
         return group.reduce(elements, self.reduction)
 
-    def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
-        """Called once before training; the place for hooks."""
+    def watched(self, group: UnitGroup) -> tuple[View, ...]:
+        """The views of a group whose layers' activations are read."""
+        return group.weights
 
-    def detach(self) -> None:
-        """Called when no update is left."""
+    def attach(self, groups: Sequence[UnitGroup], seen: Activations) -> None:
+        """Called once before training, with what will be scored and what is seen of it."""
+        self.seen = seen
 
     def begin_step(self, progress: float) -> None:
         """Called before the groups of an optimizer step are observed. `progress`: how far the schedule is, 0 to 1 at the target."""
 
     def observe(self, group: UnitGroup) -> None:
         """Take note of weights and gradients, once an optimizer step."""
-
-    def discard(self) -> None:
-        """Called in place of `observe` when the optimizer skips the step: forget what was seen since the last one."""
 
     def scores(self, group: UnitGroup) -> Tensor:
         """The score of each unit, `[units]`, float32."""
@@ -82,12 +82,12 @@ class Criterion:
     def updated(self) -> None:
         """Called after each mask update."""
 
-    def figures(self) -> dict[str, float]:
-        """What the logs shall say about it."""
+    def metrics(self) -> dict[str, float]:
+        """What it adds to the logs."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly."""
+        """Everything needed to resume exactly."""
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...model.units import UnitGroup
-from .base import Criterion, gradient, weight
-
-# ---------------------------------------------------------------------------------------------------------------- gradients
+from ..statistics import gradient, weight
+from .base import Criterion
 
 
 class _Gradient(Criterion):
     """Keeps one accumulated number a unit."""
+
+    reads_gradients = True
 
     def scores(self, group: UnitGroup) -> Tensor:
         if group.name not in self.state:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...model.targets import Target
 from ...model.units import UnitGroup, whole_scores
 from ...settings.config import PruningConfig
-from .base import gradient, weight
+from ..statistics import Activations, gradient, weight
 from .gradients import _Gradient
 
 
@@ -72,8 +72,9 @@ class SoftMovement(Movement):
 
     proportional, integral, largest, settle = 0.1, 0.03, 3.0, 0.9
 
-    def attach(self, model: nn.Module, groups: Iterable[UnitGroup]) -> None:
-        self._groups = list(groups)
+    def attach(self, groups: Sequence[UnitGroup], seen: Activations) -> None:
+        super().attach(groups, seen)
+        self._groups = groups
         self._units = sum(group.num_units for group in self._groups)
         self._progress = 0.0
 
@@ -95,7 +96,7 @@ class SoftMovement(Movement):
     def scores(self, group: UnitGroup) -> Tensor:
         return super().scores(group).sigmoid()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         if not self.state:
             return {}
         mean = sum(float(self.scores(group).sum()) for group in self._groups) / self._units

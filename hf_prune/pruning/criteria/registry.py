@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...settings import config
+from ...settings.config import CRITERIA as CRITERION_NAMES
+from ...settings.config import ROW_CRITERIA
 from .activations import APoZ, MeanActivation, Wanda
 from .base import Criterion
 from .gradients import Fisher, Gradient, Snip, SnipMomentum, Taylor
@@ -27,13 +28,12 @@ CRITERIA: dict[str, type[Criterion]] = {
 }
 
 
-def register_criterion(name: str, criterion: type[Criterion], reads_gradients: bool = False) -> None:
+def register_criterion(name: str, criterion: type[Criterion]) -> None:
     """Make a criterion known to configs under `name`.
 
     Args:
         name: what `PruningConfig(criterion=...)` calls it.
-        criterion: the class.
-        reads_gradients: whether it needs the gradients of the weights it scores, which frozen weights do not have.
+        criterion: the class; it declares what it reads and scores.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -41,6 +41,6 @@ def register_criterion(name: str, criterion: type[Criterion], reads_gradients: b
     if CRITERIA.get(name, criterion) is not criterion:
         raise ValueError(f"criterion={name!r} is taken by {CRITERIA[name].__name__}; choose another name.")
     CRITERIA[name] = criterion
-    config.CRITERIA.add(name)
-    if reads_gradients:
-        config.GRADIENT_CRITERIA.add(name)
+    CRITERION_NAMES.add(name)
+    if criterion.scores_rows:
+        ROW_CRITERIA.add(name)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...model.targets import Target
 from ...model.units import UnitGroup
-from .base import Criterion, weight
+from ..statistics import weight
+from .base import Criterion
 
 
 class Magnitude(Criterion):
@@ -29,6 +30,8 @@ class Random(Criterion):
 
 class FPGM(Criterion):
     """Σ_j ‖w_i − w_j‖₂ over the rows of a matrix: rows near the geometric median go (He et al. 2019, https://arxiv.org/abs/1811.00250)."""
+
+    scores_rows = True
 
     def scores(self, group: UnitGroup) -> Tensor:
         def distances(target: Target) -> Tensor:

@@ -1,0 +1,123 @@
+"""What a target is spent on: the rules that share it, what a unit costs, and when and to what share masks change.
+
+Open rules, which have no target of their own, share that of the config. Under `scope="global"` all of them with the same schedule
+and the same kind of scores are one budget: their units are ranked together by score per cost, and the share that goes is counted
+over the union of their weights. Every other rule is a budget of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..model.units import UnitGroup
+from .allocation import allocate, normalize
+from .rules import Rule
+from .schedules import Timeline
+
+#: What the target is a share of → what a unit of a group costs in it.
+COSTS: dict[str, Callable[[UnitGroup], float]] = {"target_sparsity": lambda group: group.unit_size}
+
+
+@dataclass
+class Budget:
+    """The rules that share a target.
+
+    Attributes:
+        name: of its rules, joined.
+        rules: all with the same settings of schedule, scope and score.
+        timeline: when masks change, and to what sparsity.
+        target: the name of the target in [`COSTS`].
+        requested_sparsity: the sparsity that the last mask update was asked for; it never falls.
+    """
+
+    name: str
+    rules: list[Rule]
+    timeline: Timeline
+    target: str = "target_sparsity"
+    requested_sparsity: float = 0.0
+
+    @property
+    def groups(self) -> list[UnitGroup]:
+        """The unit groups of all its rules."""
+        return [group for rule in self.rules for group in rule.groups]
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the weights that it is spent on, each once."""
+        return list(dict.fromkeys(name for rule in self.rules for name in rule.weight_names))
+
+    @property
+    def is_lottery(self) -> bool:
+        """Whether weights are rewound at each update."""
+        return self.timeline.schedule == "lottery"
+
+    def progress(self, step: int) -> float:
+        """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
+        return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
+
+    def is_late(self, step: int) -> bool:
+        """Whether the last mask update that was due up to `step` did not happen: the step was skipped, or the run began later."""
+        return self.requested_sparsity < self.timeline.sparsity(self.timeline.last_due(step))
+
+    def is_due(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only where more is pruned."""
+        return self.is_late(step) or (self.timeline.is_due(step) and not self.is_lottery)
+
+    def is_finished(self, step: int) -> bool:
+        """Whether the last mask update has happened."""
+        return step >= self.timeline.last_update and not self.is_late(step)
+
+    def allocate(self, steps: int) -> list[list[Tensor]]:
+        """Spend what is due after `steps` optimizer steps. Returns the units that stay, bool `[units]`, by rule and group."""
+        step = self.timeline.last_due(steps)
+        progress, settings = self.progress(step), self.rules[0].settings
+        self.requested_sparsity = max(self.requested_sparsity, self.timeline.sparsity(step))
+        scores = [rule.criterion.scores(group) for rule in self.rules for group in rule.groups]
+        scores = normalize(scores, settings.normalization)
+        removed = allocate(
+            self.groups,
+            self.per_cost(scores) if settings.scope == "global" else scores,
+            [gone for rule in self.rules for gone in rule.removed],
+            self.requested_sparsity,
+            settings.scope,
+            costs=self.costs,
+            floors=[rule.settings.min_sparsity_per_module * progress for rule in self.rules for _ in rule.groups],
+            caps=[rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups],
+            threshold=None if settings.threshold is None else settings.threshold * progress,
+        )
+        kept = iter(~gone for gone in removed)
+        return [[next(kept) for _ in rule.groups] for rule in self.rules]
+
+    @property
+    def costs(self) -> list[float]:
+        """What a unit of each group costs."""
+        return [COSTS[self.target](group) for group in self.groups]
+
+    def per_cost(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Scores of units → scores per cost, up to a common factor. A mean is a score per weight, others are scores of the unit."""
+        means = [rule.criterion.reduction == "mean" for rule in self.rules for _ in rule.groups]
+        factors = [(group.unit_size if mean else 1) / cost for group, mean, cost in zip(self.groups, means, self.costs)]
+        if len(set(factors)) == 1:
+            return list(scores)
+        return [score * (factor / max(factors)) for score, factor in zip(scores, factors)]
+
+    def spent(self) -> float:
+        """The share of its cost that is gone."""
+        gone = [(~kept).sum() for rule in self.rules for kept in rule.kept]
+        sizes = [kept.numel() for rule in self.rules for kept in rule.kept]
+        total = sum(size * cost for size, cost in zip(sizes, self.costs))
+        return float(sum(int(count) * cost for count, cost in zip(gone, self.costs)) / total)
+
+
+def make_budgets(rules: Iterable[Rule]) -> list[Budget]:
+    """The budgets of a config's rules, in the order of the rules."""
+    shared: dict[object, list[Rule]] = {}
+    for rule in rules:
+        settings = rule.settings
+        alike = (rule.timeline, settings.criterion, settings.reduction, settings.normalization, settings.update)
+        key = alike if rule.is_open and settings.scope == "global" else rule.name
+        shared.setdefault(key, []).append(rule)
+    return [Budget("+".join(rule.name for rule in members), members, members[0].timeline) for members in shared.values()]

@@ -1,0 +1,236 @@
+"""What a pruner holds beside its masks, one companion for each: zeros that were there, values that may come back, values to rewind
+to. Each saves and loads its part of the pruner's state; a fourth, which has none, tells why gradients are broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..model.sharding import is_sharded, local, placed_like, summed, whole
+from ..model.targets import Target, bias_target, check_names, selector, weight_target, weights
+from ..settings.config import PruningConfig
+from ..settings.errors import PruningConfigError
+from .budget import Budget
+from .rules import Rule
+
+
+class Companion(Protocol):
+    """A part of a pruner with a state of its own."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole tensors by name, the same on all processes, which have to ask together."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from what `state_dict` returned."""
+
+
+class LockedZeros:
+    """The zeros that `keep_zeros` holds: of every weight that the config's `target_modules` names, and the biases of rows that are
+    all zero. Without `keep_zeros` there are none.
+
+    Attributes:
+        weights: every weight that was looked at.
+        targets: the weights and biases that hold zeros.
+    """
+
+    def __init__(self, model: nn.Module, config: PruningConfig) -> None:
+        self.weights: dict[str, Target] = {}
+        self.targets: dict[str, Target] = {}
+        self._kept: dict[str, Tensor] = {}
+        names, exclude, found = config.target_modules, config.exclude_modules, list(weights(model)) if config.keep_zeros else []
+        alone = config.pattern is None  # else they are the pattern's names, and checked with it
+        for field, given in (("target_modules", names), ("exclude_modules", exclude)) if found and alone else ():
+            check_names(given, [weight.name for weight in found], field)
+        chosen = selector(model, names, exclude, "target_modules") if found else None
+        for weight in found:
+            if chosen is None or not chosen(weight.name):
+                continue
+            if weight.left_out:
+                if alone and names is not None:
+                    raise PruningConfigError("target_modules", names, f"names {weight.name!r}, but {weight.left_out}.")
+                continue
+            target, bias = weight_target(weight.name, weight.module), bias_target(weight.name, weight.module)
+            self.weights[target.name] = target
+            matrix = target.weight() != 0
+            if bool(matrix.all()):
+                continue
+            self._keep(target, matrix)
+            if bias is not None:
+                self._keep(bias, matrix.any(dim=1, keepdim=True) | (bias.matrix(bias.parameter.detach()) != 0))
+
+    def apply(self, gradients: bool = False) -> None:
+        """Zero what is held, in the parameters or in their gradients."""
+        for name, kept in self._kept.items():
+            self.targets[name].mask(kept, lambda tensor: tensor, adapted=True, gradients=gradients)
+
+    def regrown(self) -> list[str]:
+        """The names of the held weights and biases of which something is not zero. All processes have to ask together."""
+        return [name for name, kept in self._kept.items() if bool(whole((self.targets[name].value() * ~kept).any()))]
+
+    def density(self, name: str) -> float:
+        """The share of a weight that is not held at zero."""
+        kept = self._kept.get(name)
+        return 1.0 if kept is None else int(whole(kept.sum())) / kept.numel()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks of the parameters' shapes, True where nothing is held."""
+        return {name: whole(kept) for name, kept in self._kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Hold the zeros of an earlier moment."""
+        self._kept = _placed(state, {name: target.parameter for name, target in self.targets.items()})
+
+    def _keep(self, target: Target, matrix: Tensor) -> None:
+        self.targets[target.name] = target
+        self._kept[target.name] = target.from_matrix(matrix)
+
+
+class Regrowth:
+    """The values that masked weights left with, for criteria that let them come back. Their criteria read them as `values`."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        regrowing = [rule for rule in rules if rule.criterion.regrows]
+        self._targets = {target.name: target for rule in regrowing for target in rule.targets}
+        self._values = {name: torch.zeros_like(target.parameter) for name, target in self._targets.items()}
+        for rule in regrowing:
+            rule.criterion.values = self._values  # type: ignore[attr-defined]
+
+    def exchange(self, mask: Callable[[], None]) -> None:
+        """Bring back the values of weights whose mask was lifted, `mask`, and put aside what that takes away."""
+        for name, away in self._values.items():
+            target = self._targets[name]
+            restored = target.parameter + away
+            away += target.value()
+            target.parameter.copy_(restored)
+        mask()
+        for name, away in self._values.items():
+            away *= self._targets[name].value() == 0
+
+    def unmasked(self) -> dict[str, Tensor]:
+        """The parameters with the values that masked ones left with."""
+        return {name: self._targets[name].value() + away for name, away in self._values.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values, and the weights under an adapter, which may have come back with another value than the base model's."""
+        state = {f"value/{name}": whole(value) for name, value in self._values.items()}
+        return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._adapted().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Resume; a value that `state` does not hold stays as it is."""
+        parameters = {name: target.parameter for name, target in self._targets.items()}
+        for name, value in _placed(under(state, "value/"), parameters).items():
+            self._values[name].copy_(value)
+        for name, parameter in self._adapted().items():
+            if f"base/{name}" in state:
+                parameter.copy_(state[f"base/{name}"])
+
+    def _adapted(self) -> dict[str, nn.Parameter]:
+        return {name: target.parameter for name, target in self._targets.items() if target.adapter is not None}
+
+
+class Rewind:
+    """Every parameter's value at the start of a lottery schedule, to which weights go back at each update until the last."""
+
+    def __init__(self, model: nn.Module, budgets: Iterable[Budget]) -> None:
+        self._model = model
+        self._lotteries = [budget for budget in budgets if budget.is_lottery]
+        self._start: dict[str, Tensor] = {}
+
+    def before_update(self, steps: int) -> None:
+        """Keep the values at the start of the schedule, or at the first step of a run that began later."""
+        starts = [budget.timeline.begin for budget in self._running(steps)]
+        if steps in starts or (starts and not self._start and steps > min(starts)):
+            self._start = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+
+    def after_update(self, due: Iterable[Budget], steps: int) -> None:
+        """Rewind if a lottery was drawn; let go of the values after the last one."""
+        if any(budget.is_lottery for budget in due):
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(self._start[name])
+        if not self._running(steps):
+            self._start.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values, by parameter."""
+        return {name: whole(value) for name, value in self._start.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Resume, if there is a lottery."""
+        self._start = _placed(state, dict(self._model.named_parameters())) if self._lotteries else {}
+
+    def _running(self, steps: int) -> list[Budget]:
+        return [budget for budget in self._lotteries if not budget.is_finished(steps)]
+
+
+class GradientCheck:
+    """Finds gradients that are not finite, and tells where backward met the first: clipping spreads them to all parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        #: Parameter name → norm of its gradient as backward left it.
+        self._norms: dict[str, Tensor] = {}
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
+            for name, parameter in trained
+        ]
+
+    def broken(self) -> list[str]:
+        """The names of the gradients that hold NaN or infinity; in one pass and with one synchronisation if there are none.
+
+        Raises:
+            RuntimeError: there is no gradient.
+        """
+        gradients = {name: item.grad for name, item in self._model.named_parameters() if item.grad is not None}
+        if not gradients:
+            raise RuntimeError(
+                "No parameter has a gradient. Call observe() after backward and before zero_grad(); an optimizer that steps inside "
+                "backward cannot be used."
+            )
+        norm = torch.nn.utils.get_total_norm([_values(gradient) for gradient in gradients.values()])
+        if any(is_sharded(gradient) for gradient in gradients.values()):
+            norm = summed(norm)
+        if bool(torch.isfinite(norm)):
+            return []
+        return [name for name, gradient in gradients.items() if not bool(torch.isfinite(_values(whole(gradient))).all())]
+
+    def message(self, broken: list[str], step: int) -> str:
+        """What to say about them at `step`."""
+        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
+        others = f", as are those of {len(more)} more parameters" if more else ""
+        cause = ". All gradients are, so the loss seems to be" if len(more) + 1 == len(self._norms) else ""
+        return f"Step {step}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
+
+    def forget(self) -> None:
+        """The step's gradients are read."""
+        self._norms.clear()
+
+    def release(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._norms[name] = torch.linalg.vector_norm(_values(parameter.grad.detach()))
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """What of a gradient is on this rank, and of a sparse one (`nn.Embedding(sparse=True)`) the rows that it has."""
+    return gradient.coalesce().values() if gradient.is_sparse else local(gradient)
+
+
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a state whose names start with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _placed(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that belong to parameters, where those are."""
+    own = {name: value for name, value in state.items() if name in parameters}
+    return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in own.items()}
