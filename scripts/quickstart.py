@@ -118,11 +118,10 @@ def make_start(folder: Path, sentences: list[str]) -> None:
 def halve_heads_and_neurons() -> PruningConfig:
     """Half of the heads and half of the neurons, wherever in the model they matter least."""
     return PruningConfig(
-        target_sparsity=0.5,
         warmup_epochs=0.5,
         cooldown_epochs=2,
         frequency=10,
-        rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")],
+        rules=[PruningRule(pattern=pattern, target_sparsity=0.5) for pattern in ("head", "neuron")],
     )
 
 
