@@ -111,7 +111,9 @@ def test_scores_masks_and_weights_equal_the_reference_at_every_step(
     mode: str, pattern: str, optimizer: str, accumulation: int
 ) -> None:
     model = tiny_bert(num_hidden_layers=2, hidden_size=16, intermediate_size=12).double().train()
-    config = PruningConfig(pattern=pattern, frequency=2, cooldown_steps=3, max_sparsity_per_module=1.0, **MODES[mode])
+    config = PruningConfig(
+        pattern=pattern, frequency=2, warmup_steps=0, cooldown_steps=3, max_sparsity_per_module=1.0, **MODES[mode]
+    )
     pruner = Pruner(model, config, total_steps=STEPS)
     (rule,) = pruner.rules
     reference = Reference(tiny_bert(num_hidden_layers=2, hidden_size=16, intermediate_size=12).double(), rule.groups, optimizer)
