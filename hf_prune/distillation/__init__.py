@@ -1,4 +1,4 @@
-"""Knowledge distillation in the Trainer, with a living teacher or its cached logits."""
+"""Knowledge distillation in the Trainer, with an online teacher or its cached logits."""
 
 from .cache import TeacherLogitsCollator, add_teacher_logits
 from .config import DistillationConfig

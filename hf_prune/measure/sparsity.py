@@ -129,7 +129,7 @@ def sparsity_report(model: Any, shortfall: str | None = None) -> SparsityReport:
     Under LoRA, the zeros of the merged weights count.
 
     Args:
-        model: the model, or what holds it (a SentenceTransformer, a SetFitModel; see `wrappers.py`).
+        model: the model, or what holds it (a SentenceTransformer, a SetFitModel; see `model/wrappers.py`).
         shortfall: what it lacks because its pruning ended early, see `Pruner.shortfall`.
 
     Raises:

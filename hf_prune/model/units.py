@@ -2,7 +2,7 @@
 
 A [`View`] is a grid of equal blocks over (some rows of) a parameter; a [`UnitGroup`] ties views whose blocks, counted row by row,
 are the same units: an attention head is a block of rows in query, key and value and a block of columns in the output projection.
-Criteria, allocation and masks know units only; which units a pattern makes is the business of `patterns.py`.
+Criteria, allocation and masks know units only; which units a pattern makes is the business of `pruning/patterns.py`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import regex
 from .errors import PruningConfigError, closest, closest_path
 
 _T = TypeVar("_T")
-#: Schedules, by name; the functions are in `schedules.py`. `polynomial(k)` takes its exponent.
+#: Schedules, by name; the functions are in `pruning/schedules.py`. `polynomial(k)` takes its exponent.
 SCHEDULES: tuple[str, ...] = ("constant", "linear", "cubic", "exp", "cos", "cube", "polynomial(k)", "lottery")
 
 
