@@ -116,6 +116,11 @@ def _saving_between_steps(
     if not pruned:
         stock(self, args, state, control, **kwargs)
     elif exact(state, control) and all(callback.between_steps for callback in pruned):
+        requested = self.jit_manager and self.jit_manager.is_checkpoint_requested
+        if requested and pruned[0].written.get("step") == state.global_step:
+            # A process that is killed while it writes a checkpoint once more would leave none.
+            self.jit_manager.is_checkpoint_requested = False
+            control.should_training_stop = True
         save(self, args, state, control, **kwargs)
 
 

@@ -215,6 +215,16 @@ def test_a_run_that_saves_when_it_is_terminated_goes_on_exactly(
     assert_equal(pruner_of(trainer).state_dict(), pruner_of(whole).state_dict())
 
 
+def test_a_checkpoint_that_is_there_is_not_written_again_upon_the_signal(tmp_path: Path) -> None:
+    saving = {"enable_jit_checkpoint": True, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED}, with_dropout(seed=0), **saving)
+    save, saved = trainer._save_checkpoint, []
+    trainer._save_checkpoint = lambda *args, **kwargs: (saved.append(trainer.state.global_step), save(*args, **kwargs))
+    Terminated("on_save", 4).of(trainer).train()
+    assert (saved, trainer.state.global_step) == ([2, 4], 5)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
 def test_a_run_without_pruning_saves_when_it_always_did(tmp_path: Path) -> None:
     plain = Trainer(tiny_bert(), arguments(tmp_path, enable_jit_checkpoint=True), train_dataset=ROWS)
     Terminated("on_forward", 4).of(plain).train()

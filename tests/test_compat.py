@@ -1,0 +1,74 @@
+"""The patches of transformers: each does what it says, and a test fails when transformers no longer needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import arguments, tiny_bert
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.models.auto import modeling_auto
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+import hf_prune.hub.callback
+import hf_prune.training.callback  # noqa: F401  the patches are made where callbacks are
+from hf_prune.compat import auto_classes, wrap
+
+
+def test_wrapping_twice_is_wrapping_once() -> None:
+    class Owner:
+        def method(self, value: int) -> int:
+            return value
+
+        @classmethod
+        def made(cls, value: int) -> tuple[type, int]:
+            return cls, value
+
+    class Heir(Owner): ...
+
+    def around(stock: Any, *args: Any) -> Any:
+        return stock(*args[:-1], args[-1] + 1)
+
+    for _ in range(2):
+        wrap(Owner, "method", around)
+        wrap(Owner, "made", around)
+    assert Owner().method(1) == 2
+    assert Heir.made(1) == (Heir, 2)
+    wrap(Heir, "method", around)  # inherited: the heir's alone is changed
+    assert (Owner().method(1), Heir().method(1)) == (2, 3)
+
+
+def test_states_remember_their_folder_which_stock_ones_do_not(tmp_path: Path) -> None:
+    TrainerState(epoch=1.0).save_to_json(str(tmp_path / "trainer_state.json"))
+    stock: Any = TrainerState.load_from_json.__func__.__wrapped__  # type: ignore[attr-defined]
+    assert not hasattr(stock(TrainerState, str(tmp_path / "trainer_state.json")), "folder"), "remember_folders() can go"
+    assert TrainerState.load_from_json(str(tmp_path / "trainer_state.json")).folder == tmp_path  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_step_begin"])
+def test_jit_checkpoints_are_still_written_within_a_step(event: str) -> None:
+    stock = getattr(JITCheckpointCallback, event).__wrapped__
+    assert stock.__qualname__ == f"JITCheckpointCallback.{event}", "save_between_steps() can go"
+
+
+def test_loggers_still_run_before_callbacks_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Trainer.log` is wrapped since `on_log` is called in the order of the callbacks, loggers first."""
+
+    class Logger(TrainerCallback): ...
+
+    class Users(TrainerCallback): ...
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "like", Logger)
+    trainer = Trainer(tiny_bert(), arguments(tmp_path, report_to=["like"]), callbacks=[Users()])
+    order = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert order.index(Logger) < order.index(Users), "the patch of Trainer.log can go"
+
+
+def test_auto_classes_know_every_head_and_their_mapping_is_still_private() -> None:
+    known = dict(auto_classes("bert"))
+    assert known["AutoModel"] == ("BertModel",)
+    assert known["AutoModelForSequenceClassification"] == ("BertForSequenceClassification",)
+    assert not any(auto_classes("no such family"))
+    assert not hasattr(modeling_auto.AutoModel, "model_mapping"), "auto_classes() can use the public name"
