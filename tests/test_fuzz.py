@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningConfigError, condense
-from hf_prune.architectures import AttentionBlock, find_blocks
-from hf_prune.config import CRITERIA, NORMALIZATIONS, REDUCTIONS, SCOPES, STRUCTURAL_PATTERNS
-from hf_prune.report import original_blocks
+from hf_prune.measure.sparsity import original_blocks
+from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.settings.config import CRITERIA, NORMALIZATIONS, REDUCTIONS, SCOPES
+from hf_prune.settings.patterns import STRUCTURAL_PATTERNS
 
 pytestmark = pytest.mark.slow
 
@@ -135,8 +136,8 @@ def test_training(seed: int, tmp_path: Path) -> None:
 def check_sparsity(trainer: Any) -> None:
     """Each rule's weights have the zeros that were asked for, to within what the size of a unit and the other rules explain."""
     pruner = pruner_of(trainer)
-    assert pruner.done
-    for rule in pruner._rules:
+    assert pruner.is_finished
+    for rule in pruner.rules:
         settings, sizes = (
             rule.settings,
             {group.name: (group.num_units, group.unit_size, group.max_removable) for group in rule.groups},
@@ -153,7 +154,7 @@ def check_sparsity(trainer: Any) -> None:
         else:
             low, high = 0, total
         assert zeros >= low, f"{rule.name}: {zeros} zeros of {total}, {low} at least"
-        assert zeros <= high or len(pruner._rules) > 1, f"{rule.name}: {zeros} zeros of {total}, {high} at most"
+        assert zeros <= high or len(pruner.rules) > 1, f"{rule.name}: {zeros} zeros of {total}, {high} at most"
 
 
 # --------------------------------------------------------------------------------------------------------------------- condensing
