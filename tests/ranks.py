@@ -335,7 +335,7 @@ def sharded_gpt2(folder: Path) -> Result:
         sizes = {"n_embd": 36, "n_head": 3, "n_inner": 45, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return tiny("gpt2", "sequence-classification", **sizes).double()
 
-    return looped({"rules": [{"pattern": "head"}, {"pattern": "3x1"}], "criterion": "taylor"}, build)
+    return looped({"rules": [{"pattern": "head", "target_sparsity": 0.5}, {"pattern": "3x1"}], "criterion": "taylor"}, build)
 
 
 def reloaded(name: str) -> Callable[[Path], Result]:

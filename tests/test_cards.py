@@ -28,7 +28,10 @@ from hf_prune.measure.sparsity import original_blocks, stock_twin, total_sparsit
 from hf_prune.model import find_blocks
 
 HALF = PruningConfig(
-    target_sparsity=0.5, frequency=1, cooldown_steps=1, rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")]
+    target_sparsity=0.5,
+    frequency=1,
+    cooldown_steps=1,
+    rules=[PruningRule(pattern=pattern, target_sparsity=0.5) for pattern in ("head", "neuron")],
 )
 FACTS = CardFacts(
     model_name="tiny-half",

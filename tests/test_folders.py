@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cards import FACTS, HALF, halved
 from test_cli import Run
 from test_reload import save_tokenizer
@@ -175,6 +175,17 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def cut_neurons(folder: Path) -> None:
+    """Make a model one that an older tool pruned: its first layer has fewer neurons than its config says."""
+    tensors, layer = load_file(folder / "model.safetensors"), "bert.encoder.layer.0"
+    tensors |= {
+        f"{layer}.intermediate.dense.{name}": tensors[f"{layer}.intermediate.dense.{name}"][:5] for name in ("weight", "bias")
+    }
+    tensors[f"{layer}.output.dense.weight"] = tensors[f"{layer}.output.dense.weight"][:, :5]
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture
 def folder(pruned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "model"))
@@ -200,6 +211,8 @@ def test_a_folder_is_written_whole_or_not_at_all(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("No space left on device")
 
+    if command == "convert":
+        cut_neurons(folder)
     owner = {"save_pretrained": transformers.PreTrainedModel, "write_card": hub, "copyfile": shutil}[fails]
     monkeypatch.setattr(owner, fails, full)
     cli(command, folder, tmp_path / "deep" / "small", code=1)

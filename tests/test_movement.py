@@ -152,7 +152,9 @@ def test_scores_masks_and_weights_equal_the_reference_at_every_step(
 
 def test_a_unit_that_comes_back_has_the_values_it_left_with() -> None:
     model = tiny_bert(num_hidden_layers=1).train()
-    pruner = Pruner(model, PruningConfig(pattern="neuron", criterion="movement", frequency=1), total_steps=30)
+    pruner = Pruner(
+        model, PruningConfig(pattern="neuron", criterion="movement", frequency=1, warmup_steps=0, cooldown_steps=0), total_steps=30
+    )
     (rule,) = pruner.rules
     (group,) = rule.groups
     tensors = [view.target.parameter for view in (*group.weights, *group.biases)]

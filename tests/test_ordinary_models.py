@@ -81,7 +81,7 @@ def test_pruned_and_condensed_again(family: str, pattern: str, tmp_path: Path) -
     models.prune_randomly(model)
     condense(model)
     pattern = "kv_group" if (family, pattern) == ("llama", "head") else pattern
-    rules = [PruningRule(pattern=pattern)] + ([PruningRule(pattern="neuron")] if pattern != "block" else [])
+    rules = [PruningRule(pattern=pattern, target_sparsity=0.5)] + ([PruningRule(pattern="neuron")] if pattern != "block" else [])
     config = PruningConfig(criterion="magnitude", schedule="constant", scope="global", target_sparsity=0.5, rules=rules)
     prune_at_once(model, config)
     batch, plan, parameters = models.ragged_batch(model), condense_plan(model), model.num_parameters()

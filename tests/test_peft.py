@@ -299,7 +299,9 @@ def test_sparse_model_stays_sparse_under_lora(settings: dict[str, Any]) -> None:
 
 def test_several_rules_on_one_module_multiply() -> None:
     model, inputs = adapted(), batch("llama")
-    pruner = Pruner(model, PruningConfig(**WHOLE_RUN, scope="local", rules=[{"pattern": "head"}, {"pattern": "2:4"}]), 4)
+    pruner = Pruner(
+        model, PruningConfig(**WHOLE_RUN, scope="local", rules=[{"pattern": "head", "target_sparsity": 0.5}, {"pattern": "2:4"}]), 4
+    )
     list(steps(model, pruner, inputs, 4))
     for layer in range(3):
         found = merged_weights(model)[f"base_model.model.model.layers.{layer}.self_attn.q_proj"] == 0

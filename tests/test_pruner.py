@@ -189,7 +189,8 @@ def test_lottery_tickets_rewind_every_weight_that_is_left() -> None:
 def test_nested_rules_multiply_and_the_union_is_counted() -> None:
     model = tiny_bert(num_hidden_layers=1)
     config = PruningConfig(
-        rules=[{"pattern": "head"}, {"pattern": "2:4", "target_modules": r".*\.self\.(query|key|value)"}], frequency=1
+        rules=[{"pattern": "head", "target_sparsity": 0.5}, {"pattern": "2:4", "target_modules": r".*\.self\.(query|key|value)"}],
+        frequency=1,
     )
     pruner = Pruner(model, config, total_steps=3)
     for step in range(3):
@@ -382,9 +383,11 @@ def test_a_loop_that_forgets_the_pruner_fails_loudly() -> None:
 
 def test_two_pruners_on_one_model_are_an_error() -> None:
     model = tiny_bert(num_hidden_layers=1)
-    Pruner(model, PruningConfig(pattern="head"), total_steps=2)
-    with pytest.raises(RuntimeError, match=r"call its finish\(\) first"):
+    attached = Pruner(model, PruningConfig(pattern="head"), total_steps=2)
+    with pytest.raises(RuntimeError, match=r"call its finish\(\) or release\(\) first"):
         Pruner(model, PruningConfig(pattern="head"), total_steps=2)
+    attached.release()
+    Pruner(model, PruningConfig(pattern="head"), total_steps=2)
 
 
 @pytest.mark.parametrize(

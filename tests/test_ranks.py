@@ -104,7 +104,7 @@ def test_a_trainer_on_two_processes_prunes_as_on_one(name: str, two: Runs, tmp_p
     alone = CASES[f"trained {name}"](tmp_path)
     assert_same_run(first, alone)
     assert_same_logs(first["logs"], alone["logs"])
-    assert first["logs"][-1]["sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert first["logs"][-1]["reached_sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_distillation_on_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> None:

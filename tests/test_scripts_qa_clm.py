@@ -172,7 +172,7 @@ def test_exact_match_and_f1() -> None:
 
 def halves(folder: Path, *patterns: str) -> Path:
     """A pruning config for half of these units."""
-    rules = [PruningRule(pattern=pattern) for pattern in patterns]
+    rules = [PruningRule(pattern=pattern, target_sparsity=0.5) for pattern in patterns]
     PruningConfig(frequency=1, cooldown_steps=1, rules=rules).to_json_file(folder / "pruning.json")
     return folder / "pruning.json"
 

@@ -430,7 +430,7 @@ def test_early_stopping_under_target_warns_once(counts_from: str, tmp_path: Path
     assert messages == [pruner.shortfall]
     assert messages[0] == (
         f"Pruning is not finished: the model is that of step {trainer.state.best_global_step}, its last mask update was due at "
-        f"step 8. {pruner.reached_sparsity():.2%} of the weights are zero and 50.00% were asked for."
+        f"step 8. {pruner.reached_sparsity():.2%} of the weights are zero and 50.00% were requested."
     )
     report = sparsity_report(trainer.model, pruner.shortfall)
     assert report.shortfall == report.to_dict()["shortfall"] == messages[0]
