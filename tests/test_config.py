@@ -294,7 +294,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     # numbers too large for a float, counts too large for anything, nesting without end
     *(
         ({name: 10**400}, f"{name}=1000*: must be *")
-        for name in ("target_sparsity", "threshold", "warmup_steps", "cooldown_epochs")
+        for name in ("target_sparsity", "threshold", "warmup_steps", "cooldown_epochs", "frequency", "updates")
     ),
     ({"pattern": "9" * 5000 + "x1"}, "pattern='99* … 9*x1': must be 'NxM' *"),
     ({"schedule": f"polynomial({'9' * 5000})"}, "schedule='polynomial(99*: must be one of *"),

@@ -181,5 +181,5 @@ def _check_schedule(name: str, value: object) -> None:
 
 
 def _check_frequency(name: str, value: object, unit: str = "steps") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not (is_number(value) and isinstance(value, int) and value >= 1):
         raise PruningConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")
