@@ -153,3 +153,10 @@ def test_scores_that_are_no_numbers_name_their_module(bad: float) -> None:
             0.5,
             "global",
         )
+
+
+def test_a_dear_unit_that_overshoots_gives_way_to_one_that_fits() -> None:
+    groups = [group("dear", 2, size=10), group("cheap", 2, size=6)]
+    removed = allocate(groups, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], nothing(groups), 0.12, "global")
+    assert [gone.tolist() for gone in removed] == [[False, False], [True, False]]
+    assert not any(gone.any() for gone in allocate(groups, [torch.ones(2), torch.ones(2)], nothing(groups), 0.0, "global"))

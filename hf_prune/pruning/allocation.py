@@ -196,5 +196,8 @@ def _lowest_for_budget(
     if count < spent.numel() and spent[count] - budget <= prices[order[count]] / 2:
         count += 1
     chosen = torch.zeros_like(flat, dtype=torch.bool)
+    if not max(count, least):  # the first in line is too dear: the first that comes nearer to the budget than nothing does
+        chosen[order[(prices[order] <= 2 * budget).nonzero().flatten()[: min(most, 1)]]] = budget > 0
+        return chosen
     chosen[order[: min(max(count, least), most)]] = True
     return chosen
