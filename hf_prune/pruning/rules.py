@@ -276,6 +276,13 @@ def _groups(
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
             raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+    for target in (view.target for group in groups for view in group.weights) if settings.update != "zero" else ():
+        if target.adapter is not None:
+            allowed = f"must be 'zero' under LoRA: {target.module_name!r} computes with the sum of two weights, and one is changed."
+            raise PruningConfigError(f"{name}.update", settings.update, allowed)
+        if target.parameter.ndim > 2 and UPDATES[settings.update].reads_second_moments:
+            allowed = f"reads second moments of inputs, which {target.module_name!r}, a convolution, has for each kernel position."
+            raise PruningConfigError(f"{name}.update", settings.update, allowed)
     if CRITERIA[settings.criterion].reads_gradients:
         frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}

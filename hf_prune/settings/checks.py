@@ -22,9 +22,6 @@ _T = TypeVar("_T")
 SCHEDULES: tuple[str, ...] = ("constant", "linear", "cubic", "exp", "cos", "cube", "polynomial(k)", "lottery")
 
 
-# -------------------------------------------------------------------------------------------------------------- validation
-
-
 def is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold; true and false are none."""
     try:
@@ -34,7 +31,15 @@ def is_number(value: object) -> bool:
 
 
 #: What a value of a type is called.
-_CALLED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
+_CALLED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    NoneType: "null",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def check_type(name: str, value: object, hint: Any) -> None:

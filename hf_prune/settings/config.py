@@ -1,4 +1,4 @@
-"""What to prune, how much, how and when: `PruningConfig`, its `PruningRule`s, and the flat `PruningArguments` of scripts.
+"""What to prune, how much, how and when: `PruningConfig` and its `PruningRule`s.
 
 Plain dataclasses with JSON in and out. Everything that can be checked without a model is checked on construction; what needs
 the model (names that match nothing, targets that caps make unreachable, a run that is too short) is checked by `Pruner` before
@@ -17,7 +17,6 @@ from typing import Any
 
 from ..files import write_text
 from .checks import (
-    _CALLED,
     _check_duration,
     _check_frequency,
     _check_initial,
@@ -83,7 +82,6 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
         "lets weights come back, which a rewind to earlier values contradicts",
     ),
 )
-_CALLED |= {dict: "an object", list: "a list"}
 
 
 #: The check of each field that a config and a rule share.
