@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .pruning import Pruner
     from .settings.arguments import PruningArguments
     from .settings.config import PruningConfig, PruningRule
-    from .settings.errors import PruningConfigError
+    from .settings.errors import ConfigError
     from .training.callback import PruningCallback
     from .training.checkpoints import last_complete_checkpoint
 
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CardFacts",
     "CondensePlan",
+    "ConfigError",
     "DistillationConfig",
     "DistillationTrainer",
     "ModelCardCallback",
@@ -37,7 +38,6 @@ __all__ = [
     "PruningArguments",
     "PruningCallback",
     "PruningConfig",
-    "PruningConfigError",
     "PruningRule",
     "SparsityReport",
     "TeacherLogitsCollator",
@@ -85,7 +85,7 @@ _HOMES = {
         "PruningConfig",
         "PruningRule",
     ),
-    "settings.errors": ("PruningConfigError",),
+    "settings.errors": ("ConfigError",),
     "training.callback": ("PruningCallback",),
     "training.checkpoints": ("last_complete_checkpoint",),
 }

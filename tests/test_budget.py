@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_bert
 from torch import Tensor
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError
+from hf_prune import ConfigError, Pruner, PruningConfig
 from hf_prune.pruning.budget import COSTS, Budget
 
 HEADS_AND_NEURONS = [{"pattern": "head"}, {"pattern": "neuron"}]
@@ -83,7 +83,7 @@ def test_scores_of_different_kinds_do_not_share_a_budget_but_each_meets_the_targ
 
 def test_nested_rules_have_to_say_how_much_each_takes() -> None:
     rules: list[dict[str, Any]] = [{"pattern": "2:4", "scope": "local"}, {"pattern": "head"}]
-    with pytest.raises(PruningConfigError, match=r"rules\[1\].target_sparsity=None: must be given, since rules\[0\] names"):
+    with pytest.raises(ConfigError, match=r"rules\[1\].target_sparsity=None: must be given, since rules\[0\] names"):
         pruned(rules=rules)
     pruned(rules=[{**rules[0], "target_sparsity": 0.5}, rules[1]])
 

@@ -27,7 +27,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, print_sparsity, sparsity_report
+from hf_prune import ConfigError, Pruner, PruningCallback, PruningConfig, condense, print_sparsity, sparsity_report
 from hf_prune.training.checkpoints import STATE_NAME
 
 #: Pattern → ends of the names of the modules it is about, and target sparsity.
@@ -444,7 +444,7 @@ def test_a_best_model_from_before_resuming_that_was_not_sparse_enough_is_forgott
 def test_a_config_that_does_not_fit_is_an_error_before_the_first_step(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, {"pattern": "1x1", "warmup_steps": 10, "cooldown_steps": 2})
     before = snapshot(trainer.model)
-    with pytest.raises(PruningConfigError, match=r"warmup_steps=10: .* 12 steps"):
+    with pytest.raises(ConfigError, match=r"warmup_steps=10: .* 12 steps"):
         trainer.train()
     assert_equal(snapshot(trainer.model), before)
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 import hf_prune
-from hf_prune import CardFacts, ModelCardCallback, PruningCallback, PruningConfig, PruningConfigError, PruningRule, condense
+from hf_prune import CardFacts, ConfigError, ModelCardCallback, PruningCallback, PruningConfig, PruningRule, condense
 from hf_prune.hub.card import PICTURES, auto_class, pipeline_tag, write_card
 from hf_prune.measure.latency import compare
 from hf_prune.measure.sparsity import original_blocks, stock_twin, total_sparsity
@@ -233,7 +233,7 @@ def test_a_family_without_a_spec_has_a_card() -> None:
 
 
 def test_unknown_facts_are_refused() -> None:
-    with pytest.raises(PruningConfigError, match=r"datset='glue'.*Did you mean 'dataset'"):
+    with pytest.raises(ConfigError, match=r"datset='glue'.*Did you mean 'dataset'"):
         ModelCardCallback(datset="glue")
 
 

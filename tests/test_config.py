@@ -17,7 +17,7 @@ import pytest
 from helpers import assert_equal, snapshot, tiny_bert
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_prune import Pruner, PruningArguments, PruningConfig, PruningConfigError, PruningRule
+from hf_prune import ConfigError, Pruner, PruningArguments, PruningConfig, PruningRule
 from hf_prune.settings.config import CONFIG_NAME
 from hf_prune.settings.patterns import parse_pattern
 
@@ -208,7 +208,7 @@ def test_arguments_win_over_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
-    with pytest.raises(PruningConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         parse(*arguments)
     assert_says(error.value, message)
 
@@ -325,7 +325,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=lambda value: str(value)[:60])
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(PruningConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         PruningConfig.from_dict({"pattern": "1x1"} | settings)
     assert_says(error.value, message)
     assert (error.value.name, isinstance(error.value, ValueError)) == (message.split("=", 1)[0], True)
@@ -335,10 +335,10 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 def test_values_that_python_cannot_print(name: str) -> None:
     nested = functools.reduce(lambda inner, _: {"": [inner]}, range(2_000), 10**5000)
     for value in (nested, [nested]):
-        with pytest.raises(PruningConfigError) as error:
+        with pytest.raises(ConfigError) as error:
             PruningConfig.from_dict({"pattern": "1x1", name: value})
         assert name in str(error.value)
-    with pytest.raises(PruningConfigError, match=r"target_sparsity=\(int\): must be a number in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"target_sparsity=\(int\): must be a number in \[0, 1\)"):
         PruningConfig(pattern="1x1", target_sparsity=10**5000)
 
 
@@ -356,14 +356,14 @@ def test_values_that_python_cannot_print(name: str) -> None:
 )
 def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(PruningConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         PruningConfig.from_json_file(tmp_path / "config.json")
     assert_says(error.value, message)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(PruningConfigError, match=r"PruningConfig file='.*confg.json': .* Did you mean '.*/config.json'"):
+    with pytest.raises(ConfigError, match=r"PruningConfig file='.*confg.json': .* Did you mean '.*/config.json'"):
         PruningConfig.from_json_file(tmp_path / "confg.json")
 
 
@@ -454,7 +454,7 @@ BAD_FOR_THE_MODEL: list[tuple[dict[str, Any], str]] = [
 def test_bad_for_the_model(settings: dict[str, Any], message: str) -> None:
     model = tiny_bert()
     before, names = snapshot(model), set(vars(model))
-    with pytest.raises(PruningConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         Pruner(model, PruningConfig.from_dict({"pattern": "1x1"} | settings), total_steps=20, steps_per_epoch=5)
     assert_says(error.value, message)
     assert_equal(snapshot(model), before)
@@ -464,7 +464,7 @@ def test_bad_for_the_model(settings: dict[str, Any], message: str) -> None:
 
 
 def test_epochs_need_their_length() -> None:
-    with pytest.raises(PruningConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         Pruner(tiny_bert(), PruningConfig(pattern="1x1", warmup_epochs=1), total_steps=20)
     assert_says(error.value, "config.warmup_epochs=1: needs steps_per_epoch, or give it in steps.")
 
@@ -474,7 +474,7 @@ def test_epochs_need_their_length() -> None:
 def test_frozen_modules_need_a_criterion_without_gradients(criterion: str, pattern: str) -> None:
     model = tiny_bert()
     freeze()(model)
-    with pytest.raises(PruningConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         Pruner(model, PruningConfig(pattern=pattern, criterion=criterion), total_steps=20)
     assert_says(
         error.value,

@@ -11,7 +11,7 @@ from helpers import tiny_bert
 from models import ragged_batch
 from torch import Tensor, nn
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError
+from hf_prune import ConfigError, Pruner, PruningConfig
 from hf_prune.model.units import UnitGroup
 from hf_prune.pruning.criteria import CRITERIA, Criterion, register_criterion
 from hf_prune.pruning.criteria.gradients import SnipMomentum
@@ -348,7 +348,7 @@ def test_a_criterion_of_ones_own() -> None:
     finally:
         CRITERIA.pop("largest", None)
         config_module.CRITERIA.discard("largest")
-    with pytest.raises(PruningConfigError, match="criterion='largest'"):
+    with pytest.raises(ConfigError, match="criterion='largest'"):
         PruningConfig(pattern="neuron", criterion="largest")
 
 

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_prune import DistillationConfig, DistillationTrainer, PruningConfigError, condense
+from hf_prune import ConfigError, DistillationConfig, DistillationTrainer, condense
 from hf_prune.distillation.layers import closest_layers, layer_pairs
 from hf_prune.distillation.losses import attention_loss, hidden_loss, logits_loss
 
@@ -678,7 +678,7 @@ def test_bad_settings(settings: dict[str, float], message: str) -> None:
     ],
 )
 def test_bad_plain_data(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         DistillationConfig.from_dict(data)
 
 
@@ -702,7 +702,7 @@ def test_the_config_survives_json() -> None:
 def test_losses_that_the_models_cannot_have(task: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     teacher, rows = TASKS[task](seed=1, count=8)
     student = TASKS[task](seed=0, count=8)[0]
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         distiller(tmp_path, student, teacher, rows, DistillationConfig(**settings))
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 

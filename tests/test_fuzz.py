@@ -25,7 +25,7 @@ from models import MATRIX, PRE_NORM, empty_layers, prune_randomly, ragged_batch,
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError, condense
+from hf_prune import ConfigError, Pruner, PruningConfig, condense
 from hf_prune.measure.sparsity import original_blocks
 from hf_prune.model import AttentionBlock, find_blocks
 from hf_prune.settings.config import CRITERIA, NORMALIZATIONS, REDUCTIONS, SCOPES
@@ -88,7 +88,7 @@ def random_config(draw: random.Random) -> PruningConfig:
             settings["rules"] = [random_settings(draw)]
         if draw.random() < 0.1:
             settings["keep_zeros"] = True
-        with suppress(PruningConfigError):
+        with suppress(ConfigError):
             return PruningConfig(**settings)
 
 
@@ -118,7 +118,7 @@ def test_training(seed: int, tmp_path: Path) -> None:
     refused = None
     try:
         trainer.train()
-    except PruningConfigError as error:
+    except ConfigError as error:
         refused = error
     if refused is not None:
         assert refused.name in str(refused)
@@ -330,7 +330,7 @@ def test_mutated_configs(batch: int) -> None:
                 data = mutated(data, draw)
             yield data, partial(use, data)
 
-    assert faults(cases(), PruningConfigError) == ""
+    assert faults(cases(), ConfigError) == ""
     assert_equal(snapshot(model), before)
 
 

@@ -12,7 +12,7 @@ from test_criteria import elements
 from torch import Tensor
 from torch.func import functional_call
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError, condense_plan
+from hf_prune import ConfigError, Pruner, PruningConfig, condense_plan
 from hf_prune.model.units import UnitGroup, whole_scores
 
 STEPS, PENALTY = 14, 20.0
@@ -247,11 +247,11 @@ def test_what_can_go_as_a_whole_is_scored_by_the_lines_of_its_tiles() -> None:
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         PruningConfig(pattern="auto", criterion="soft_movement", **settings)
 
 
 def test_scores_that_cannot_reach_the_threshold_are_an_error() -> None:
     settings = {"criterion": "soft_movement", "scope": "threshold", "threshold": 0.1, "regularization": "auto", "warmup_steps": 0}
-    with pytest.raises(PruningConfigError, match=r"score_learning_rate=0.01: must be at least 0.044 .* in 100 steps"):
+    with pytest.raises(ConfigError, match=r"score_learning_rate=0.01: must be at least 0.044 .* in 100 steps"):
         Pruner(tiny_bert(), PruningConfig(pattern="auto", cooldown_steps=0, **settings), total_steps=100)

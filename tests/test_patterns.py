@@ -15,7 +15,7 @@ from hf_prune.model import find_blocks
 from hf_prune.model.targets import Target, weight_target
 from hf_prune.model.units import UnitGroup, View
 from hf_prune.pruning.patterns import build_groups
-from hf_prune.settings.errors import PruningConfigError
+from hf_prune.settings.errors import ConfigError
 from hf_prune.settings.patterns import Pattern, parse_pattern
 
 
@@ -159,7 +159,7 @@ def test_units_of_nesting_patterns_multiply() -> None:
 
 @pytest.mark.parametrize("text", ["", "4", "0x1", "x", "4:2", "2:2", "0:4", "4x1x1", "Head", "channel", None, 4, ["1x1"]])
 def test_patterns_that_do_not_parse(text: object) -> None:
-    with pytest.raises(PruningConfigError, match="must be 'NxM'"):
+    with pytest.raises(ConfigError, match="must be 'NxM'"):
         parse_pattern(text)  # type: ignore[arg-type]
 
 

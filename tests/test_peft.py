@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
-from hf_prune import Pruner, PruningCallback, PruningConfig, PruningConfigError, condense, sparsity_report
+from hf_prune import ConfigError, Pruner, PruningCallback, PruningConfig, condense, sparsity_report
 from hf_prune.model.targets import prunable_modules, weight_target
 from hf_prune.model.units import UnitGroup
 from hf_prune.pruning.criteria import CRITERIA, Criterion, gradient, register_criterion, weight
@@ -646,7 +646,7 @@ def test_prompts_leave_the_weights_alone(settings: Any) -> None:
     inputs = batch("bert")
     del inputs["labels"]
     model = get_peft_model(base("bert"), settings(task_type="SEQ_CLS", num_virtual_tokens=2))
-    with pytest.raises(PruningConfigError, match="frozen"):
+    with pytest.raises(ConfigError, match="frozen"):
         Pruner(model, config("head", criterion="snip"), 1)
     pruner = Pruner(model, config("head", criterion="magnitude"), 2)
     for _ in range(2):
@@ -711,14 +711,14 @@ def test_refused_before_the_first_step(kind: str, pattern: str) -> None:
     make, reason = REFUSED[kind]
     model = make()
     before = snapshot(model)
-    with pytest.raises(PruningConfigError, match=rf"target_modules.*model.layers.0.self_attn.*{reason}"):
+    with pytest.raises(ConfigError, match=rf"target_modules.*model.layers.0.self_attn.*{reason}"):
         Pruner(model, config(pattern, criterion="magnitude"), 1)
     assert_equal(snapshot(model), before)
     Pruner(base(), config(pattern, criterion="magnitude"), 1)
 
 
 def test_refused_on_a_tied_weight() -> None:
-    with pytest.raises(PruningConfigError, match=r"'lm_head', whose weight another module shares"):
+    with pytest.raises(ConfigError, match=r"'lm_head', whose weight another module shares"):
         Pruner(with_tied_head(), config("2:4", criterion="magnitude", target_modules=["lm_head"]), 1)
     Pruner(with_tied_head(), config("2:4", criterion="magnitude"), 1)
 
@@ -728,7 +728,7 @@ def test_refused_on_sharded_weights(tmp_path: Path) -> None:
     try:
         model = adapted()
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(PruningConfigError, match=r"'model.layers.0.self_attn.q_proj', which has a LoRA adapter and is sharded"):
+        with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn.q_proj', which has a LoRA adapter and is sharded"):
             Pruner(model, config("2:4", criterion="magnitude"), 1)
     finally:
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ from transformers import (
     modeling_utils,
 )
 
-from hf_prune import PruningConfig, PruningConfigError, condense, condense_plan
+from hf_prune import ConfigError, PruningConfig, condense, condense_plan
 from hf_prune.condense import drop_layers
 from hf_prune.model import AttentionBlock, find_blocks
 from hf_prune.pruning import recover
@@ -132,7 +132,7 @@ def test_a_finished_pipeline_is_not_run_again(finished: tuple[Path, PipelineResu
     folder, result = finished
     monkeypatch.setattr(torch.optim.AdamW, "step", None)
     assert pipeline(folder).run() == result
-    with pytest.raises(PruningConfigError, match="stage='distil': was run with other settings for distillation"):
+    with pytest.raises(ConfigError, match="stage='distil': was run with other settings for distillation"):
         pipeline(folder, recipe(distil={"distillation": {"alpha_task": 1.0}})).run()
 
 
@@ -212,7 +212,7 @@ def test_another_model_is_refused_where_a_recipe_has_begun(
 ) -> None:
     plan = short(tmp_path)
     plan._begin()
-    with pytest.raises(PruningConfigError, match=rf"model='BertForSequenceClassification': is not the one .*: .*{names}.*00-start"):
+    with pytest.raises(ConfigError, match=rf"model='BertForSequenceClassification': is not the one .*: .*{names}.*00-start"):
         short(tmp_path, model()).run()
     assert_equal(loaded(tmp_path, "start").state_dict(), plan.model.state_dict())
 
@@ -347,7 +347,7 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
     ],
 )
 def test_bad_recipes(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         recipe(**change)
 
 
@@ -361,26 +361,26 @@ def test_bad_recipes(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_recipes_of_other_types(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         Recipe(**settings)
 
 
 def test_unknown_stage() -> None:
-    with pytest.raises(PruningConfigError, match=r"stages='atention': must be one of .*Did you mean 'attention'"):
+    with pytest.raises(ConfigError, match=r"stages='atention': must be one of .*Did you mean 'attention'"):
         recipe().only(["atention"])
 
 
 def test_a_recipe_that_is_no_file_or_no_json(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(PruningConfigError, match=r"Recipe file='.*recipe.json': is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"Recipe file='.*recipe.json': is not valid JSON"):
         Recipe.from_json_file(tmp_path / "recipe.json")
-    with pytest.raises(PruningConfigError, match=r"Recipe file='.*recpe.json': .* Did you mean '.*/recipe.json'"):
+    with pytest.raises(ConfigError, match=r"Recipe file='.*recpe.json': .* Did you mean '.*/recipe.json'"):
         Recipe.from_json_file(tmp_path / "recpe.json")
 
 
 def refused(folder: Path, plan: Recipe, message: str, model: PreTrainedModel | None = None) -> None:
     """Assert that a recipe is refused before any of its stages begins."""
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         pipeline(folder, plan, model).run()
     assert [path.name for path in folder.iterdir()] == ["00-start"]
 
@@ -431,7 +431,7 @@ def test_every_dropout_is_set(family: str) -> None:
     rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     assert rates
     assert set(rates) == {0.25}
-    with pytest.raises(PruningConfigError, match=r"dropout=-1: must be a number in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"dropout=-1: must be a number in \[0, 1\)"):
         set_dropout(config, -1)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError, condense, sparsity_report
+from hf_prune import ConfigError, Pruner, PruningConfig, condense, sparsity_report
 from hf_prune.settings.config import CONFLICTS, CRITERIA
 from hf_prune.settings.patterns import parse_pattern
 
@@ -401,7 +401,7 @@ def test_two_pruners_on_one_model_are_an_error() -> None:
     ],
 )
 def test_settings_that_make_no_sense_together(settings: dict[str, str]) -> None:
-    with pytest.raises(PruningConfigError, match="does not go with"):
+    with pytest.raises(ConfigError, match="does not go with"):
         PruningConfig(**settings)
 
 

@@ -19,7 +19,7 @@ from ranks import CASES, STEPS, TRAINED, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError
+from hf_prune import ConfigError, Pruner, PruningConfig
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 BIN = Path(sys.executable).parent
@@ -216,7 +216,7 @@ def test_tensor_parallel_layers_are_pruned_as_whole_ones(shards: Runs, tmp_path:
 def test_deepspeed_is_refused() -> None:
     """By the name of its engine, since DeepSpeed itself is not installed where tests run."""
     engine = type("DeepSpeedEngine", (torch.nn.Linear,), {})(4, 4)
-    with pytest.raises(PruningConfigError, match="is trained by DeepSpeed, which shows gradients to no one"):
+    with pytest.raises(ConfigError, match="is trained by DeepSpeed, which shows gradients to no one"):
         Pruner(engine, PruningConfig(pattern="1x1"), total_steps=1)
 
 
@@ -229,10 +229,10 @@ def test_deepspeed_is_refused() -> None:
         ),
         (
             "adapted",
-            "PruningConfigError: config.target_modules=None: names 'bert.encoder.layer.0.attention.self.query', which has a LoRA",
+            "ConfigError: config.target_modules=None: names 'bert.encoder.layer.0.attention.self.query', which has a LoRA",
         ),
-        ("flat", "PruningConfigError: model='FullyShardedDataParallel': holds weights as flat pieces"),
-        ("tensor parallel", "PruningConfigError: config.criterion='apoz': reads activations, which tensor parallelism splits"),
+        ("flat", "ConfigError: model='FullyShardedDataParallel': holds weights as flat pieces"),
+        ("tensor parallel", "ConfigError: config.criterion='apoz': reads activations, which tensor parallelism splits"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_on_all_ranks(case: str, message: str, shards: Runs) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError, condense, sparsity_report
+from hf_prune import ConfigError, Pruner, PruningConfig, condense, sparsity_report
 from hf_prune.hub import model_card
 from hf_prune.measure.latency import benchmark
 from hf_prune.measure.sparsity import original_blocks, total_sparsity
@@ -111,7 +111,7 @@ def test_experts_count_and_are_listed_as_left_out() -> None:
     pruner.finish()
     for text in (str(report), str(model_card(model)), str(pruner.plan())):
         assert "held by MixtralExperts, no linear or convolutional layer" in text
-    with pytest.raises(PruningConfigError, match=r"names 'model\.layers\.0\.mlp\.experts\.down_proj', but it is held by"):
+    with pytest.raises(ConfigError, match=r"names 'model\.layers\.0\.mlp\.experts\.down_proj', but it is held by"):
         Pruner(model, PruningConfig(pattern="1x1", target_modules=["experts.down_proj"]), total_steps=2)
 
 
@@ -152,7 +152,7 @@ def test_a_computed_weight_is_left_out_with_the_reason(pattern: str, compute: Ca
         assert modules[name].left_out in reasons
     assert "computed from" in str(model_card(model))
     if pattern in ("1x1", "keep_zeros"):
-        with pytest.raises(PruningConfigError, match="is no parameter but computed from"):
+        with pytest.raises(ConfigError, match="is no parameter but computed from"):
             Pruner(model, PruningConfig(**settings, target_modules=names), total_steps=2)
 
 
@@ -172,5 +172,5 @@ def test_sound_has_reports_cards_and_smaller_models(family: str) -> None:
 
 
 def test_names_that_keep_zeros_alone_does_not_find() -> None:
-    with pytest.raises(PruningConfigError, match=r"target_modules='qery'.*Did you mean 'query'"):
+    with pytest.raises(ConfigError, match=r"target_modules='qery'.*Did you mean 'query'"):
         Pruner(tiny_bert(num_hidden_layers=1), PruningConfig(keep_zeros=True, target_modules=["qery"]), total_steps=2)

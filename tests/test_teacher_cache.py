@@ -27,7 +27,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_prune import DistillationConfig, DistillationTrainer, PruningConfigError, TeacherLogitsCollator, add_teacher_logits
+from hf_prune import ConfigError, DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
 from hf_prune.distillation.cache import row_starts
 
 LOGITS = DistillationConfig(alpha_task=0.3, alpha_logits=0.5)
@@ -383,12 +383,12 @@ def test_a_teacher_beside_cached_logits_wins(tmp_path: Path, cache: Path) -> Non
     ],
 )
 def test_no_teacher_and_no_cached_logits(weights: dict[str, float], message: str, tmp_path: Path) -> None:
-    with pytest.raises(PruningConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         DistillationTrainer(tiny_bert(), arguments(tmp_path), train_dataset=dataset(), distillation=DistillationConfig(**weights))
 
 
 def test_rows_without_cached_logits_are_an_error_that_says_so(tmp_path: Path) -> None:
-    with pytest.raises(PruningConfigError, match=r"teacher=None: must be given, or every row have 'teacher_logits'"):
+    with pytest.raises(ConfigError, match=r"teacher=None: must be given, or every row have 'teacher_logits'"):
         train(tmp_path, tiny_bert(), None, ragged_rows(8), LOGITS)
 
 
@@ -400,27 +400,25 @@ def test_no_teacher_is_needed_for_the_task_alone(tmp_path: Path) -> None:
 def test_collators_that_cached_logits_cannot_fit(cache: Path) -> None:
     teacher, rows = TASKS["masked"](seed=1, count=8)
     data = Dataset.from_list(unpadded(rows)).remove_columns("labels")
-    with pytest.raises(PruningConfigError, match=r"must be the same whenever a batch is made"):
+    with pytest.raises(ConfigError, match=r"must be the same whenever a batch is made"):
         add_teacher_logits(data, teacher, DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.5), 8, cache_dir=cache)
 
     def cut(features: Rows) -> dict[str, Any]:
         return {name: value[:, :3] for name, value in DataCollatorWithPadding(tokenizer())(features).items()}
 
-    with pytest.raises(PruningConfigError, match=r"collator='input_ids': must keep every row whole"):
+    with pytest.raises(ConfigError, match=r"collator='input_ids': must keep every row whole"):
         add_teacher_logits(data, teacher, cut, 8, cache_dir=cache)
-    with pytest.raises(PruningConfigError, match=r"collator='input_ids': must keep every row whole"):
+    with pytest.raises(ConfigError, match=r"collator='input_ids': must keep every row whole"):
         row_starts([{"input_ids": [1, 2]}] * 2, {"input_ids": torch.tensor([[1, 2, 1, 2]])}, "input_ids")
 
 
 @pytest.mark.parametrize(("task", "top_k"), [("sequence", 2), ("question", 1), ("token", 4), ("token", 0)])
 def test_a_top_k_that_does_not_fit(task: str, top_k: int, cache: Path) -> None:
     teacher, rows = TASKS[task](seed=1, count=4)
-    with pytest.raises(PruningConfigError, match=f"top_k={top_k}: must fit logits of each token"):
+    with pytest.raises(ConfigError, match=f"top_k={top_k}: must fit logits of each token"):
         add_teacher_logits(Dataset.from_list(unpadded(rows)), teacher, collator_for(task), 4, top_k, cache_dir=cache)
 
 
 def test_data_that_is_not_tokenized(cache: Path) -> None:
-    with pytest.raises(
-        PruningConfigError, match=r"dataset=\['sentence'\]: has none of the inputs of BertForSequenceClassification"
-    ):
+    with pytest.raises(ConfigError, match=r"dataset=\['sentence'\]: has none of the inputs of BertForSequenceClassification"):
         add_teacher_logits(Dataset.from_dict({"sentence": ["a"]}), tiny_bert(), default_data_collator, 4, cache_dir=cache)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import prune_at_once, tiny_bert
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError, condense
+from hf_prune import ConfigError, Pruner, PruningConfig, condense
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
@@ -80,5 +80,5 @@ def test_a_timetable_that_harms_the_model_and_shares_that_rounding_misses_are_wa
 )
 def test_a_target_that_rounds_to_no_unit_is_an_error_before_the_first_step(settings: dict[str, str], nearest: str) -> None:
     wanted = ".*".join(map(re.escape, nearest.split("*")))
-    with pytest.raises(PruningConfigError, match=rf"target_sparsity=0\.1: {wanted}"):
+    with pytest.raises(ConfigError, match=rf"target_sparsity=0\.1: {wanted}"):
         Pruner(tiny_bert(num_hidden_layers=2), PruningConfig(target_sparsity=0.1, **settings), total_steps=75)

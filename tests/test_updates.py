@@ -12,7 +12,7 @@ from models import ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from hf_prune import Pruner, PruningConfig, PruningConfigError
+from hf_prune import ConfigError, Pruner, PruningConfig
 from hf_prune.pruning.statistics import WINDOW, Activations
 from hf_prune.pruning.updates import UPDATES, register_update
 from hf_prune.settings.config import UPDATES as UPDATE_NAMES
@@ -94,14 +94,14 @@ def test_masks_only_grow_under_an_update(registered: str) -> None:
     [{"criterion": "movement"}, {"criterion": "soft_movement", "scope": "threshold", "threshold": 0.1}, {"schedule": "lottery"}],
 )
 def test_what_brings_weights_back_takes_no_update_but_zero(settings: dict[str, Any], registered: str) -> None:
-    with pytest.raises(PruningConfigError, match="update='refit'"):
+    with pytest.raises(ConfigError, match="update='refit'"):
         PruningConfig(pattern="neuron", update=registered, **settings)
 
 
 def test_an_update_under_lora_is_refused(registered: str) -> None:
     model = get_peft_model(tiny_bert(num_hidden_layers=1), LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(PruningConfigError, match=r"config.update='refit': must be 'zero' under LoRA"):
+    with pytest.raises(ConfigError, match=r"config.update='refit': must be 'zero' under LoRA"):
         Pruner(model, PruningConfig(pattern="2:4", update=registered, target_modules=["query"]), total_steps=4)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -109,12 +109,12 @@ def test_an_update_under_lora_is_refused(registered: str) -> None:
 def test_a_convolution_has_no_second_moments_that_fit(registered: str) -> None:
     model = tiny("vit", "image-classification")
     config = PruningConfig(pattern="1x1", update=registered, target_modules=r".*projection")
-    with pytest.raises(PruningConfigError, match=r"config.update='refit': reads second moments"):
+    with pytest.raises(ConfigError, match=r"config.update='refit': reads second moments"):
         Pruner(model, config, total_steps=4)
 
 
 def test_an_unknown_update_names_the_known_ones() -> None:
-    with pytest.raises(PruningConfigError, match=r"update='zeros': must be one of zero. Did you mean 'zero'\?"):
+    with pytest.raises(ConfigError, match=r"update='zeros': must be one of zero. Did you mean 'zero'\?"):
         PruningConfig(pattern="neuron", update="zeros")
 
 

@@ -135,7 +135,7 @@ def drop_layers(model: PreTrainedModel) -> list[str]:
         The names of the layers that went.
 
     Raises:
-        PruningConfigError: layers share their weights.
+        ConfigError: layers share their weights.
     """
     spec = spec_for(model.config.model_type)
     heads: dict[str, int] = {}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..model import SPECS, ArchitectureSpec
 from ..model.blocks import layer_lists
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 
 
 def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
@@ -31,14 +31,14 @@ def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
     """The config attribute that counts the layers of each list, whether or not they can go without a trace.
 
     Raises:
-        PruningConfigError: layers share their weights, so there is no list to take one from.
+        ConfigError: layers share their weights, so there is no list to take one from.
     """
     if not _countable(spec):
         families = ", ".join(sorted(name for name, known in SPECS.items() if _countable(known)))
         allowed = (
             f"its layers ({', '.join(spec.layers)}) cannot be counted one by one, so none can be removed; those of {families} can."
         )
-        raise PruningConfigError("model_type", ", ".join(spec.model_types), allowed)
+        raise ConfigError("model_type", ", ".join(spec.model_types), allowed)
     return dict(zip(spec.layers, spec.depths or ["num_hidden_layers"]))
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model import AttentionBlock, Block, Projection, find_blocks, spec_for
 from ..model.loading import load_whole, readable
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from .resize import block_key, inputs_of, output_of, stock_sizes
 from .stock import write_sizes
 
@@ -84,12 +84,12 @@ def _pruned_heads(entry: Any) -> dict[int, list[int]]:
     """What a config's `pruned_heads` says: layer → heads that are gone.
 
     Raises:
-        PruningConfigError: it is of another form.
+        ConfigError: it is of another form.
     """
     fits = isinstance(entry, dict) and all(str(layer).isdecimal() and isinstance(heads, list) for layer, heads in entry.items())
     if not fits:
         allowed = "must be an object: by the number of each layer, the heads that are gone, such as {'0': [1, 3]}."
-        raise PruningConfigError("pruned_heads", entry, allowed)
+        raise ConfigError("pruned_heads", entry, allowed)
     return {int(layer): heads for layer, heads in entry.items()}
 
 

@@ -13,7 +13,7 @@ from ..model import AttentionBlock, Block, FeedForwardBlock, Projection, find_bl
 from ..model.blocks import base_layer, computed_part, layer_lists
 from ..model.lora import adapter_of
 from ..model.wrappers import transformers_model
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from .layers import depths, outline, removable
 from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 
@@ -176,7 +176,7 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise PruningConfigError("pad_to_multiple_of", pad_to_multiple_of, "must be a whole number, 1 or more, or None.")
+        raise ConfigError("pad_to_multiple_of", pad_to_multiple_of, "must be a whole number, 1 or more, or None.")
     model = transformers_model(model)
     found = find_blocks(model)
     for block in found:

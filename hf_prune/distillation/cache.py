@@ -25,7 +25,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from .models import base_model, forward_arguments, select, teacher_arguments
 
 LOGITS, INDICES, LOST_MASS = COLUMNS = ("teacher_logits", "teacher_indices", "teacher_lost_mass")
@@ -64,13 +64,11 @@ def add_teacher_logits(
         cache_dir: folder of the files; by default `teacher_logits` in the cache of the datasets library.
 
     Raises:
-        PruningConfigError: `top_k` does not fit the logits, or the collator makes batches at random or without a row for each row.
+        ConfigError: `top_k` does not fit the logits, or the collator makes batches at random or without a row for each row.
     """
     dataset = dataset.remove_columns([name for name in dataset.column_names if name in COLUMNS])
     if not select(dict.fromkeys(dataset.column_names), forward_arguments(teacher)):
-        raise PruningConfigError(
-            "dataset", dataset.column_names, f"has none of the inputs of {type(teacher).__name__}; is it tokenized?"
-        )
+        raise ConfigError("dataset", dataset.column_names, f"has none of the inputs of {type(teacher).__name__}; is it tokenized?")
     fingerprint = _fingerprint(dataset, teacher, collator, batch_size, top_k)
     folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_logits"
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +108,7 @@ class TeacherLogitsCollator:
         aligned_with: the column whose items the logits of tokens belong to; `"labels"` for encoder-decoder language models.
 
     Raises:
-        PruningConfigError: a batch does not hold a row as it is, to its left or its right end.
+        ConfigError: a batch does not hold a row as it is, to its left or its right end.
     """
 
     def __init__(self, collator: Collator, aligned_with: str = "input_ids") -> None:
@@ -139,7 +137,7 @@ def row_starts(rows: Sequence[Row], batch: Mapping[str, Any], column: str) -> li
     """Where each row begins in its padded batch: at 0 when it is padded to its right, later when to its left.
 
     Raises:
-        PruningConfigError: the batch has other rows.
+        ConfigError: the batch has other rows.
     """
     padded = batch[column]
     starts = []
@@ -148,7 +146,7 @@ def row_starts(rows: Sequence[Row], batch: Mapping[str, Any], column: str) -> li
         last = len(line) - len(own)
         starts += [start for start in (0, last) if last >= 0 and torch.equal(line[start : start + len(own)], own)][:1]
     if len(starts) != len(rows):
-        raise PruningConfigError("collator", column, "must keep every row whole, padded to its left or right, and change no token.")
+        raise ConfigError("collator", column, "must keep every row whole, padded to its left or right, and change no token.")
     return starts
 
 
@@ -183,9 +181,7 @@ def _teacher_columns(rows: list[Row], teacher: PreTrainedModel, collator: Collat
     logits = logits.float().cpu()
     per_token = logits.dim() == 3
     if top_k is not None and (not per_token or answers or not 0 < top_k <= logits.shape[-1]):
-        raise PruningConfigError(
-            "top_k", top_k, f"must fit logits of each token, 1 to their number; these are {list(logits.shape)}."
-        )
+        raise ConfigError("top_k", top_k, f"must fit logits of each token, 1 to their number; these are {list(logits.shape)}.")
     if not per_token:
         return {LOGITS: list(logits.numpy())}
     column = "labels" if base_model(teacher).config.is_encoder_decoder and not answers else "input_ids"
@@ -222,9 +218,7 @@ def _fingerprint(dataset: Dataset, teacher: PreTrainedModel, collator: Collator,
         for name, value in sorted(batch.items()):
             if torch.is_tensor(value):
                 if not torch.equal(value, again[name]):
-                    raise PruningConfigError(
-                        "collator", name, "must be the same whenever a batch is made; cached logits fit one only."
-                    )
+                    raise ConfigError("collator", name, "must be the same whenever a batch is made; cached logits fit one only.")
                 _digest_tensor(digest, name, value)
     return digest.hexdigest()
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..settings.checks import dataclass_from_dict, is_number
-from ..settings.errors import PruningConfigError, closest
+from ..settings.errors import ConfigError, closest
 
 #: Layer maps, by name; the functions are in `layers.py`.
 LAYER_MAPS: tuple[str, ...] = ("uniform", "last", "dynamic")
@@ -30,7 +30,7 @@ class DistillationConfig:
             and a teacher layer, counted from 0, such as `[[0, 1], [2, 5]]`.
 
     Raises:
-        PruningConfigError: a weight is negative, all are zero, the temperature is not positive, or the layer map has no such form.
+        ConfigError: a weight is negative, all are zero, the temperature is not positive, or the layer map has no such form.
     """
 
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the logits loss."})
@@ -46,13 +46,13 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         if not _at_least_zero(self.temperature) or self.temperature == 0:
-            raise PruningConfigError("temperature", self.temperature, "must be greater than 0.")
+            raise ConfigError("temperature", self.temperature, "must be greater than 0.")
         weights = self.weights()
         for name, value in weights.items():
             if not _at_least_zero(value):
-                raise PruningConfigError(f"alpha_{name}", value, "must be 0 or more.")
+                raise ConfigError(f"alpha_{name}", value, "must be 0 or more.")
         if not any(weights.values()):
-            raise PruningConfigError(
+            raise ConfigError(
                 ", ".join(f"alpha_{name}" for name in weights), tuple(weights.values()), "at least one must be greater than 0."
             )
         self._check_layer_map()
@@ -71,17 +71,17 @@ class DistillationConfig:
         allowed = f"must be {names} or a list of pairs [student layer, teacher layer], counted from 0."
         if isinstance(self.layer_map, str):
             if self.layer_map not in LAYER_MAPS:
-                raise PruningConfigError("layer_map", self.layer_map, allowed, closest(self.layer_map, LAYER_MAPS))
+                raise ConfigError("layer_map", self.layer_map, allowed, closest(self.layer_map, LAYER_MAPS))
             if self.layer_map == "dynamic" and self.alpha_attention and not self.alpha_hidden_layers:
                 allowed = "needs alpha_hidden_layers greater than 0, the loss whose distances decide it."
-                raise PruningConfigError("layer_map", self.layer_map, allowed)
+                raise ConfigError("layer_map", self.layer_map, allowed)
         elif not (
             isinstance(self.layer_map, (list, tuple))
             and self.layer_map
             and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in self.layer_map)
             and all(type(layer) is int and layer >= 0 for pair in self.layer_map for layer in pair)
         ):
-            raise PruningConfigError("layer_map", self.layer_map, allowed)
+            raise ConfigError("layer_map", self.layer_map, allowed)
         else:
             self.layer_map = [list(pair) for pair in self.layer_map]
 

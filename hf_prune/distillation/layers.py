@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 
 Pairs = list[tuple[int, int]]
 
@@ -23,7 +23,7 @@ def layer_pairs(layer_map: str | Sequence[Sequence[int]], student: int, teacher:
     - `"dynamic"`: as `"uniform"` until `closest_layers` says better.
 
     Raises:
-        PruningConfigError: an explicit pair names a layer that is not there.
+        ConfigError: an explicit pair names a layer that is not there.
     """
     if layer_map == "last":
         return [(student - 1, teacher - 1)]
@@ -32,7 +32,7 @@ def layer_pairs(layer_map: str | Sequence[Sequence[int]], student: int, teacher:
     for one, other in layer_map:
         for role, layer, count in (("student", one, student), ("teacher", other, teacher)):
             if layer >= count:
-                raise PruningConfigError("layer_map", layer_map, f"the {role} has layers 0 to {count - 1}, so no layer {layer}.")
+                raise ConfigError("layer_map", layer_map, f"the {role} has layers 0 to {count - 1}, so no layer {layer}.")
     return [(one, other) for one, other in layer_map]
 
 

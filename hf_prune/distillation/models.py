@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..compat import auto_classes
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 
 _TARGETS = ("labels", "start_positions", "end_positions")
 
@@ -66,7 +66,7 @@ def final_classifier(model: nn.Module) -> nn.Linear:
     """The linear layer that makes the logits: the last one outside of the base model with as many outputs as there are labels.
 
     Raises:
-        PruningConfigError: there is none, or it is tied to embeddings, as in language models.
+        ConfigError: there is none, or it is tied to embeddings, as in language models.
     """
     plain: PreTrainedModel = base_model(model)
     prefix = f"{plain.base_model_prefix}."
@@ -76,7 +76,7 @@ def final_classifier(model: nn.Module) -> nn.Linear:
         if isinstance(module, nn.Linear) and not name.startswith(prefix) and module.out_features == plain.config.num_labels
     ]
     if not candidates or is_language_model(plain):
-        raise PruningConfigError("alpha_simkd", type(plain).__name__, "needs a model that ends in a linear classifier of its own.")
+        raise ConfigError("alpha_simkd", type(plain).__name__, "needs a model that ends in a linear classifier of its own.")
     return candidates[-1]
 
 

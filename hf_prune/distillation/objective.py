@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from .cache import INDICES
 from .config import DistillationConfig
 from .items import Items
@@ -63,7 +63,7 @@ class Objective:
         forward_arguments: what both models have to be called with, besides the inputs.
 
     Raises:
-        PruningConfigError: a loss needs what the models do not have.
+        ConfigError: a loss needs what the models do not have.
         ValueError: the teacher does not fit the student.
     """
 
@@ -93,7 +93,7 @@ class Objective:
         for name, weight in self.settings.weights().items():
             if weight and name not in ("task", "logits"):
                 allowed = f"must be given for alpha_{name}={weight}; cached logits serve alpha_logits alone."
-                raise PruningConfigError("teacher", None, allowed)
+                raise ConfigError("teacher", None, allowed)
 
     # ------------------------------------------------------------------------------------------------------------- the losses
 

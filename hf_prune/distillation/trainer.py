@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from .cache import COLUMNS, INDICES, LOGITS, TeacherLogitsCollator
 from .config import DistillationConfig
 from .items import items_of
@@ -43,7 +43,7 @@ class DistillationTrainer(Trainer):
     Attention maps need eager attention, to which student and teacher are switched when `alpha_attention` is not 0.
 
     Raises:
-        PruningConfigError, ValueError: the teacher does not fit the student or the losses.
+        ConfigError, ValueError: the teacher does not fit the student or the losses.
     """
 
     #: compute_loss already divides by the items of the whole accumulated batch.
@@ -216,7 +216,7 @@ class DistillationTrainer(Trainer):
         columns = getattr(self.train_dataset, "column_names", None)
         if self.distillation.alpha_logits and columns is not None and LOGITS not in columns:
             allowed = f"must be given, or the data have the column {LOGITS!r} (add_teacher_logits); it has {', '.join(columns)}."
-            raise PruningConfigError("teacher", None, allowed)
+            raise ConfigError("teacher", None, allowed)
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], labelled: bool, extras: dict[str, bool]) -> tuple[Tensor, Any]:
         """The task loss as a mean over the items of this micro-batch, with label smoothing if the arguments ask for it."""
@@ -242,7 +242,7 @@ class DistillationTrainer(Trainer):
                 outputs: Mapping[str, Any] = self.teacher(**select(inputs, self._teacher_arguments), **extras)
                 return outputs
         if LOGITS not in cached:
-            raise PruningConfigError("teacher", None, f"must be given, or every row have {LOGITS!r} (see add_teacher_logits).")
+            raise ConfigError("teacher", None, f"must be given, or every row have {LOGITS!r} (see add_teacher_logits).")
         answers = dict(zip(ANSWERS, cached[LOGITS].unbind(dim=-1))) if "start_positions" in inputs else {}
         return {"logits": cached[LOGITS], INDICES: cached.get(INDICES), **answers}
 

@@ -48,7 +48,7 @@ class ModelCardCallback(TrainerCallback):
         facts: fields of [`CardFacts`] that the Trainer does not know.
 
     Raises:
-        PruningConfigError: no such field.
+        ConfigError: no such field.
     """
 
     def __init__(self, **facts: Any) -> None:

@@ -75,7 +75,7 @@ class CardFacts:
         comparison: a [`Comparison`] as a dictionary.
 
     Raises:
-        PruningConfigError: a value is not of its field's type.
+        ConfigError: a value is not of its field's type.
     """
 
     model_name: str | None = None
@@ -112,7 +112,7 @@ class CardFacts:
         The metrics are then those in `eval_results.json`; see also [`CardFacts.complete_from`].
 
         Raises:
-            PruningConfigError: it is not JSON, or a key is not one of the fields, or a value not of its type.
+            ConfigError: it is not JSON, or a key is not one of the fields, or a value not of its type.
         """
         path, results = Path(folder, FACTS_NAME), Path(folder, RESULTS_NAME)
         with within(f"{FACTS_NAME}: "):

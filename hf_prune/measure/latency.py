@@ -67,7 +67,7 @@ class Comparison:
         """Build from what `to_dict` returned.
 
         Raises:
-            PruningConfigError: a field is missing, unknown, or of another type.
+            ConfigError: a field is missing, unknown, or of another type.
         """
         costs = {}
         for name in ("dense", "model"):

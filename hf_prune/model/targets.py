@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from ..settings.errors import PruningConfigError, closest
+from ..settings.errors import ConfigError, closest
 from . import SPECS, ArchitectureSpec
 from .blocks import active_copy, base_layer, computed, is_adapted
 from .lora import Adapter, adapter_of
@@ -244,13 +244,13 @@ def selector(model: Any, names: ModuleNames, exclude: ModuleNames, field: str) -
         field: where the names come from, for the message.
 
     Raises:
-        PruningConfigError: there are no names to say which of several transformers models is meant.
+        ConfigError: there are no names to say which of several transformers models is meant.
     """
     if names is None and len(several := transformers_models(model)) > 1:
         example = re.escape(next(iter(several))) + r"\..*"
         kind = type(model).__name__
         allowed = f"must say which transformers model in {kind} it means: {listed(several)}. All of the first is {example!r}."
-        raise PruningConfigError(field, names, allowed)
+        raise ConfigError(field, names, allowed)
     body = body_prefixes(model)
     return lambda name: (name.startswith(body) if names is None else names_module(names, name)) and not names_module(exclude, name)
 
@@ -269,7 +269,7 @@ def names_module(names: ModuleNames, name: str, field: str = "target_modules") -
     """Whether `names` selects the module `name`: a regular expression matches all of it, a list item it or its end, as in PEFT.
 
     Raises:
-        PruningConfigError: the regular expression, the value of `field`, takes too long.
+        ConfigError: the regular expression, the value of `field`, takes too long.
     """
     if names is None:
         return False
@@ -280,7 +280,7 @@ def names_module(names: ModuleNames, name: str, field: str = "target_modules") -
             allowed = (
                 f"takes more than {_SECONDS} s to compare with {name!r}; write it without repeats of repeats, such as '(a+)+'."
             )
-            raise PruningConfigError(field, names, allowed) from None
+            raise ConfigError(field, names, allowed) from None
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
@@ -288,7 +288,7 @@ def check_names(names: ModuleNames, known: list[str], field: str, model_type: st
     """Raise unless every expression or list item matches one of the `known` module names.
 
     Raises:
-        PruningConfigError: something matches nothing; names the closest module, or what the family `model_type` calls it.
+        ConfigError: something matches nothing; names the closest module, or what the family `model_type` calls it.
     """
     for item in [names] if isinstance(names, str) else [[entry] for entry in names or ()]:
         if not [name for name in known if names_module(item, name, field)]:
@@ -304,7 +304,7 @@ def check_names(names: ModuleNames, known: list[str], field: str, model_type: st
             near = _renamed(text, model_type) or closest(text, order[0]) or closest(text, order[1])
             if near is not None and isinstance(item, str) and not any(names_module(near, name) for name in known):
                 near = f".*{near}"
-            raise PruningConfigError(field, text, f"matches no module; {allowed}", near)
+            raise ConfigError(field, text, f"matches no module; {allowed}", near)
 
 
 def _renamed(text: str, model_type: str) -> str | None:

@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -26,17 +26,15 @@ def bare_model(model: Any) -> nn.Module:
     their own names. Shards are put back in place, and adapters stay.
 
     Raises:
-        PruningConfigError: there is no transformers model, or several, in an object that is no module; or the model is in a wrapper
+        ConfigError: there is no transformers model, or several, in an object that is no module; or the model is in a wrapper
             that hides weights or gradients.
     """
     if type(model).__name__ == "DeepSpeedEngine":
-        raise PruningConfigError(
-            "model", "DeepSpeedEngine", "is trained by DeepSpeed, which shows gradients to no one; use DDP or FSDP2."
-        )
+        raise ConfigError("model", "DeepSpeedEngine", "is trained by DeepSpeed, which shows gradients to no one; use DDP or FSDP2.")
     held = model if isinstance(model, nn.Module) else _held(model)
     if dist.is_available() and any(isinstance(module, FullyShardedDataParallel) for module in held.modules()):
         allowed = "holds weights as flat pieces without rows and columns (FSDP1); use FSDP2 (`fully_shard`, `fsdp_version=2`)."
-        raise PruningConfigError("model", "FullyShardedDataParallel", allowed)
+        raise ConfigError("model", "FullyShardedDataParallel", allowed)
     bare: nn.Module = extract_model_from_parallel(held, keep_torch_compile=False)
     for module in bare.modules():
         if dist.is_available() and isinstance(module, FSDPModule):
@@ -72,13 +70,13 @@ def transformers_model(model: Any) -> Any:
     """The one transformers model in a model; a module that holds none as it is.
 
     Raises:
-        PruningConfigError: there are several; says how to choose.
+        ConfigError: there are several; says how to choose.
     """
     found = transformers_models(model)
     if len(found) > 1:
         first = next(iter(found))
         allowed = f"holds several transformers models, {listed(found)}; pass one of them, such as `model.get_submodule({first!r})`."
-        raise PruningConfigError("model", type(model).__name__, allowed)
+        raise ConfigError("model", type(model).__name__, allowed)
     return next(iter(found.values()), None) or contents(bare_model(model))
 
 
@@ -91,7 +89,7 @@ def _held(holder: Any) -> nn.Module:
     """The module with a transformers model that an object has as an attribute.
 
     Raises:
-        PruningConfigError: there is none, or there are several.
+        ConfigError: there is none, or there are several.
     """
     modules = {name: value for name, value in getattr(holder, "__dict__", {}).items() if isinstance(value, nn.Module)}
     found = {name: module for name, module in modules.items() if transformers_models(module)}
@@ -100,5 +98,5 @@ def _held(holder: Any) -> nn.Module:
     kind = type(holder).__name__
     if found:
         attributes = ", ".join(f"`.{name}` ({type(module).__name__})" for name, module in found.items())
-        raise PruningConfigError("model", kind, f"holds several modules with transformers models, {attributes}; pass one of them.")
-    raise PruningConfigError("model", kind, "must be a torch module, or an object that has a transformers model as an attribute.")
+        raise ConfigError("model", kind, f"holds several modules with transformers models, {attributes}; pass one of them.")
+    raise ConfigError("model", kind, "must be a torch module, or an object that has a transformers model as an attribute.")

@@ -56,7 +56,7 @@ class Pruner:
         steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
 
     Raises:
-        PruningConfigError: the config does not fit the model or the run. Nothing was changed.
+        ConfigError: the config does not fit the model or the run. Nothing was changed.
     """
 
     def __init__(self, model: Any, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:

@@ -16,7 +16,7 @@ from ..model.targets import Target, body_prefixes, check_names, names_module, se
 from ..model.units import UnitGroup
 from ..model.wrappers import transformers_models
 from ..settings.config import PruningConfig
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from ..settings.patterns import STRUCTURAL_PATTERNS, parse_pattern
 from .allocation import least_removed, most_removable
 from .criteria import CRITERIA, Criterion
@@ -154,13 +154,13 @@ def match_rules(
         The rules, and what is left out: module or block name → reason.
 
     Raises:
-        PruningConfigError: the config does not fit the model or the run.
+        ConfigError: the config does not fit the model or the run.
     """
     known_weights = list(weights(model))
     modules = {weight.name: weight.module for weight in known_weights if not weight.left_out}
     others = {weight.name: weight.left_out for weight in known_weights if weight.left_out}
     if not modules:
-        raise PruningConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
+        raise ConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
     resolved, open_rules = config.resolved_rules(), config.open_rules()
     structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
     blocks = find_blocks(model) if structural else []
@@ -182,22 +182,22 @@ def match_rules(
         chosen = [block for block in blocks if _selects_block(settings, block, taken)]
         if CRITERIA[settings.criterion].activations and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
-            raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
+            raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
         groups, reasons = _groups(name, settings, selected, chosen, tied, named_others)
         left_out |= reasons
         if not groups and name == "config" and taken:
             continue
         if not groups:
             why = "; ".join(f"{module}: {reason}" for module, reason in reasons.items()) or "no such module in this model"
-            raise PruningConfigError(f"{name}.pattern", settings.pattern, f"finds nothing to prune ({why}).")
+            raise ConfigError(f"{name}.pattern", settings.pattern, f"finds nothing to prune ({why}).")
         level = parse_pattern(str(settings.pattern)).level
         for module in dict.fromkeys(view.target.module_name for group in groups for view in group.weights):
             if (other := named.setdefault(module, {}).get(level)) is not None:
                 allowed = f"{other} names {module!r} already, with a pattern of the same level; exclude it from one of them."
-                raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+                raise ConfigError(f"{name}.target_modules", settings.target_modules, allowed)
             if name in open_rules and (rivals := sorted(open_rules & set(named[module].values()))):
                 allowed = f"must be given, since {rivals[0]} names {module!r} too and has none."
-                raise PruningConfigError(f"{name}.target_sparsity", None, allowed)
+                raise ConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
         timeline = _timeline(name, settings, total_steps, steps_per_epoch)
         rules.append(_rule(model, name, settings, name in open_rules, groups, timeline))
@@ -218,7 +218,7 @@ def _rule(model: nn.Module, name: str, settings: PruningConfig, is_open: bool, g
     for group in groups:
         if criterion.scores_rows and not any(view.owns_rows for view in group.weights):
             allowed = f"scores output rows, and no unit of pattern {settings.pattern!r} owns one in {group.name!r}."
-            raise PruningConfigError(f"{name}.criterion", settings.criterion, allowed)
+            raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
     seen = Activations(model, _watched(criterion, UPDATES[settings.update], groups))
     rule = Rule(name, settings, is_open, groups, criterion, seen, timeline)
     rule.keep(alive_units(groups) if settings.initial_sparsity == "from_model" else all_units(groups))
@@ -263,26 +263,24 @@ def _groups(
     try:
         groups, left_out = build_groups(pattern, modules.items(), blocks)
     except ValueError as error:
-        raise PruningConfigError(
-            f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}"
-        ) from None
+        raise ConfigError(f"{name}.target_modules", settings.target_modules, f"names what cannot be pruned. {error}") from None
     for target in (view.target for group in groups for view in group.weights):
         if not target.parameter.is_floating_point():
             allowed = f"names {target.module_name!r}, whose weight is quantized ({target.parameter.dtype}); dequantize it first."
-            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+            raise ConfigError(f"{name}.target_modules", settings.target_modules, allowed)
         if target.adapter is not None and is_sharded(target.parameter):
             allowed = f"names {target.module_name!r}, which has a LoRA adapter and is sharded over ranks; do one of the two."
-            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+            raise ConfigError(f"{name}.target_modules", settings.target_modules, allowed)
         if target.adapter is not None and id(target.parameter) in tied:
             allowed = f"names {target.module_name!r}, whose weight another module shares, but not its adapter; untie it first."
-            raise PruningConfigError(f"{name}.target_modules", settings.target_modules, allowed)
+            raise ConfigError(f"{name}.target_modules", settings.target_modules, allowed)
     for target in (view.target for group in groups for view in group.weights) if settings.update != "zero" else ():
         if target.adapter is not None:
             allowed = f"must be 'zero' under LoRA: {target.module_name!r} computes with the sum of two weights, and one is changed."
-            raise PruningConfigError(f"{name}.update", settings.update, allowed)
+            raise ConfigError(f"{name}.update", settings.update, allowed)
         if target.parameter.ndim > 2 and UPDATES[settings.update].reads_second_moments:
             allowed = f"reads second moments of inputs, which {target.module_name!r}, a convolution, has for each kernel position."
-            raise PruningConfigError(f"{name}.update", settings.update, allowed)
+            raise ConfigError(f"{name}.update", settings.update, allowed)
     if CRITERIA[settings.criterion].reads_gradients:
         frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
@@ -291,7 +289,7 @@ def _groups(
         left_out |= others
     if left_out and settings.target_modules is not None:
         module, reason = next(iter(left_out.items()))
-        raise PruningConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
+        raise ConfigError(f"{name}.target_modules", settings.target_modules, f"names {module!r}, but {reason}.")
     return groups, left_out
 
 
@@ -309,7 +307,7 @@ def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, 
     steps: float | None = getattr(settings, f"{phase}_steps")
     if epochs:
         if steps_per_epoch is None:
-            raise PruningConfigError(f"{name}.{phase}_epochs", epochs, "needs steps_per_epoch, or give it in steps.")
+            raise ConfigError(f"{name}.{phase}_epochs", epochs, "needs steps_per_epoch, or give it in steps.")
         return round(epochs * steps_per_epoch)
     if steps is None:
         return None if epochs is None else 0
@@ -320,7 +318,7 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
     """The rule's updates in steps of this run.
 
     Raises:
-        PruningConfigError: warm-up and cool-down leave no step for pruning.
+        ConfigError: warm-up and cool-down leave no step for pruning.
     """
     given = [_in_steps(name, settings, phase, total_steps, steps_per_epoch) for phase in ("warmup", "cooldown")]
     begin, cooldown = phases(total_steps, *given)
@@ -331,7 +329,7 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
         allowed = (
             f"warm-up ({begin} steps) and cool-down ({cooldown} steps) must leave at least one of the run's {total_steps} steps."
         )
-        raise PruningConfigError(f"{name}.{field}", getattr(settings, field), allowed)
+        raise ConfigError(f"{name}.{field}", getattr(settings, field), allowed)
     return Timeline(
         total=total_steps,
         begin=begin,
@@ -355,7 +353,7 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
             f"is out of reach: with max_sparsity_per_module={cap} at most {most / total:.4f} of these modules can go "
             f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
         )
-        raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+        raise ConfigError(f"{name}.target_sparsity", target, allowed)
 
 
 def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
@@ -375,7 +373,7 @@ def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup])
             f"is {wanted:.2g} of {number} units and rounds to none; the nearest share that can be reached is {smallest:.4g} "
             f"(1 unit of {number}{' in a module' if settings.scope == 'local' else ''})."
         )
-        raise PruningConfigError(f"{name}.target_sparsity", target, allowed)
+        raise ConfigError(f"{name}.target_sparsity", target, allowed)
 
 
 def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) -> None:
@@ -385,4 +383,4 @@ def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) ->
     way, steps = abs(math.log(settings.threshold / (1 - settings.threshold))), timeline.last_update - timeline.begin
     if steps * settings.score_learning_rate < 2 * way:
         allowed = f"must be at least {2 * way / steps:.2g} to bring scores to threshold={settings.threshold} in {steps} steps."
-        raise PruningConfigError(f"{name}.score_learning_rate", settings.score_learning_rate, allowed)
+        raise ConfigError(f"{name}.score_learning_rate", settings.score_learning_rate, allowed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model.sharding import is_sharded, local, placed_like, summed, whole
 from ..model.targets import Target, bias_target, check_names, selector, weight_target, weights
 from ..settings.config import PruningConfig
-from ..settings.errors import PruningConfigError
+from ..settings.errors import ConfigError
 from .budget import Budget
 from .rules import Rule
 
@@ -52,7 +52,7 @@ class LockedZeros:
                 continue
             if weight.left_out:
                 if alone and names is not None:
-                    raise PruningConfigError("target_modules", names, f"names {weight.name!r}, but {weight.left_out}.")
+                    raise ConfigError("target_modules", names, f"names {weight.name!r}, but {weight.left_out}.")
                 continue
             target, bias = weight_target(weight.name, weight.module), bias_target(weight.name, weight.module)
             self.weights[target.name] = target

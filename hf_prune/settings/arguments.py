@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from .checks import SCHEDULES
 from .config import CRITERIA, SCOPES, PruningConfig, _with_pairs
-from .errors import PruningConfigError
+from .errors import ConfigError
 
 
 @dataclass
@@ -52,7 +52,7 @@ class PruningArguments:
         """The config these arguments describe, or None when pruning was not asked for.
 
         Raises:
-            PruningConfigError: a value cannot be used, or pruning arguments were given without `--do_prune`.
+            ConfigError: a value cannot be used, or pruning arguments were given without `--do_prune`.
         """
         given = {
             name.removeprefix("pruning_"): value
@@ -62,7 +62,7 @@ class PruningArguments:
         if not self.do_prune:
             if given or self.pruning_config:
                 name = next(iter(given), "pruning_config")
-                raise PruningConfigError("do_prune", False, f"must be set, since {name} was given.")
+                raise ConfigError("do_prune", False, f"must be set, since {name} was given.")
             return None
         data = PruningConfig.from_json_file(self.pruning_config).to_dict() if self.pruning_config else {}
         return PruningConfig.from_dict({**data, **_with_pairs(given)})

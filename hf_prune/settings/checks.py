@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import regex
 
-from .errors import PruningConfigError, closest, closest_path
+from .errors import ConfigError, closest, closest_path
 
 _T = TypeVar("_T")
 #: Schedules, by name; the functions are in `pruning/schedules.py`. `polynomial(k)` takes its exponent.
@@ -46,12 +46,12 @@ def check_type(name: str, value: object, hint: Any) -> None:
     """Raise unless a value is of the type that a field is declared with; types that JSON does not have are taken as they are.
 
     Raises:
-        PruningConfigError: it is of another.
+        ConfigError: it is of another.
     """
     if not _fits(value, hint):
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         called = [_CALLED.get(get_origin(option) or option, str(option)) for option in options]
-        raise PruningConfigError(name, value, f"must be {' or '.join(called)}.")
+        raise ConfigError(name, value, f"must be {' or '.join(called)}.")
 
 
 def check_types(instance: Any) -> None:
@@ -77,13 +77,13 @@ def check_share(name: str, value: object, upper_open: bool = True) -> None:
     """A finite number in [0, 1), or in [0, 1]."""
     allowed = f"must be a number in [0, 1{')' if upper_open else ']'}."
     if not is_number(value) or not (0 <= value < 1 or (value == 1 and not upper_open)):  # type: ignore[operator]
-        raise PruningConfigError(name, value, allowed)
+        raise ConfigError(name, value, allowed)
 
 
 def _check_name(name: str, value: object, known: Iterable[str]) -> None:
     known = sorted(known) if isinstance(known, set) else tuple(known)
     if value not in known:
-        raise PruningConfigError(name, value, f"must be one of {', '.join(known)}.", closest(value, known))
+        raise ConfigError(name, value, f"must be one of {', '.join(known)}.", closest(value, known))
 
 
 #: The product of all counts such as `{3}` in a regular expression: what compiling it costs.
@@ -97,13 +97,13 @@ def _check_modules(name: str, value: Any) -> None:
         return
     if isinstance(value, str):
         if math.prod(float(count) for count in re.findall(r"(\d+),?\}", value)) > _MOST_REPEATS:
-            raise PruningConfigError(name, value, f"repeats something more than {_MOST_REPEATS:,} times; it {allowed}")
+            raise ConfigError(name, value, f"repeats something more than {_MOST_REPEATS:,} times; it {allowed}")
         try:
             regex.compile(value)
         except (regex.error, RecursionError) as error:
-            raise PruningConfigError(name, value, f"is no valid regular expression ({error}); it {allowed}") from None
+            raise ConfigError(name, value, f"is no valid regular expression ({error}); it {allowed}") from None
     elif not (isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value)):
-        raise PruningConfigError(name, value, allowed)
+        raise ConfigError(name, value, allowed)
 
 
 def _check_duration(name: str, value: object, whole: bool) -> None:
@@ -112,23 +112,23 @@ def _check_duration(name: str, value: object, whole: bool) -> None:
         "must be a whole number of steps, or a ratio of the run in [0, 1)." if whole else "must be a number of epochs, 0 or more."
     )
     if not is_number(value) or value < 0:  # type: ignore[operator]
-        raise PruningConfigError(name, value, allowed)
+        raise ConfigError(name, value, allowed)
     if whole and value >= 1 and value != int(value):  # type: ignore[operator, call-overload]
-        raise PruningConfigError(name, value, allowed)
+        raise ConfigError(name, value, allowed)
 
 
 def dataclass_from_dict(cls: type[_T], data: object) -> _T:
     """Build `cls` from plain data, with an error for a key that is not one of its fields, and for one that is missing."""
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, Mapping):
-        raise PruningConfigError(cls.__name__, data, f"must be an object with the fields {', '.join(known)}.")
+        raise ConfigError(cls.__name__, data, f"must be an object with the fields {', '.join(known)}.")
     for key, value in data.items():
         if key not in known:
             allowed = f"is not a field of {cls.__name__}; known are {', '.join(known)}."
-            raise PruningConfigError(key, value, allowed, closest(key, known))
+            raise ConfigError(key, value, allowed, closest(key, known))
     for item in fields(cls):  # type: ignore[arg-type]
         if item.default is MISSING and item.default_factory is MISSING and item.name not in data:
-            raise PruningConfigError(item.name, None, f"must be given in each {cls.__name__}.")
+            raise ConfigError(item.name, None, f"must be given in each {cls.__name__}.")
     return cls(**data)
 
 
@@ -136,48 +136,48 @@ def dataclass_from_json_file(cls: type[_T], path: str | os.PathLike[str]) -> _T:
     """Build `cls` from a JSON file.
 
     Raises:
-        PruningConfigError: there is no such file, it is not JSON, or it holds a key that is not a field of `cls`.
+        ConfigError: there is no such file, it is not JSON, or it holds a key that is not a field of `cls`.
     """
     file = Path(path)
     if not file.is_file():
         near = closest_path(path, sorted(file.parent.glob("*.json")))
-        raise PruningConfigError(f"{cls.__name__} file", str(path), "must be a JSON file that is there.", near)
+        raise ConfigError(f"{cls.__name__} file", str(path), "must be a JSON file that is there.", near)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply
-        raise PruningConfigError(f"{cls.__name__} file", str(path), f"is not valid JSON ({error}).") from None
+        raise ConfigError(f"{cls.__name__} file", str(path), f"is not valid JSON ({error}).") from None
     return dataclass_from_dict(cls, data)
 
 
 def _check_initial(name: str, value: object) -> None:
     if value != "from_model":
         if isinstance(value, str):
-            raise PruningConfigError(name, value, "must be a number in [0, 1) or 'from_model'.", closest(value, ("from_model",)))
+            raise ConfigError(name, value, "must be a number in [0, 1) or 'from_model'.", closest(value, ("from_model",)))
         check_share(name, value)
 
 
 def _check_number(name: str, value: object) -> None:
     if not is_number(value):
-        raise PruningConfigError(name, value, "must be a number.")
+        raise ConfigError(name, value, "must be a number.")
 
 
 def _check_weight(name: str, value: object) -> None:
     _check_number(name, value)
     if float(value) < 0:  # type: ignore[arg-type]
-        raise PruningConfigError(name, value, "must be 0 or more.")
+        raise ConfigError(name, value, "must be 0 or more.")
 
 
 def _check_regularization(name: str, value: object) -> None:
     if value != "auto":
         if isinstance(value, str):
-            raise PruningConfigError(name, value, "must be a number, 0 or more, or 'auto'.", closest(value, ("auto",)))
+            raise ConfigError(name, value, "must be a number, 0 or more, or 'auto'.", closest(value, ("auto",)))
         _check_weight(name, value)
 
 
 def _check_positive(name: str, value: object) -> None:
     _check_number(name, value)
     if float(value) <= 0:  # type: ignore[arg-type]
-        raise PruningConfigError(name, value, "must be greater than 0.")
+        raise ConfigError(name, value, "must be greater than 0.")
 
 
 def _check_schedule(name: str, value: object) -> None:
@@ -187,4 +187,4 @@ def _check_schedule(name: str, value: object) -> None:
 
 def _check_frequency(name: str, value: object, unit: str = "steps") -> None:
     if not (is_number(value) and isinstance(value, int) and value >= 1):
-        raise PruningConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")
+        raise ConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")

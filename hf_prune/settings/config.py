@@ -30,7 +30,7 @@ from .checks import (
     dataclass_from_dict,
     dataclass_from_json_file,
 )
-from .errors import PruningConfigError, within
+from .errors import ConfigError, within
 from .patterns import _PATTERN_HELP, parse_pattern
 
 CONFIG_NAME = "pruning_config.json"
@@ -122,34 +122,34 @@ def _check_together(config: PruningConfig) -> None:
     """Check fields against each other."""
     target, low, high = config.target_sparsity, config.min_sparsity_per_module, config.max_sparsity_per_module
     if isinstance(config.initial_sparsity, float | int) and config.initial_sparsity > target:
-        raise PruningConfigError("initial_sparsity", config.initial_sparsity, f"must not exceed target_sparsity={target}.")
+        raise ConfigError("initial_sparsity", config.initial_sparsity, f"must not exceed target_sparsity={target}.")
     if low > target:
-        raise PruningConfigError("min_sparsity_per_module", low, f"must not exceed target_sparsity={target}.")
+        raise ConfigError("min_sparsity_per_module", low, f"must not exceed target_sparsity={target}.")
     if high < target and config.scope == "global":
         allowed = f"makes target_sparsity={target} unreachable; it must be at least {target}."
-        raise PruningConfigError("max_sparsity_per_module", high, allowed)
+        raise ConfigError("max_sparsity_per_module", high, allowed)
     if config.pattern is not None and target > (limit := parse_pattern(config.pattern).max_sparsity) + 1e-12:
-        raise PruningConfigError("target_sparsity", target, f"pattern {config.pattern!r} allows at most {limit:g}.")
+        raise ConfigError("target_sparsity", target, f"pattern {config.pattern!r} allows at most {limit:g}.")
     if config.regularization and config.criterion != "soft_movement":
         allowed = f"belongs to criterion 'soft_movement', not to {config.criterion!r}."
-        raise PruningConfigError("regularization", config.regularization, allowed)
+        raise ConfigError("regularization", config.regularization, allowed)
     if (config.scope == "threshold") != (config.threshold is not None):
-        raise PruningConfigError("threshold", config.threshold, "must be given with scope 'threshold', and only with it.")
+        raise ConfigError("threshold", config.threshold, "must be given with scope 'threshold', and only with it.")
     if config.regularization == "auto" and not (config.threshold is not None and 0 < config.threshold < 1):
         allowed = "needs scope 'threshold' and a threshold between 0 and 1, below which σ(S) is brought by the end."
-        raise PruningConfigError("regularization", "auto", allowed)
+        raise ConfigError("regularization", "auto", allowed)
     if config.update != "zero" and (config.schedule == "lottery" or config.criterion in ("movement", "soft_movement")):
         allowed = "makes up for what goes once and for all; lottery schedules and movement bring weights back, so they take 'zero'."
-        raise PruningConfigError("update", config.update, allowed)
+        raise ConfigError("update", config.update, allowed)
     for name, values, other, others, reason in CONFLICTS:
         value, other_value = getattr(config, name), getattr(config, other)
         form = parse_pattern(other_value).form if other == "pattern" and other_value else other_value
         if value in values and form in others:
-            raise PruningConfigError(name, value, f"does not go with {other}={other_value!r}: {reason}.")
+            raise ConfigError(name, value, f"does not go with {other}={other_value!r}: {reason}.")
     for phase in ("warmup", "cooldown"):
         if getattr(config, f"{phase}_steps") and getattr(config, f"{phase}_epochs"):
             value = getattr(config, f"{phase}_epochs")
-            raise PruningConfigError(f"{phase}_epochs", value, f"give {phase}_steps or {phase}_epochs, not both.")
+            raise ConfigError(f"{phase}_epochs", value, f"give {phase}_steps or {phase}_epochs, not both.")
 
 
 def _with_pairs(given: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class PruningConfig:
         rules: see [`PruningRule`].
 
     Raises:
-        PruningConfigError: a field cannot be used; the message names it, its value, what is allowed and the closest match.
+        ConfigError: a field cannot be used; the message names it, its value, what is allowed and the closest match.
     """
 
     target_sparsity: float = 0.5
@@ -272,7 +272,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, (list, tuple)):
-            raise PruningConfigError("rules", self.rules, "must be a list of PruningRule or of dictionaries with its fields.")
+            raise ConfigError("rules", self.rules, "must be a list of PruningRule or of dictionaries with its fields.")
         rules = []
         for index, rule in enumerate(self.rules):
             with within(f"rules[{index}]."):
@@ -280,12 +280,12 @@ class PruningConfig:
         self.rules = rules
         for item in fields(self):
             if item.default is not None and getattr(self, item.name) is None:
-                raise PruningConfigError(item.name, None, "must be given; only a rule may leave it out.")
+                raise ConfigError(item.name, None, "must be given; only a rule may leave it out.")
         _check_settings(self)
         if not isinstance(self.keep_zeros, bool):
-            raise PruningConfigError("keep_zeros", self.keep_zeros, "must be true or false.")
+            raise ConfigError("keep_zeros", self.keep_zeros, "must be true or false.")
         if self.pattern is None and not self.rules and not self.keep_zeros:
-            raise PruningConfigError("pattern", None, f"must be given unless rules are. It {_PATTERN_HELP}")
+            raise ConfigError("pattern", None, f"must be given unless rules are. It {_PATTERN_HELP}")
         _check_together(self)
         self.resolved_rules()
 
@@ -296,7 +296,7 @@ class PruningConfig:
         names no modules means every module its pattern fits, not those that the config names for itself.
 
         Raises:
-            PruningConfigError: the fields of a rule do not go together.
+            ConfigError: the fields of a rule do not go together.
         """
         resolved = {}
         for index, rule in enumerate(self.rules):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class PruningConfigError(ValueError):
+class ConfigError(ValueError):
     """A setting that cannot be used. The message names the field, the value, what is allowed and the closest match."""
 
     def __init__(self, name: str, value: object, allowed: str, match: str | None = None) -> None:
@@ -17,17 +17,17 @@ class PruningConfigError(ValueError):
         super().__init__(f"{name}={_shown(value)}: {allowed}{hint}")
         self.name, self.value, self.allowed, self.match = name, value, allowed, match
 
-    def within(self, prefix: str) -> PruningConfigError:
+    def within(self, prefix: str) -> ConfigError:
         """The same error about a field of a larger structure."""
-        return PruningConfigError(prefix + self.name, self.value, self.allowed, self.match)
+        return ConfigError(prefix + self.name, self.value, self.allowed, self.match)
 
 
 @contextmanager
 def within(prefix: str) -> Iterator[None]:
-    """Errors inside are about a field of a larger structure; see [`PruningConfigError.within`]."""
+    """Errors inside are about a field of a larger structure; see [`ConfigError.within`]."""
     try:
         yield
-    except PruningConfigError as error:
+    except ConfigError as error:
         raise error.within(prefix) from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import PruningConfigError, closest
+from .errors import ConfigError, closest
 
 #: Structural patterns and the level at which they nest: a unit of a higher level contains units of lower ones.
 STRUCTURAL_PATTERNS: dict[str, int] = {"auto": 0, "head": 2, "kv_group": 2, "neuron": 2, "block": 3, "layer": 4}
@@ -60,7 +60,7 @@ def parse_pattern(text: str, name: str = "pattern") -> Pattern:
     """Parse a pattern string.
 
     Raises:
-        PruningConfigError: it is not one of the known forms.
+        ConfigError: it is not one of the known forms.
     """
     if isinstance(text, str):
         if text == "1xchannel":
@@ -75,4 +75,4 @@ def parse_pattern(text: str, name: str = "pattern") -> Pattern:
         if match and int(match[1]) < int(match[2]):
             return Pattern("N:M", int(match[1]), int(match[2]))
     known = ("1x1", "4x1", "2:4", "1xchannel", "channelx1", *STRUCTURAL_PATTERNS)
-    raise PruningConfigError(name, text, _PATTERN_HELP, closest(text, known))
+    raise ConfigError(name, text, _PATTERN_HELP, closest(text, known))

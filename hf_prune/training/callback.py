@@ -99,7 +99,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Raise what training would raise before its first step. The model is left as it is.
 
         Raises:
-            PruningConfigError: the config does not fit the model or the run.
+            ConfigError: the config does not fit the model or the run.
             ValueError: the Trainer is set up in a way that pruning cannot work with.
         """
         per_epoch = _steps_per_epoch(args, train_dataloader)

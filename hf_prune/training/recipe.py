@@ -42,7 +42,7 @@ from ..pruning import recover
 from ..pruning.criteria import CRITERIA
 from ..settings.checks import check_share, check_type, check_types, dataclass_from_dict, dataclass_from_json_file
 from ..settings.config import PruningConfig, PruningRule
-from ..settings.errors import PruningConfigError, closest, within
+from ..settings.errors import ConfigError, closest, within
 from .callback import PruningCallback
 from .checkpoints import last_complete_checkpoint
 
@@ -71,7 +71,7 @@ class Stage:
         pad_to_multiple_of: see [`condense`].
 
     Raises:
-        PruningConfigError: a field cannot be used.
+        ConfigError: a field cannot be used.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Stage:
     def __post_init__(self) -> None:
         check_types(self)
         if not self.name or Path(self.name).name != self.name:
-            raise PruningConfigError("name", self.name, "must be a name that can be a folder's.")
+            raise ConfigError("name", self.name, "must be a name that can be a folder's.")
         _check_training(self.training)
         if self.dropout is not None:
             check_share("dropout", self.dropout)
@@ -95,7 +95,7 @@ class Stage:
             with within("distillation."):
                 DistillationConfig.from_dict(self.distillation)
         if self.neurons_per_head is not None and (not 0 < self.neurons_per_head <= 1 or self.pruning is None):
-            raise PruningConfigError("neurons_per_head", self.neurons_per_head, "must be in (0, 1], in a stage with pruning.")
+            raise ConfigError("neurons_per_head", self.neurons_per_head, "must be in (0, 1], in a stage with pruning.")
         with within("pruning."):
             config = self.config({"layer": 0.5})
         if self.recover is not None:
@@ -119,7 +119,7 @@ class Recipe:
         training: fields of `TrainingArguments` for all stages.
 
     Raises:
-        PruningConfigError: a field cannot be used; the message names stage and field.
+        ConfigError: a field cannot be used; the message names stage and field.
     """
 
     stages: list[Stage]
@@ -136,7 +136,7 @@ class Recipe:
         self.stages = stages
         names = [stage.name for stage in stages]
         if not names or len(set(names)) < len(names):
-            raise PruningConfigError("stages", names, "must be one or more, each with a name of its own.")
+            raise ConfigError("stages", names, "must be one or more, each with a name of its own.")
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> Recipe:
@@ -147,12 +147,12 @@ class Recipe:
         """The recipe with these stages alone.
 
         Raises:
-            PruningConfigError: there is no such stage.
+            ConfigError: there is no such stage.
         """
         known = [stage.name for stage in self.stages]
         for name in names:
             if name not in known:
-                raise PruningConfigError("stages", name, f"must be one of {', '.join(known)}.", closest(name, known))
+                raise ConfigError("stages", name, f"must be one of {', '.join(known)}.", closest(name, known))
         return replace(self, stages=[stage for stage in self.stages if stage.name in names])
 
     def without_distillation(self) -> Recipe:
@@ -247,7 +247,7 @@ class Pipeline:
         cannot be run fails before anything is trained.
 
         Raises:
-            PruningConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
+            ConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
                 were run with other settings or another model.
         """
         dense = folder = self._begin()
@@ -258,7 +258,7 @@ class Pipeline:
         results = [self._start(folder)]
         if self.recipe.metric not in (known := results[0].metrics):
             allowed = f"must be one of {', '.join(known)}."
-            raise PruningConfigError("metric", self.recipe.metric, allowed, closest(self.recipe.metric, known))
+            raise ConfigError("metric", self.recipe.metric, allowed, closest(self.recipe.metric, known))
         pruned = False
         for number, stage in enumerate(self.recipe.stages, start=1):
             before, folder = folder, self._folder(number, stage.name)
@@ -274,7 +274,7 @@ class Pipeline:
         """The folder of the model to start from, which is written if it is not there.
 
         Raises:
-            PruningConfigError: it holds another model.
+            ConfigError: it holds another model.
         """
         folder = self._folder(0, "start")
         if not folder.is_dir():
@@ -286,7 +286,7 @@ class Pipeline:
             message = f"is not the one that this recipe began with: {', '.join(differing[:3])} are others"
             if any(name.startswith(("config.", *body_prefixes(self.model))) for name in differing):
                 allowed = f"{message}. Choose another output_dir, or give the model in {folder}."
-                raise PruningConfigError("model", type(self.model).__name__, allowed)
+                raise ConfigError("model", type(self.model).__name__, allowed)
             # A head that is new is another one each time that it is made.
             logger.warning("The model given %s. The recipe goes on with the one in %s.", message, folder)
         return folder
@@ -295,7 +295,7 @@ class Pipeline:
         """Set a stage up with the model in `start`, as far as nothing is trained.
 
         Raises:
-            PruningConfigError: the stage cannot be run.
+            ConfigError: the stage cannot be run.
         """
         model = self._load(start, stage.dropout)
         if stage.drop_layers:
@@ -458,7 +458,7 @@ def set_dropout(config: PreTrainedConfig, probability: float) -> None:
     """Set every dropout probability of a model's config.
 
     Raises:
-        PruningConfigError: it is not in [0, 1).
+        ConfigError: it is not in [0, 1).
     """
     check_share("dropout", probability)
     config.update(dict.fromkeys(_dropouts(config), probability))
@@ -497,14 +497,12 @@ def _weights(model: PreTrainedModel) -> list[Target]:
 def _check_recover(choice: str, config: PruningConfig | None) -> None:
     """Raise unless the weights of all that is pruned can come back."""
     if choice not in RECOVER:
-        raise PruningConfigError("recover", choice, f"must be one of {', '.join(RECOVER)}.", closest(choice, RECOVER))
+        raise ConfigError("recover", choice, f"must be one of {', '.join(RECOVER)}.", closest(choice, RECOVER))
     used = {} if config is None else {name: rule.criterion for name, rule in config.resolved_rules().items()}
     others = [f"{name} has {criterion!r}" for name, criterion in used.items() if not CRITERIA[criterion].regrows]
     if others or not used:
         regrowing = " or ".join(repr(name) for name, criterion in CRITERIA.items() if criterion.regrows)
-        raise PruningConfigError(
-            "recover", choice, f"needs pruning by criterion {regrowing}; {', '.join(others) or 'there is none'}."
-        )
+        raise ConfigError("recover", choice, f"needs pruning by criterion {regrowing}; {', '.join(others) or 'there is none'}.")
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
@@ -513,7 +511,7 @@ def _check_training(training: Mapping[str, Any]) -> None:
     known = {item.name for item in fields(TrainingArguments)} - {"output_dir"}
     for name, value in training.items():
         if name not in known:
-            raise PruningConfigError(f"training.{name}", value, "is not a field of TrainingArguments.", closest(name, known))
+            raise ConfigError(f"training.{name}", value, "is not a field of TrainingArguments.", closest(name, known))
         check_type(f"training.{name}", value, hints[name])
 
 
@@ -522,10 +520,10 @@ def _refused(name: str, value: object) -> Iterator[None]:
     """Whatever goes wrong inside is an error about a field."""
     try:
         yield
-    except PruningConfigError:
+    except ConfigError:
         raise
     except Exception as error:  # of transformers or torch, which have many kinds
-        raise PruningConfigError(name, value, f"cannot be used: {error}") from error
+        raise ConfigError(name, value, f"cannot be used: {error}") from error
 
 
 def _read(folder: Path, settings: Mapping[str, Any]) -> StageResult:
@@ -535,5 +533,5 @@ def _read(folder: Path, settings: Mapping[str, Any]) -> StageResult:
     differing = sorted(name for name in asked if asked[name] != written["settings"].get(name))
     if differing:
         allowed = f"was run with other settings for {', '.join(differing)}; choose another output_dir or delete {folder}."
-        raise PruningConfigError("stage", settings["name"], allowed)
+        raise ConfigError("stage", settings["name"], allowed)
     return StageResult(**written["result"])
