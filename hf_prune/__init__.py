@@ -14,7 +14,13 @@ from .hooks import install_reload_hook
 if TYPE_CHECKING:
     from .condense import CondensePlan, condense, condense_plan
     from .condense.legacy import convert_v4_pruned_heads
-    from .distillation import DistillationConfig, DistillationTrainer, TeacherLogitsCollator, add_teacher_logits
+    from .distillation import (
+        DistillationArguments,
+        DistillationConfig,
+        DistillationTrainer,
+        TeacherLogitsCollator,
+        add_teacher_logits,
+    )
     from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
     from .measure.sparse import to_sparse
     from .measure.sparsity import SparsityReport, print_sparsity, sparsity_report
@@ -31,6 +37,7 @@ __all__ = [
     "CardFacts",
     "CondensePlan",
     "ConfigError",
+    "DistillationArguments",
     "DistillationConfig",
     "DistillationTrainer",
     "ModelCardCallback",
@@ -62,6 +69,7 @@ _HOMES = {
     ),
     "condense.legacy": ("convert_v4_pruned_heads",),
     "distillation": (
+        "DistillationArguments",
         "DistillationConfig",
         "DistillationTrainer",
         "TeacherLogitsCollator",

@@ -29,7 +29,7 @@ from transformers import (
 
 from hf_prune import (
     CardFacts,
-    DistillationConfig,
+    DistillationArguments,
     DistillationTrainer,
     ModelCardCallback,
     PruningArguments,
@@ -120,44 +120,9 @@ class DataArguments:
         return selected
 
 
-@dataclass
-class DistillationArguments:
-    """[`DistillationConfig`] as flat arguments; giving any of them turns distillation on."""
-
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher; by default a frozen copy of the model that training starts from."}
-    )
-    distill_temperature: float | None = field(default=None, metadata={"help": "Temperature of the logits loss (2.0)."})
-    distill_alpha_task: float | None = field(default=None, metadata={"help": "Weight of the task loss (0.1)."})
-    distill_alpha_logits: float | None = field(default=None, metadata={"help": "Weight of the loss on the logits (0.9)."})
-    distill_alpha_hidden: float | None = field(
-        default=None, metadata={"help": "Weight of the loss on the last hidden state (0.0)."}
-    )
-    distill_loss_weight: float | None = field(
-        default=None,
-        metadata={"help": "As in Intel Neural Compressor: learn the last hidden state alone, with this weight, and no task loss."},
-    )
-
-    def to_config(self) -> DistillationConfig | None:
-        """The config these arguments describe, or None when none was given.
-
-        Raises:
-            ValueError: weights were given in both ways.
-        """
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        alphas = {name.removeprefix("distill_"): value for name, value in given.items() if name.startswith("distill_alpha_")}
-        if self.distill_loss_weight is not None:
-            if alphas:
-                raise ValueError(f"distill_loss_weight={self.distill_loss_weight}: must not be given with distill_{min(alphas)}.")
-            alphas = {"alpha_task": 0.0, "alpha_logits": 0.0, "alpha_hidden": self.distill_loss_weight}
-        if self.distill_temperature is not None:
-            alphas["temperature"] = self.distill_temperature
-        return DistillationConfig(**alphas) if given else None
-
-    def load_teacher(self, student: PreTrainedModel, load: Load) -> PreTrainedModel:
-        """The teacher that was named, or a copy of the student as it starts."""
-        path = self.teacher_model_name_or_path
-        return copy.deepcopy(student) if path is None else load(path)
+def load_teacher(path: str | None, student: PreTrainedModel, load: Load) -> PreTrainedModel:
+    """The teacher that was named, or a copy of the student as it starts."""
+    return copy.deepcopy(student) if path is None else load(path)
 
 
 def parse_arguments(data_arguments: type, arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -270,7 +235,7 @@ def run(
     if distillation is None:
         trainer = Trainer(model=model, **settings)
     else:
-        teacher = distillation_args.load_teacher(model, task.load)
+        teacher = load_teacher(distillation_args.teacher_model_name_or_path, model, task.load)
         trainer = DistillationTrainer(model=model, teacher=teacher, distillation=distillation, **settings)
 
     metrics: dict[str, float] = {}

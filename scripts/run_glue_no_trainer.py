@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import Dataset
-from job import CONDENSED, DistillationArguments, ModelArguments, Task, condensed_from, save_condensed, splits_of
+from job import CONDENSED, ModelArguments, Task, condensed_from, load_teacher, save_condensed, splits_of
 from run_glue import DataTrainingArguments, load_task
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,7 +32,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, SchedulerType, get_scheduler
 
-from hf_prune import CardFacts, DistillationConfig, Pruner, PruningArguments, PruningConfig, push_to_hub, sparsity_report
+from hf_prune import (
+    CardFacts,
+    DistillationArguments,
+    DistillationConfig,
+    Pruner,
+    PruningArguments,
+    PruningConfig,
+    push_to_hub,
+    sparsity_report,
+)
 from hf_prune.distillation import hidden_loss, logits_loss
 from hf_prune.hub import write_card
 
@@ -249,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         set_seed(args.seed)
     task = load_task(model_args, data_args, {"train", "validation"})
     model = model_args.load(task.load)
-    teacher = None if distillation is None else distillation_args.load_teacher(model, task.load)
+    teacher = None if distillation is None else load_teacher(distillation_args.teacher_model_name_or_path, model, task.load)
     if args.with_tracking:
         accelerator.init_trackers("glue_no_trainer", {**vars(args), "lr_scheduler_type": str(args.lr_scheduler_type)})
     loop = Loop(accelerator, args, task, model, pruning, distillation, teacher)

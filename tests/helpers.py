@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune import Pruner, PruningCallback, PruningConfig
+from hf_prune.pruning.criteria import CRITERIA
+from hf_prune.settings import config as settings
 
 VOCABULARY, LENGTH = 64, 12
 
@@ -41,7 +43,7 @@ def ragged_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
     """Quick, quiet, on the CPU, every step logged."""
-    settings: dict[str, Any] = {
+    given: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
         "report_to": "none",
@@ -54,7 +56,7 @@ def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
         "lr_scheduler_type": "constant",
         "learning_rate": 1e-3,
     }
-    return TrainingArguments(**settings | overrides)
+    return TrainingArguments(**given | overrides)
 
 
 #: Twelve steps: 2 of warm-up, updates after steps 2, 4, 6, 8, 10, and 2 of cool-down.
@@ -112,6 +114,13 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """Assert that two sets of tensors have the same names and are equal bit for bit."""
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def forget_criterion(name: str) -> None:
+    """Undo `register_criterion`."""
+    CRITERIA.pop(name, None)
+    for names in (settings.CRITERIA, *settings.DECLARED.values()):
+        names.discard(name)
 
 
 def prune_at_once(model: torch.nn.Module, config: PruningConfig) -> None:

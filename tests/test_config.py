@@ -17,8 +17,16 @@ import pytest
 from helpers import assert_equal, snapshot, tiny_bert
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_prune import ConfigError, Pruner, PruningArguments, PruningConfig, PruningRule
-from hf_prune.settings.config import CONFIG_NAME
+from hf_prune import (
+    ConfigError,
+    DistillationArguments,
+    DistillationConfig,
+    Pruner,
+    PruningArguments,
+    PruningConfig,
+    PruningRule,
+)
+from hf_prune.settings.config import CONFIG_NAME, UPDATES
 from hf_prune.settings.patterns import parse_pattern
 
 #: Every field that the config and a rule share, none at its default.
@@ -170,9 +178,126 @@ def test_arguments_do_not_collide_with_those_of_training() -> None:
     assert not {item.name for item in fields(PruningArguments)} & {item.name for item in fields(TrainingArguments)}
 
 
-def test_arguments_reach_every_field_that_is_not_a_list() -> None:
-    names = {item.name.removeprefix("pruning_") for item in fields(PruningArguments)}
-    assert set(EVERY_FIELD) <= names
+#: Each field of the configs, as text on a command line and as the config written in Python has it; none is at its default.
+PRUNING_TEXTS: dict[str, tuple[str, Any]] = {
+    "target_sparsity": ("0.8", 0.8),
+    "pattern": ("neuron", "neuron"),
+    "criterion": ("soft_movement", "soft_movement"),
+    "reduction": ("sum", "sum"),
+    "normalization": ("l2", "l2"),
+    "regularization": (".5", 0.5),
+    "score_learning_rate": ("2e-2", 0.02),
+    "scope": ("local", "local"),
+    "threshold": ("0.1", 0.1),
+    "update": ("mine", "mine"),
+    "schedule": ("polynomial(4)", "polynomial(4)"),
+    "initial_sparsity": ("from_model", "from_model"),
+    "warmup_steps": ("0.25", 0.25),
+    "warmup_epochs": ("2", 2.0),
+    "cooldown_steps": ("7", 7),
+    "cooldown_epochs": ("1.5", 1.5),
+    "frequency": ("7", 7),
+    "updates": ("3", 3),
+    "target_modules": ("query key", ["query", "key"]),
+    "exclude_modules": (r".*layer\.0\..*", r".*layer\.0\..*"),
+    "min_sparsity_per_module": ("0.2", 0.2),
+    "max_sparsity_per_module": ("1", 1.0),
+    "keep_zeros": ("", True),
+}
+DISTILLATION_TEXTS: dict[str, tuple[str, Any]] = {
+    "temperature": ("3", 3.0),
+    "alpha_task": ("0", 0.0),
+    "alpha_logits": ("0.5", 0.5),
+    "alpha_hidden": ("5", 5.0),
+    "alpha_hidden_layers": ("1", 1.0),
+    "alpha_attention": ("0.7", 0.7),
+    "alpha_simkd": ("2", 2.0),
+    "layer_map": ("[[0,1],[2,5]]", [[0, 1], [2, 5]]),
+}
+ARGUMENTS: dict[type[Any], tuple[type[Any], Callable[[str], str], dict[str, tuple[str, Any]]]] = {
+    PruningConfig: (PruningArguments, lambda name: name if "sparsity" in name else f"pruning_{name}", PRUNING_TEXTS),
+    DistillationConfig: (DistillationArguments, "distill_{}".format, DISTILLATION_TEXTS),
+}
+#: What has to be there for a setting to be of use.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "regularization": {"criterion": "soft_movement"},
+    "threshold": {"scope": "threshold"},
+    "min_sparsity_per_module": {"target_sparsity": 0.5},
+}
+
+
+@pytest.mark.parametrize("config", ARGUMENTS)
+def test_arguments_reach_every_field_that_can_be_flat(config: type[Any]) -> None:
+    arguments, named, texts = ARGUMENTS[config]
+    flat = {item.name: item for item in fields(arguments)}
+    for item in fields(config):
+        if reason := item.metadata.get("not_flat"):
+            assert (item.name, named(item.name) in flat, "--pruning_config" in reason) == ("rules", False, True)
+        else:
+            assert flat[named(item.name)].default is None
+            assert item.metadata["help"].replace("%", "%%") in flat[named(item.name)].metadata["help"]
+            assert item.name in texts
+    assert "rules" not in texts
+    HfArgumentParser(arguments).format_help()  # a stray percent sign ends it
+
+
+@pytest.mark.parametrize(("config", "name"), [(config, name) for config, (*_, texts) in ARGUMENTS.items() for name in texts])
+def test_arguments_make_the_config_that_is_written_in_python(config: type[Any], name: str) -> None:
+    UPDATES.add("mine")
+    arguments, named, texts = ARGUMENTS[config]
+    given = {"pattern": "1x1"} if config is PruningConfig else {}
+    given |= COMPANIONS.get(name, {})
+    flags = [text for key, value in given.items() for text in (f"--{named(key)}", str(value))]
+    text, value = texts[name]
+    do_prune = ["--do_prune"] if config is PruningConfig else []
+    (parsed,) = HfArgumentParser(arguments).parse_args_into_dataclasses([*do_prune, *flags, f"--{named(name)}", *text.split()])
+    try:
+        assert parsed.to_config() == config(**given | {name: value})
+        assert value != next(item.default for item in fields(config) if item.name == name)
+    finally:
+        UPDATES.discard("mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "modules"),
+    [(["query"], ["query"]), (["a.b", "c"], ["a.b", "c"]), ([".*query"], ".*query"), (["3"], ["3"]), (['["a", "b"]'], ["a", "b"])],
+)
+def test_one_module_is_a_name_or_a_regular_expression(given: list[str], modules: str | list[str]) -> None:
+    config = parse("--do_prune", "--pruning_pattern", "1x1", "--pruning_target_modules", *given)
+    assert config == PruningConfig(pattern="1x1", target_modules=modules)
+
+
+def test_defaults_of_arguments_are_those_of_the_config(tmp_path: Path) -> None:
+    assert parse("--do_prune", "--pruning_pattern", "1x1") == PruningConfig(pattern="1x1")
+    (parsed,) = HfArgumentParser(DistillationArguments).parse_args_into_dataclasses(["--teacher_model_name_or_path", "teacher"])
+    assert parsed.to_config() == DistillationConfig()
+    (parsed,) = HfArgumentParser(DistillationArguments).parse_args_into_dataclasses([])
+    assert parsed.to_config() is None
+
+
+def test_arguments_from_a_file_have_the_types_of_the_config(tmp_path: Path) -> None:
+    given = {"do_prune": True, "pruning_pattern": "1x1", "pruning_target_modules": ["query"], "initial_sparsity": 0.25}
+    (tmp_path / "arguments.json").write_text(json.dumps(given | {"distill_layer_map": [[0, 1]], "distill_alpha_hidden_layers": 1}))
+    pruning, distillation = HfArgumentParser([PruningArguments, DistillationArguments]).parse_json_file(
+        str(tmp_path / "arguments.json")
+    )
+    assert pruning.to_config() == PruningConfig(pattern="1x1", target_modules=["query"], initial_sparsity=0.25)
+    assert distillation.to_config() == DistillationConfig(layer_map=[[0, 1]], alpha_hidden_layers=1)
+
+
+@pytest.mark.parametrize("config", [PruningConfig, PruningRule, DistillationConfig])
+def test_docstrings_list_every_field(config: type[Any]) -> None:
+    for item in fields(config):
+        default = [] if item.name == "rules" else item.default
+        assert f"        {item.name} (`{item.type}`, default `{default!r}`): " in (config.__doc__ or "")
+        assert item.metadata["help"]
+    assert (config.__doc__ or "").count("    Args:") == (config.__doc__ or "").count("    Raises:") == 1
+
+
+def test_a_rule_has_the_fields_of_the_config_all_open() -> None:
+    shared = [item for item in fields(PruningConfig) if item.name not in ("keep_zeros", "rules")]
+    assert [(item.name, item.metadata) for item in fields(PruningRule)] == [(item.name, item.metadata) for item in shared]
+    assert all(item.default is None for item in fields(PruningRule))
 
 
 def test_arguments_make_a_config() -> None:

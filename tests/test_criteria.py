@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_bert
+from helpers import forget_criterion, tiny_bert
 from models import ragged_batch
 from torch import Tensor, nn
 
 from hf_prune import ConfigError, Pruner, PruningConfig
 from hf_prune.model.units import UnitGroup
 from hf_prune.pruning.criteria import CRITERIA, Criterion, register_criterion
+from hf_prune.pruning.criteria.activations import APoZ
 from hf_prune.pruning.criteria.gradients import SnipMomentum
-from hf_prune.pruning.criteria.movement import Movement
-from hf_prune.settings import config as config_module
+from hf_prune.pruning.criteria.movement import Movement, SoftMovement
 from hf_prune.settings.config import CRITERIA as NAMES
-from hf_prune.settings.config import ROW_CRITERIA
+from hf_prune.settings.config import DECLARED
 
 STEPS = 3
 PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "auto", "head", "neuron", "block", "layer"]
@@ -327,7 +328,8 @@ def test_hooks_go_with_the_last_update_and_with_the_pruner() -> None:
 
 def test_names_and_classes_agree() -> None:
     assert set(NAMES) == set(CRITERIA)
-    assert {name for name, criterion in CRITERIA.items() if criterion.scores_rows} == ROW_CRITERIA
+    for attribute, names in DECLARED.items():
+        assert {name for name, criterion in CRITERIA.items() if getattr(criterion, attribute)} == names
 
 
 def test_a_criterion_of_ones_own() -> None:
@@ -346,10 +348,65 @@ def test_a_criterion_of_ones_own() -> None:
         with pytest.raises(ValueError, match="'snip' is taken by Snip"):
             register_criterion("snip", Largest)
     finally:
-        CRITERIA.pop("largest", None)
-        config_module.CRITERIA.discard("largest")
+        forget_criterion("largest")
     with pytest.raises(ConfigError, match="criterion='largest'"):
         PruningConfig(pattern="neuron", criterion="largest")
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[type[Criterion]], str]]:
+    """Registers a class as "mine" until the test ends."""
+
+    def register(criterion: type[Criterion]) -> str:
+        register_criterion("mine", criterion)
+        return "mine"
+
+    yield register
+    forget_criterion("mine")
+
+
+class Rows(APoZ):
+    """Inherits that it scores rows."""
+
+
+class Back(Movement):
+    """Inherits that weights come back."""
+
+
+class Penalized(SoftMovement):
+    """Inherits the penalty."""
+
+
+class LateRows(APoZ):
+    """Says itself what it cannot score."""
+
+    scores_rows = False
+
+    def obstacle(self, group: UnitGroup) -> str:
+        return "" if any(view.owns_rows for view in group.weights) else "knows rows alone"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "settings", "message"),
+    [
+        *((Rows, {"pattern": pattern}, "scores output rows, so it needs") for pattern in ("2:4", "4x1", "channelx1", "auto")),
+        *((LateRows, {"pattern": pattern}, "knows rows alone \\(pattern") for pattern in ("2:4", "4x1", "channelx1")),
+        (Back, {"pattern": "head", "schedule": "lottery"}, "does not go with criterion='mine'"),
+        (Rows, {"pattern": "head", "regularization": 0.1}, "belongs to criterion 'soft_movement', not to 'mine'"),
+    ],
+)
+def test_what_a_criterion_of_ones_own_cannot_do_is_said_before_training(
+    criterion: type[Criterion], settings: dict[str, Any], message: str, registered: Callable[[type[Criterion]], str]
+) -> None:
+    name = registered(criterion)
+    with pytest.raises(ConfigError, match=message):
+        Pruner(tiny_bert(num_hidden_layers=1), PruningConfig(criterion=name, **settings), total_steps=20)
+
+
+def test_a_criterion_of_ones_own_has_the_settings_of_its_kind(registered: Callable[[type[Criterion]], str]) -> None:
+    name = registered(Penalized)
+    config = PruningConfig(pattern="head", criterion=name, scope="threshold", threshold=0.1, regularization=0.5)
+    assert Pruner(tiny_bert(num_hidden_layers=1), config, total_steps=20).rules[0].criterion.regularizes
 
 
 def test_scores_before_any_observation_are_an_error() -> None:

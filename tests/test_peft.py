@@ -13,7 +13,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import arguments, assert_equal, ragged_rows, snapshot, tiny_bert
+from helpers import arguments, assert_equal, forget_criterion, ragged_rows, snapshot, tiny_bert
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -31,8 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_prune import ConfigError, Pruner, PruningCallback, PruningConfig, condense, sparsity_report
 from hf_prune.model.targets import prunable_modules, weight_target
 from hf_prune.model.units import UnitGroup
-from hf_prune.pruning.criteria import CRITERIA, Criterion, gradient, register_criterion, weight
-from hf_prune.settings import config as config_module
+from hf_prune.pruning.criteria import Criterion, gradient, register_criterion, weight
 from hf_prune.training.callback import STATE_NAME
 
 #: Family → its head, and every linear layer of its transformer layers.
@@ -466,8 +465,7 @@ def alternating() -> Iterator[str]:
     """The name of the criterion, for as long as a test runs."""
     register_criterion("alternating", Alternating)
     yield "alternating"
-    del CRITERIA["alternating"]
-    config_module.CRITERIA.discard("alternating")
+    forget_criterion("alternating")
 
 
 @pytest.mark.parametrize("pattern", ["4x1", "head"])

@@ -23,7 +23,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from helpers import arguments
+from helpers import arguments, forget_criterion
 from hub_server import serving
 from models import tiny
 from test_hub_server import run as run_with_hub
@@ -31,8 +31,6 @@ from test_scripts_qa_clm import EXAMPLES
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune.cli
-from hf_prune.pruning.criteria import registry as criteria
-from hf_prune.settings import config
 from hf_prune.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -208,9 +206,7 @@ def test_python_blocks(sandbox: Path) -> None:
             names |= ingredients(sandbox)
             exec(compile(block, "README.md", "exec"), names)
     finally:
-        criteria.CRITERIA.pop("sensitivity", None)
-        for known in (config.CRITERIA, config.ROW_CRITERIA):
-            known.discard("sensitivity")
+        forget_criterion("sensitivity")
     dense = AutoModelForSequenceClassification.from_pretrained(sandbox / "start")
     small = AutoModelForSequenceClassification.from_pretrained(sandbox / "condensed")
     assert small.num_parameters() < dense.num_parameters()

@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..settings.checks import dataclass_from_dict, is_number
+from ..settings.checks import check_at_least_zero, check_positive, dataclass_from_dict
 from ..settings.errors import ConfigError, closest
+from ..settings.fields import check_fields, documented, setting
 
 #: Layer maps, by name; the functions are in `layers.py`.
 LAYER_MAPS: tuple[str, ...] = ("uniform", "last", "dynamic")
 
 
+@documented
 @dataclass
 class DistillationConfig:
     """Weights of the losses. A loss whose weight is 0 is not computed; the task loss is always logged.
-
-    Args:
-        temperature: softens both distributions in the logits loss, which is multiplied by its square.
-        alpha_task: weight of the model's own loss.
-        alpha_logits: weight of KL(teacher ‖ student) on the logits (mean squared error for regression).
-        alpha_hidden: weight of the mean squared error between the last hidden states, padding left out.
-        alpha_hidden_layers: weight of the mean squared error between the hidden states of the layers in `layer_map`.
-        alpha_attention: weight of KL(teacher ‖ student) on the attention maps of the layers in `layer_map`.
-        alpha_simkd: weight of the mean squared error between the inputs of the final classifiers. The student's classifier is
-            replaced by the teacher's and frozen (SimKD); use it alone, with the other weights at 0.
-        layer_map: which teacher layer a student layer learns from: `"uniform"`, `"last"`, `"dynamic"`, or pairs of a student layer
-            and a teacher layer, counted from 0, such as `[[0, 1], [2, 5]]`.
 
     Raises:
         ConfigError: a weight is negative, all are zero, the temperature is not positive, or the layer map has no such form.
     """
 
-    temperature: float = field(default=2.0, metadata={"help": "Temperature of the logits loss."})
-    alpha_task: float = field(default=0.1, metadata={"help": "Weight of the task loss."})
-    alpha_logits: float = field(default=0.9, metadata={"help": "Weight of the loss on the logits."})
-    alpha_hidden: float = field(default=0.0, metadata={"help": "Weight of the loss on the last hidden state."})
-    alpha_hidden_layers: float = field(default=0.0, metadata={"help": "Weight of the loss on the hidden states of mapped layers."})
-    alpha_attention: float = field(default=0.0, metadata={"help": "Weight of the loss on the attention maps of mapped layers."})
-    alpha_simkd: float = field(default=0.0, metadata={"help": "Weight of the loss on the inputs of the reused classifier."})
-    layer_map: str | list[list[int]] = field(
-        default="uniform", metadata={"help": "uniform, last, dynamic, or pairs of student and teacher layers."}
+    temperature: float = setting(
+        2.0, "Softens both distributions in the logits loss, which is multiplied by its square.", check_positive
+    )
+    alpha_task: float = setting(0.1, "Weight of the model's own loss.", check_at_least_zero)
+    alpha_logits: float = setting(
+        0.9, "Weight of KL(teacher ‖ student) on the logits (mean squared error for regression).", check_at_least_zero
+    )
+    alpha_hidden: float = setting(
+        0.0,
+        "Weight of the mean squared error between the last hidden states, padding left out.",
+        check_at_least_zero,
+    )
+    alpha_hidden_layers: float = setting(
+        0.0,
+        "Weight of the mean squared error between the hidden states of the layers in layer_map.",
+        check_at_least_zero,
+    )
+    alpha_attention: float = setting(
+        0.0,
+        "Weight of KL(teacher ‖ student) on the attention maps of the layers in layer_map.",
+        check_at_least_zero,
+    )
+    alpha_simkd: float = setting(
+        0.0,
+        "Weight of the mean squared error between the inputs of the final classifiers. The student's classifier is replaced by the "
+        "teacher's and frozen (SimKD); use it alone, with the other weights at 0.",
+        check_at_least_zero,
+    )
+    layer_map: str | list[list[int]] = setting(
+        "uniform",
+        f"Which teacher layer a student layer learns from: {', '.join(LAYER_MAPS)}, or pairs of a student layer and a teacher "
+        "layer, counted from 0, such as [[0, 1], [2, 5]].",
     )
 
     def __post_init__(self) -> None:
-        if not _at_least_zero(self.temperature) or self.temperature == 0:
-            raise ConfigError("temperature", self.temperature, "must be greater than 0.")
+        check_fields(self)
         weights = self.weights()
-        for name, value in weights.items():
-            if not _at_least_zero(value):
-                raise ConfigError(f"alpha_{name}", value, "must be 0 or more.")
         if not any(weights.values()):
             raise ConfigError(
                 ", ".join(f"alpha_{name}" for name in weights), tuple(weights.values()), "at least one must be greater than 0."
@@ -93,8 +102,3 @@ class DistillationConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> DistillationConfig:
         """Build from plain data; unknown keys are errors."""
         return dataclass_from_dict(cls, data)
-
-
-def _at_least_zero(value: object) -> bool:
-    """Whether it is a finite number of 0 or more."""
-    return is_number(value) and value >= 0  # type: ignore[operator]

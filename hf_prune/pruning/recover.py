@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..condense import condense_plan
 from ..model import find_blocks
-from ..settings.patterns import parse_pattern
+from ..settings.patterns import Pattern
 from .patterns import build_groups
 
 
@@ -28,6 +28,6 @@ def recover(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     dead = {plan.block.name: plan.dead for plan in condense_plan(model).changed}
     model.load_state_dict({**model.state_dict(), **weights})
     for kind in ("head", "neuron"):
-        for group in build_groups(parse_pattern(kind), (), find_blocks(model))[0]:
+        for group in build_groups(Pattern(kind), (), find_blocks(model))[0]:
             if group.name in dead:
                 group.apply(~dead[group.name].to(group.device))

@@ -17,7 +17,7 @@ from ..model.units import UnitGroup
 from ..model.wrappers import transformers_models
 from ..settings.config import PruningConfig
 from ..settings.errors import ConfigError
-from ..settings.patterns import STRUCTURAL_PATTERNS, parse_pattern
+from ..settings.patterns import Pattern
 from .allocation import least_removed, most_removable
 from .criteria import CRITERIA, Criterion
 from .patterns import build_groups
@@ -39,6 +39,7 @@ class Rule:
     Attributes:
         name: `"rules[0]"` and so on, or `"config"` for the config's own settings.
         settings: a complete config without rules.
+        pattern: what it removes together.
         is_open: whether it has no target of its own and shares that of the config.
         groups: the units it ranks.
         criterion: how it ranks them.
@@ -50,6 +51,7 @@ class Rule:
 
     name: str
     settings: PruningConfig
+    pattern: Pattern
     is_open: bool
     groups: list[UnitGroup]
     criterion: Criterion
@@ -68,7 +70,7 @@ class Rule:
         updates, settings = self.timeline.updates, self.settings
         target = f"scores up to {settings.threshold:g}" if settings.scope == "threshold" else f"{settings.target_sparsity:.2%}"
         when = f"from step {updates[0]} to {updates[-1]} in {len(updates)} updates" if updates else "never"
-        return f"{settings.pattern} {target}, {when}"
+        return f"{self.pattern} {target}, {when}"
 
     @property
     def concerns(self) -> list[str]:
@@ -162,8 +164,8 @@ def match_rules(
     if not modules:
         raise ConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
     resolved, open_rules = config.resolved_rules(), config.open_rules()
-    structural = any(parse_pattern(str(settings.pattern)).kind in STRUCTURAL_PATTERNS for settings in resolved.values())
-    blocks = find_blocks(model) if structural else []
+    patterns = {name: settings.units for name, settings in resolved.items()}
+    blocks = find_blocks(model) if any(pattern.is_structural for pattern in patterns.values()) else []
     body = body_prefixes(model)
     known = [*modules, *others, *(block.name for block in blocks)]
     model_type = next((str(inside.config.model_type) for inside in transformers_models(model).values()), "")
@@ -183,14 +185,14 @@ def match_rules(
         if CRITERIA[settings.criterion].activations and is_tensor_parallel(model):
             allowed = "reads activations, which tensor parallelism splits over ranks; use one that reads weights or gradients."
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
-        groups, reasons = _groups(name, settings, selected, chosen, tied, named_others)
+        groups, reasons = _groups(name, settings, patterns[name], selected, chosen, tied, named_others)
         left_out |= reasons
         if not groups and name == "config" and taken:
             continue
         if not groups:
             why = "; ".join(f"{module}: {reason}" for module, reason in reasons.items()) or "no such module in this model"
             raise ConfigError(f"{name}.pattern", settings.pattern, f"finds nothing to prune ({why}).")
-        level = parse_pattern(str(settings.pattern)).level
+        level = patterns[name].level
         for module in dict.fromkeys(view.target.module_name for group in groups for view in group.weights):
             if (other := named.setdefault(module, {}).get(level)) is not None:
                 allowed = f"{other} names {module!r} already, with a pattern of the same level; exclude it from one of them."
@@ -200,7 +202,7 @@ def match_rules(
                 raise ConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
         timeline = _timeline(name, settings, total_steps, steps_per_epoch)
-        rules.append(_rule(model, name, settings, name in open_rules, groups, timeline))
+        rules.append(_rule(model, name, settings, patterns[name], name in open_rules, groups, timeline))
     for module in modules:
         if module not in named and module not in left_out:
             left_out[module] = (
@@ -209,18 +211,26 @@ def match_rules(
     return rules, left_out
 
 
-def _rule(model: nn.Module, name: str, settings: PruningConfig, is_open: bool, groups: list[UnitGroup], timeline: Timeline) -> Rule:
+def _rule(
+    model: nn.Module,
+    name: str,
+    settings: PruningConfig,
+    pattern: Pattern,
+    is_open: bool,
+    groups: list[UnitGroup],
+    timeline: Timeline,
+) -> Rule:
     _check_reachable(name, settings, groups)
     _check_score_rate(name, settings, timeline)
     if settings.initial_sparsity != "from_model":
         _check_rounding(name, settings, groups)
     criterion = CRITERIA[settings.criterion](settings)
     for group in groups:
-        if criterion.scores_rows and not any(view.owns_rows for view in group.weights):
-            allowed = f"scores output rows, and no unit of pattern {settings.pattern!r} owns one in {group.name!r}."
+        if obstacle := criterion.obstacle(group):
+            allowed = f"{obstacle} (pattern {settings.pattern!r} in {group.name!r})."
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
     seen = Activations(model, _watched(criterion, UPDATES[settings.update], groups))
-    rule = Rule(name, settings, is_open, groups, criterion, seen, timeline)
+    rule = Rule(name, settings, pattern, is_open, groups, criterion, seen, timeline)
     rule.keep(alive_units(groups) if settings.initial_sparsity == "from_model" else all_units(groups))
     criterion.attach(groups, seen)
     return rule
@@ -248,6 +258,7 @@ def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
 def _groups(
     name: str,
     settings: PruningConfig,
+    pattern: Pattern,
     modules: Mapping[str, nn.Module],
     blocks: list[Block],
     tied: set[int],
@@ -259,7 +270,6 @@ def _groups(
         tied: ids of the parameters that several modules share.
         others: the weights that the rule names and that cannot be pruned, with the reason; a structural pattern names blocks.
     """
-    pattern = parse_pattern(str(settings.pattern))
     try:
         groups, left_out = build_groups(pattern, modules.items(), blocks)
     except ValueError as error:
@@ -285,7 +295,7 @@ def _groups(
         frozen = [group for group in groups if group.size and not all(view.target.requires_grad for view in group.weights)]
         left_out |= {group.name: f"it is frozen and criterion {settings.criterion!r} needs its gradient" for group in frozen}
         groups = [group for group in groups if group not in frozen]
-    if pattern.kind not in STRUCTURAL_PATTERNS:
+    if not pattern.is_structural:
         left_out |= others
     if left_out and settings.target_modules is not None:
         module, reason = next(iter(left_out.items()))

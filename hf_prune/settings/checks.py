@@ -48,7 +48,7 @@ def check_type(name: str, value: object, hint: Any) -> None:
     Raises:
         ConfigError: it is of another.
     """
-    if not _fits(value, hint):
+    if not fits(value, hint):
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         called = [_CALLED.get(get_origin(option) or option, str(option)) for option in options]
         raise ConfigError(name, value, f"must be {' or '.join(called)}.")
@@ -60,14 +60,15 @@ def check_types(instance: Any) -> None:
         check_type(name, getattr(instance, name), hint)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the type that a field is declared with; see [`check_type`]."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if kind is dict:
-        return isinstance(value, Mapping) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, Mapping) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if kind is list:
-        return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, parts[0]) for item in value)
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool)
     return kind not in _CALLED or type(value) is kind
@@ -80,7 +81,8 @@ def check_share(name: str, value: object, upper_open: bool = True) -> None:
         raise ConfigError(name, value, allowed)
 
 
-def _check_name(name: str, value: object, known: Iterable[str]) -> None:
+def check_name(name: str, value: object, known: Iterable[str]) -> None:
+    """One of these names."""
     known = sorted(known) if isinstance(known, set) else tuple(known)
     if value not in known:
         raise ConfigError(name, value, f"must be one of {', '.join(known)}.", closest(value, known))
@@ -90,7 +92,7 @@ def _check_name(name: str, value: object, known: Iterable[str]) -> None:
 _MOST_REPEATS = 1_000_000
 
 
-def _check_modules(name: str, value: Any) -> None:
+def check_modules(name: str, value: Any) -> None:
     """None, a regular expression, or a list of name suffixes, as in PEFT."""
     allowed = "must be a regular expression that matches whole module names, or a list of module names or name suffixes."
     if value is None:
@@ -106,7 +108,7 @@ def _check_modules(name: str, value: Any) -> None:
         raise ConfigError(name, value, allowed)
 
 
-def _check_duration(name: str, value: object, whole: bool) -> None:
+def check_duration(name: str, value: object, whole: bool) -> None:
     """Steps: an integer, or a ratio of the run below 1. Epochs: any number from 0."""
     allowed = (
         "must be a whole number of steps, or a ratio of the run in [0, 1)." if whole else "must be a number of epochs, 0 or more."
@@ -149,42 +151,53 @@ def dataclass_from_json_file(cls: type[_T], path: str | os.PathLike[str]) -> _T:
     return dataclass_from_dict(cls, data)
 
 
-def _check_initial(name: str, value: object) -> None:
+def check_initial(name: str, value: object) -> None:
+    """A share, or `"from_model"`."""
     if value != "from_model":
         if isinstance(value, str):
             raise ConfigError(name, value, "must be a number in [0, 1) or 'from_model'.", closest(value, ("from_model",)))
         check_share(name, value)
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """A finite number."""
     if not is_number(value):
         raise ConfigError(name, value, "must be a number.")
 
 
-def _check_weight(name: str, value: object) -> None:
-    _check_number(name, value)
-    if float(value) < 0:  # type: ignore[arg-type]
+def check_at_least_zero(name: str, value: object) -> None:
+    """A finite number, 0 or more."""
+    if not is_number(value) or value < 0:  # type: ignore[operator]
         raise ConfigError(name, value, "must be 0 or more.")
 
 
-def _check_regularization(name: str, value: object) -> None:
+def check_regularization(name: str, value: object) -> None:
+    """A number, 0 or more, or `"auto"`."""
     if value != "auto":
         if isinstance(value, str):
             raise ConfigError(name, value, "must be a number, 0 or more, or 'auto'.", closest(value, ("auto",)))
-        _check_weight(name, value)
+        check_at_least_zero(name, value)
 
 
-def _check_positive(name: str, value: object) -> None:
-    _check_number(name, value)
-    if float(value) <= 0:  # type: ignore[arg-type]
+def check_positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    if not is_number(value) or value <= 0:  # type: ignore[operator]
         raise ConfigError(name, value, "must be greater than 0.")
 
 
-def _check_schedule(name: str, value: object) -> None:
+def check_schedule(name: str, value: object) -> None:
+    """One of [`SCHEDULES`], or `polynomial(k)` with a whole k."""
     if not (isinstance(value, str) and re.fullmatch(r"polynomial\([1-9]\d{0,8}\)", value)):
-        _check_name(name, value, SCHEDULES[:-2] + SCHEDULES[-1:] + ("polynomial(k) with a whole k",))
+        check_name(name, value, SCHEDULES[:-2] + SCHEDULES[-1:] + ("polynomial(k) with a whole k",))
 
 
-def _check_frequency(name: str, value: object, unit: str = "steps") -> None:
+def check_flag(name: str, value: object) -> None:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(name, value, "must be true or false.")
+
+
+def check_frequency(name: str, value: object, unit: str = "steps") -> None:
+    """A whole number of steps or updates, 1 or more."""
     if not (is_number(value) and isinstance(value, int) and value >= 1):
         raise ConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")

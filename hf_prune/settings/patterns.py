@@ -11,9 +11,6 @@ from .errors import ConfigError, closest
 STRUCTURAL_PATTERNS: dict[str, int] = {"auto": 0, "head": 2, "kv_group": 2, "neuron": 2, "block": 3, "layer": 4}
 
 
-# ---------------------------------------------------------------------------------------------------------------- patterns
-
-
 @dataclass(frozen=True)
 class Pattern:
     """A parsed pattern string.
@@ -31,7 +28,7 @@ class Pattern:
     @property
     def level(self) -> int:
         """Nesting level: 0 weights and blocks of weights, 1 rows and columns, 2 heads, groups of heads and neurons."""
-        if self.kind in STRUCTURAL_PATTERNS:
+        if self.is_structural:
             return STRUCTURAL_PATTERNS[self.kind]
         return 1 if self.n is None or self.m is None else 0
 
@@ -43,20 +40,40 @@ class Pattern:
     @property
     def form(self) -> str:
         """The form it belongs to, as `CONFLICTS` names it."""
-        if self.kind != "NxM" or (self.n and self.m):
+        return self.kind if self.kind != "NxM" or (self.n and self.m) else str(self)
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether its units are parts of attention and feed-forward blocks; those of the others are parts of single weights."""
+        return self.kind in STRUCTURAL_PATTERNS
+
+    @property
+    def is_condensable(self) -> bool:
+        """Whether `condense` cuts out each unit of it."""
+        return self.is_structural and self.kind != "auto"
+
+    def __str__(self) -> str:
+        """The string that it was parsed from."""
+        if self.is_structural:
             return self.kind
-        return "1xchannel" if self.n else "channelx1"
+        return f"{self.n}:{self.m}" if self.kind == "N:M" else f"{self.n or 'channel'}x{self.m or 'channel'}"
 
 
-_PATTERN_HELP = (
-    "must be 'NxM' (a block of N outputs by M inputs, such as '1x1' or '4x1'), 'N:M' (N zeros in every M neighbouring inputs, "
+#: The forms in words.
+FORMS = (
+    "'NxM' (a block of N outputs by M inputs, such as '1x1' or '4x1'), 'N:M' (N zeros in every M neighbouring inputs, "
     "such as '2:4'), '1xchannel' (an output row), 'channelx1' (an input column), 'auto' (tiles as high as a head in attention, "
     "rows and columns in the feed-forward block), 'head', 'kv_group' (a key and value head with all the heads that share it), "
-    "'neuron', 'block' (a whole attention or feed-forward sublayer) or 'layer'."
+    "'neuron', 'block' (a whole attention or feed-forward sublayer) or 'layer'"
 )
 
 
-def parse_pattern(text: str, name: str = "pattern") -> Pattern:
+def check_pattern(name: str, value: object) -> None:
+    """A pattern string."""
+    parse_pattern(value, name)
+
+
+def parse_pattern(text: object, name: str = "pattern") -> Pattern:
     """Parse a pattern string.
 
     Raises:
@@ -75,4 +92,4 @@ def parse_pattern(text: str, name: str = "pattern") -> Pattern:
         if match and int(match[1]) < int(match[2]):
             return Pattern("N:M", int(match[1]), int(match[2]))
     known = ("1x1", "4x1", "2:4", "1xchannel", "channelx1", *STRUCTURAL_PATTERNS)
-    raise ConfigError(name, text, _PATTERN_HELP, closest(text, known))
+    raise ConfigError(name, text, f"must be {FORMS}.", closest(text, known))

@@ -105,7 +105,7 @@ class Stage:
         """The stage's pruning, under `neurons_per_head` with a rule for the neurons of each block. `sparsity`: by block name."""
         if self.pruning is None or self.neurons_per_head is None:
             return None if self.pruning is None else PruningConfig.from_dict(self.pruning)
-        rules = [PruningRule([name], pattern="neuron", target_sparsity=share) for name, share in sparsity.items()]
+        rules = [PruningRule(target_modules=[name], pattern="neuron", target_sparsity=share) for name, share in sparsity.items()]
         return PruningConfig.from_dict({"scope": "local", **self.pruning, "rules": rules})
 
 

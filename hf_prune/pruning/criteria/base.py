@@ -47,6 +47,8 @@ class Criterion:
     reads_gradients = False
     #: Whether it scores whole output rows, so that it needs units that own some.
     scores_rows = False
+    #: Whether it adds a penalty to the loss, which the setting `regularization` weighs.
+    regularizes = False
     #: The statistics of activations that it reads, names in `statistics.STATISTICS`, of the views it watches.
     activations: tuple[str, ...] = ()
     #: What was seen of them; set when the criterion is attached to a model.
@@ -64,6 +66,12 @@ class Criterion:
     def watched(self, group: UnitGroup) -> tuple[View, ...]:
         """The views of a group whose layers' activations are read."""
         return group.weights
+
+    def obstacle(self, group: UnitGroup) -> str:
+        """Why it cannot score the units of a group, or an empty string; asked before training."""
+        if self.scores_rows and not any(view.owns_rows for view in group.weights):
+            return "scores output rows, and no unit owns one"
+        return ""
 
     def attach(self, groups: Sequence[UnitGroup], seen: Activations) -> None:
         """Called once before training, with what will be scored and what is seen of it."""

@@ -70,6 +70,7 @@ class SoftMovement(Movement):
     gradients. λ is negative while scores have to be held up.
     """
 
+    regularizes = True
     proportional, integral, largest, settle = 0.1, 0.03, 3.0, 0.9
 
     def attach(self, groups: Sequence[UnitGroup], seen: Activations) -> None:

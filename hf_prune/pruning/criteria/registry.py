@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...settings.config import CRITERIA as CRITERION_NAMES
-from ...settings.config import ROW_CRITERIA
+from ...settings.config import DECLARED
 from .activations import APoZ, MeanActivation, Wanda
 from .base import Criterion
 from .gradients import Fisher, Gradient, Snip, SnipMomentum, Taylor
@@ -42,5 +42,6 @@ def register_criterion(name: str, criterion: type[Criterion]) -> None:
         raise ValueError(f"criterion={name!r} is taken by {CRITERIA[name].__name__}; choose another name.")
     CRITERIA[name] = criterion
     CRITERION_NAMES.add(name)
-    if criterion.scores_rows:
-        ROW_CRITERIA.add(name)
+    for attribute, names in DECLARED.items():
+        if getattr(criterion, attribute):
+            names.add(name)
