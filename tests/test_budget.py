@@ -73,7 +73,28 @@ def test_a_rule_with_a_target_keeps_it_and_the_plan_says_which() -> None:
     assert {group.rule: group.budget for group in pruner.plan().groups} == {"rules[0]": "rules[0]", "rules[1]": "rules[1]"}
     shared = pruned(rules=HEADS_AND_NEURONS)
     assert {group.budget for group in shared.plan().groups} == {"rules[0]+rules[1]"}
-    assert "rules[0]+rules[1]" in str(shared.plan())
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets"),
+    [
+        ({}, {"rules[0]": "60.0%, shared by rules[0]+rules[1]", "rules[1]": "60.0%, shared by rules[0]+rules[1]"}),
+        ({"scope": "local"}, {"rules[0]": "60.0%, the config's", "rules[1]": "60.0%, the config's"}),
+        ({"own": 0.3}, {"rules[0]": "30.0%, its own", "rules[1]": "60.0%, the config's"}),
+        ({"own": 0.6}, {"rules[0]": "60.0%, its own", "rules[1]": "60.0%, the config's"}),
+        ({"pattern": "1xchannel"}, dict.fromkeys(("rules[0]", "rules[1]", "config"), "60.0%, shared by rules[0]+rules[1]+config")),
+        ({"scope": "threshold", "threshold": 0.1}, {"rules[0]": "by score", "rules[1]": "by score"}),
+    ],
+    ids=str,
+)
+def test_the_plan_says_whose_target_each_rule_has(settings: dict[str, Any], targets: dict[str, str]) -> None:
+    rules = [{"pattern": "head"} | ({"target_sparsity": settings.pop("own")} if "own" in settings else {}), {"pattern": "neuron"}]
+    plan = pruned(rules=rules, target_sparsity=0.6, **settings).plan()
+    assert {group.rule: group.target for group in plan.groups} == targets
+    printed = str(plan).partition("Rules")[2].partition("Timetable")[0]
+    for rule, target in targets.items():
+        assert [line for line in printed.splitlines() if line.split()[:1] == [rule] and target in line]
+    assert max(map(len, str(plan).splitlines())) <= 110
 
 
 def test_scores_of_different_kinds_do_not_share_a_budget_but_each_meets_the_target() -> None:

@@ -12,13 +12,9 @@ from rich.table import Table
 
 from ..measure.tables import as_text, table_of_modules
 from ..model.units import UnitGroup
-from ..settings.patterns import parse_pattern
 from .allocation import least_removed, most_removable
 from .budget import Budget
 from .rules import Rule
-
-#: Patterns whose units `condense` cuts out, each of them.
-CONDENSABLE = frozenset({"head", "kv_group", "neuron", "block", "layer"})
 
 
 @dataclass(frozen=True)
@@ -26,15 +22,17 @@ class PlannedGroup:
     """The effective setting of one module or block.
 
     `sparsity` is what it will have at the end: its own target under local scope; under global scope the share of all modules
-    of the budget together, each between `min_sparsity` and `max_sparsity`. `budget` names the rules that share
-    it. `units_left` are the fewest and the most units that can
-    be left at the end: equal under local scope, while under the others scores decide.
+    of the budget together, each between `min_sparsity` and `max_sparsity`. `budget` names the rules that share it; `is_open` says
+    whether the rule has no target of its own. `units_left` are the fewest and the most units that can be left at the end: equal
+    under local scope, while under the others scores decide; `condense` cuts the others out if the pattern `is_condensable`.
     """
 
     name: str
     rule: str
     budget: str
+    is_open: bool
     pattern: str
+    is_condensable: bool
     criterion: str
     scope: str
     schedule: str
@@ -46,9 +44,12 @@ class PlannedGroup:
     units_left: tuple[int, int]
 
     @property
-    def shared(self) -> str:
-        """Over what the sparsity is counted."""
-        return self.scope if self.rule == self.budget else f"{self.scope}, {self.budget}"
+    def target(self) -> str:
+        """The target of its rule in words, and whose it is."""
+        if self.sparsity is None:
+            return "by score"
+        shared = "the config's" if self.rule == self.budget else f"shared by {self.budget}"
+        return f"{self.sparsity:.1%}, {shared if self.is_open else 'its own'}"
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ class PruningPlan:
             figure = f"at most {group.max_sparsity:.0%}" if group.sparsity is None else f"{group.sparsity:.1%}"
             fewest, most = group.units_left
             left = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-            condensed = left if parse_pattern(group.pattern).kind in CONDENSABLE else ""
+            condensed = left if group.is_condensable else ""
             table.add_row(group.name, group.rule, f"{group.units:,}", f"{group.weights:,}", figure, condensed)
         return table
 
     def _rules(self) -> Table:
-        table = Table("rule", "pattern", "criterion", "scope", "schedule", title="Rules", box=box.SIMPLE)
+        table = Table("rule", "pattern", "criterion", "scope", "target", "schedule", title="Rules", box=box.SIMPLE)
         for row in dict.fromkeys(
-            (group.rule, group.pattern, group.criterion, group.shared, group.schedule) for group in self.groups
+            (group.rule, group.pattern, group.criterion, group.scope, group.target, group.schedule) for group in self.groups
         ):
             table.add_row(*row)
         return table
@@ -163,7 +164,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
     for budget, rule in [(each, rule) for each in budgets for rule in each.rules]:
         settings, timeline, updates = rule.settings, rule.timeline, rule.timeline.updates
         bounded = settings.scope == "global"
-        cut = parse_pattern(str(settings.pattern)).kind in CONDENSABLE and settings.scope != "threshold"
+        cut = rule.pattern.is_condensable and settings.scope != "threshold"
         density: dict[str, float] = {}
         for group in rule.groups:
             fewest, most = _units_left(rule, group)
@@ -176,7 +177,9 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
                     name=group.name,
                     rule=rule.name,
                     budget=budget.name,
-                    pattern=str(settings.pattern),
+                    is_open=rule.is_open,
+                    pattern=str(rule.pattern),
+                    is_condensable=rule.pattern.is_condensable,
                     criterion=settings.criterion,
                     scope=settings.scope,
                     schedule=settings.schedule,
