@@ -1,6 +1,8 @@
 """Settings for every test."""
 
+import pytest
 import torch
+from command_line import CommandLine
 from hypothesis import settings
 
 # Tiny models are fastest on one thread, and give the same bits everywhere.
@@ -9,3 +11,9 @@ torch.set_num_threads(1)
 # The machines that run the tests vary in speed, so examples are few and have no deadline.
 settings.register_profile("default", max_examples=40, deadline=None)
 settings.load_profile("default")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """`hf-prune`, and what it prints."""
+    return CommandLine(capsys)

@@ -11,10 +11,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import LENGTH, Gradients, arguments, ragged_rows, tiny_bert
+from helpers import LENGTH, VOCABULARY, Gradients, arguments, ragged_rows, tiny_bert
 from models import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_prune import DistillationConfig, DistillationTrainer
 
@@ -323,3 +333,31 @@ def train(
 def training_logs(trainer: Trainer) -> list[dict[str, float]]:
     """The log of each optimizer step."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ----------------------------------------------------------------------------------------------------------- teachers on disk
+
+
+def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
+    words = {"[PAD]": 0, "[MASK]": 98} | {f"t{index}": index for index in range(1, VOCABULARY)}
+    plain = Tokenizer(WordLevel(words, unk_token="[PAD]"))
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", mask_token="[MASK]", padding_side=side)
+
+
+def collator_for(task: str, side: str = "right", **settings: Any) -> Any:
+    if task == "token":
+        return DataCollatorForTokenClassification(tokenizer(side), **settings)
+    if task in ("causal", "masked", "translation"):
+        return DataCollatorForSeq2Seq(tokenizer(side), **settings)
+    return DataCollatorWithPadding(tokenizer(side), **settings)
+
+
+class Counted:
+    """How often a model is called."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.calls = 0
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, *args: Any) -> None:
+        self.calls += 1

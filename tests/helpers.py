@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune import Pruner, PruningCallback, PruningConfig
+from hf_prune.model.units import UnitGroup
 from hf_prune.pruning.criteria import CRITERIA
 from hf_prune.settings import config as settings
 
@@ -132,3 +134,12 @@ def prune_at_once(model: torch.nn.Module, config: PruningConfig) -> None:
     pruner.step()
     pruner.finish()
     model.zero_grad()
+
+
+def elements(group: UnitGroup) -> Iterator[tuple[int, str, int, int]]:
+    """`(unit, parameter name, row, column)` of every weight of a group, spelled out."""
+    for view in group.weights:
+        columns = view.target.shape[1] // view.width
+        for row in range(view.start, view.stop):
+            for column in range(view.target.shape[1]):
+                yield (row - view.start) // view.height * columns + column // view.width, view.target.name, row, column

@@ -12,41 +12,16 @@ from typing import Any
 import models
 import pytest
 import torch
+from card_cases import FACTS, HALF, halved
+from command_line import CommandLine
 from helpers import tiny_bert
-from hub_server import TOKEN, serving
-from test_cards import FACTS, HALF, halved
-from test_hub_server import run as run_with_hub
-from test_loading import without
-from test_reload import save_tokenizer
+from hub_server import TOKEN, run_with_hub, serving
+from reloading import save_tokenizer, without
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune
 from hf_prune import CardFacts, PruningConfig, condense, condense_plan, sparsity_report
-from hf_prune.cli import main
 from hf_prune.hub import write_card
-
-
-class Run:
-    """Runs a command line in this process; keeps what it printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-        self.out = self.err = ""
-
-    def __call__(self, *arguments: object, code: int = 0) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        self.out, self.err = self.capsys.readouterr()
-        assert (ended.value.code or 0) == code, self.out + self.err
-        return self.out
-
-    def json(self, *arguments: object) -> dict[str, Any]:
-        return json.loads(self(*arguments, "--json"))
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +35,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_inspect_says_what_cannot_be_pruned(cli: Run, tmp_path: Path) -> None:
+def test_inspect_says_what_cannot_be_pruned(cli: CommandLine, tmp_path: Path) -> None:
     models.tiny("wav2vec2").save_pretrained(tmp_path)
     assert "not pruned: wav2vec2.encoder.pos_conv_embed.conv" in cli("inspect", tmp_path)
 
@@ -72,7 +47,7 @@ def condensed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_inspect(cli: Run, masked: Path, condensed: Path) -> None:
+def test_inspect(cli: CommandLine, masked: Path, condensed: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(masked)
     report = cli.json("inspect", masked, "--pad-to-multiple-of", 1)
     assert report["sparsity"] == sparsity_report(model).sparsity == pytest.approx(report["total_sparsity"])
@@ -94,13 +69,13 @@ def test_inspect(cli: Run, masked: Path, condensed: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "head"), [("gpt2", "causal-lm"), ("t5", "seq2seq-lm"), ("vit", None), ("bert", "bare")])
-def test_any_head(cli: Run, family: str, head: str | None, tmp_path: Path) -> None:
+def test_any_head(cli: CommandLine, family: str, head: str | None, tmp_path: Path) -> None:
     model = models.tiny(family, head)
     model.save_pretrained(tmp_path)
     assert cli.json("inspect", tmp_path)["class"] == type(model).__name__
 
 
-def test_condense(cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_condense(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     made = cli.json("condense", masked, tmp_path / "small", "--pad-to-multiple-of", 8)
     model = AutoModelForSequenceClassification.from_pretrained(masked)
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
@@ -118,7 +93,7 @@ def test_condense(cli: Run, masked: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "condense", "convert", "benchmark", "plan", "card", "push"])
-def test_no_command_makes_tensors_up(command: str, cli: Run, condensed: Path, masked: Path, tmp_path: Path) -> None:
+def test_no_command_makes_tensors_up(command: str, cli: CommandLine, condensed: Path, masked: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(masked, folder)
     HALF.to_json_file(tmp_path / "half.json")
@@ -136,7 +111,7 @@ def test_no_command_makes_tensors_up(command: str, cli: Run, condensed: Path, ma
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_benchmark_and_card(cli: Run, condensed: Path, masked: Path, tmp_path: Path) -> None:
+def test_benchmark_and_card(cli: CommandLine, condensed: Path, masked: Path, tmp_path: Path) -> None:
     quick = ("--batch-size", 2, "--tokens", 8, "--repeats", 2)
     figures = cli.json("benchmark", condensed, "--against", masked, *quick)
     assert figures["latency_ratio"] == figures["dense"]["milliseconds"] / figures["model"]["milliseconds"]
@@ -151,14 +126,14 @@ def test_benchmark_and_card(cli: Run, condensed: Path, masked: Path, tmp_path: P
     assert "Protocol: batch of 2 × 8" in (tmp_path / "README.md").read_text()
 
 
-def test_plan(cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_plan(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     HALF.to_json_file(tmp_path / "half.json")
     groups = cli.json("plan", masked, tmp_path / "half.json")["groups"]
     assert [(group["pattern"], group["units"]) for group in groups] == [("head", 4)] * 3 + [("neuron", 40)] * 3
     assert "bert.encoder.layer.2.attention.self" in cli("plan", masked, tmp_path / "half.json")
 
 
-def test_convert(cli: Run, tmp_path: Path) -> None:
+def test_convert(cli: CommandLine, tmp_path: Path) -> None:
     small = condense(halved(how="out"))
     small.save_pretrained(tmp_path / "v4")
     (tmp_path / "v4" / "modeling_hf_prune.py").unlink()
@@ -194,7 +169,7 @@ def test_push(masked: Path, tmp_path: Path) -> None:
         assert "Traceback" not in refused.stderr
 
 
-def test_help_and_usage(cli: Run) -> None:
+def test_help_and_usage(cli: CommandLine) -> None:
     printed = cli("--help")
     for command in ("inspect", "condense", "benchmark", "plan", "card", "push", "convert"):
         assert command in printed
@@ -206,14 +181,13 @@ def test_help_and_usage(cli: Run) -> None:
     cli("condense", "x", code=2)
 
 
-def test_version(cli: Run) -> None:
+def test_version(cli: CommandLine) -> None:
     assert cli("--version") == f"hf-prune {hf_prune.__version__}\n"
 
 
 def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
-from hf_prune.cli import main
 try:
     main(sys.argv[1:])
 finally:
@@ -223,7 +197,7 @@ finally:
     assert done.returncode == 0, done.stderr
 
 
-def test_errors_name_what_is_wrong(cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_errors_name_what_is_wrong(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     def fails(*arguments: object) -> str:
         cli(*arguments, code=1)
         assert cli.out == ""
@@ -256,7 +230,7 @@ def test_it_runs_as_a_module(masked: Path) -> None:
     assert "2 of 4 heads" in done.stdout
 
 
-def test_a_config_is_read_before_the_model(cli: Run, tmp_path: Path) -> None:
+def test_a_config_is_read_before_the_model(cli: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")  # no model that could be loaded
     (tmp_path / "plan.json").write_text('{"pattern": "heads"}')
     cli("plan", tmp_path, tmp_path / "plan.json", code=1)
@@ -277,7 +251,7 @@ def test_a_config_is_read_before_the_model(cli: Run, tmp_path: Path) -> None:
         ('{"pattern": ' + "[" * 500 + "]" * 500 + "}", "pattern=[["),
     ],
 )
-def test_hostile_configs_end_in_one_line(config: Any, message: str, cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_hostile_configs_end_in_one_line(config: Any, message: str, cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     text = config if isinstance(config, str) else json.dumps({"pattern": "1x1", **config})
     (tmp_path / "plan.json").write_text(text)
     cli("plan", masked, tmp_path / "plan.json", code=1)
@@ -299,7 +273,7 @@ def test_hostile_configs_end_in_one_line(config: Any, message: str, cli: Run, ma
         ('{"model_name": 5}', "pruning_facts.json: model_name=5: must be a text or null."),
     ],
 )
-def test_malformed_facts_end_in_one_line(facts: str, message: str, cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_malformed_facts_end_in_one_line(facts: str, message: str, cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(masked, tmp_path / "model"))
     (folder / "pruning_facts.json").write_text(facts)
     cli("card", folder, "--no-measure", code=1)
@@ -307,7 +281,7 @@ def test_malformed_facts_end_in_one_line(facts: str, message: str, cli: Run, mas
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_truncated_weights_end_in_one_line(command: str, cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_truncated_weights_end_in_one_line(command: str, cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(masked, tmp_path / "model"))
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -316,7 +290,7 @@ def test_truncated_weights_end_in_one_line(command: str, cli: Run, masked: Path,
 
 
 @pytest.mark.parametrize("pruned_heads", [[[0, 1]], {"first": [0]}, {"0": 1}, "all"])
-def test_malformed_pruned_heads_end_in_one_line(pruned_heads: Any, cli: Run, masked: Path, tmp_path: Path) -> None:
+def test_malformed_pruned_heads_end_in_one_line(pruned_heads: Any, cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(masked, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pruned_heads": pruned_heads}))
@@ -325,6 +299,6 @@ def test_malformed_pruned_heads_end_in_one_line(pruned_heads: Any, cli: Run, mas
 
 
 @pytest.mark.parametrize("device", ["hpux", "mps" if torch.cuda.is_available() else "cuda"])
-def test_a_device_that_is_not_there(device: str, cli: Run, condensed: Path) -> None:
+def test_a_device_that_is_not_there(device: str, cli: CommandLine, condensed: Path) -> None:
     cli("benchmark", condensed, "--device", device, code=1)
     assert f"device={device!r}: must be one that torch finds here" in cli.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,15 @@ CHECKS = {
 def test_code_quality(name: str) -> None:
     result = subprocess.run(CHECKS[name], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in modules that are no tests, and found without a change of `sys.path`."""
+    faults = []
+    for path in (*(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            faults += [f"{path}: imports {name}" for name in names if name is not None and name.startswith("test_")]
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sys.path."):
+                faults.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert faults == []

@@ -10,11 +10,11 @@ from pathlib import Path
 import models
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, *arguments: str) -> str:
-    result = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -22,7 +22,7 @@ def run(script: str, *arguments: str) -> str:
 def test_benchmark_condense(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     sizes = ("--layers", "1", "--batch_size", "2", "--tokens", "8", "--repeats", "1")
-    printed = run("benchmark_condense.py", *sizes, "--output", str(output))
+    printed = run("scripts/benchmarks/benchmark_condense.py", *sizes, "--output", str(output))
     figures = json.loads(output.read_text())
     assert max(figures["largest_difference"].values()) <= 1e-5
     assert figures["cpu_ms"].keys() == {"dense", "condensed", "by hand"}
@@ -32,7 +32,7 @@ def test_benchmark_condense(tmp_path: Path) -> None:
 @pytest.mark.parametrize("families", [("qwen2",), pytest.param(tuple(models.FAMILIES), marks=pytest.mark.slow)], ids=["one", "all"])
 def test_architecture_matrix(families: tuple[str, ...], tmp_path: Path) -> None:
     output = tmp_path / "matrix.json"
-    run("architecture_matrix.py", *families, "--output", str(output))
+    run("tests/architecture_matrix.py", *families, "--output", str(output))
     rows = json.loads(output.read_text())
     assert rows.keys() == set(families)
     for row in rows.values():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import forget_criterion, tiny_bert
+from helpers import elements, forget_criterion, tiny_bert
 from models import ragged_batch
 from torch import Tensor, nn
 
@@ -24,15 +24,6 @@ from hf_prune.settings.config import DECLARED
 STEPS = 3
 PATTERNS = ["1x1", "4x2", "2:4", "1xchannel", "channelx1", "auto", "head", "neuron", "block", "layer"]
 ROW_PATTERNS = ["1xchannel", "head", "neuron"]
-
-
-def elements(group: UnitGroup) -> Iterator[tuple[int, str, int, int]]:
-    """`(unit, parameter name, row, column)` of every weight of a group, spelled out."""
-    for view in group.weights:
-        columns = view.target.shape[1] // view.width
-        for row in range(view.start, view.stop):
-            for column in range(view.target.shape[1]):
-                yield (row - view.start) // view.height * columns + column // view.width, view.target.name, row, column
 
 
 def by_unit(group: UnitGroup, quantity: dict[str, Tensor], how: str = "mean", names: set[str] | None = None) -> Tensor:

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 import transformers
+from card_cases import FACTS, HALF, halved
+from command_line import CommandLine
+from reloading import save_tokenizer
 from safetensors.torch import load_file, save_file
-from test_cards import FACTS, HALF, halved
-from test_cli import Run
-from test_reload import save_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from hf_prune import condense, hub
@@ -160,11 +160,6 @@ def files_of(cls: type[PreTrainedTokenizerBase]) -> set[str]:
 # ------------------------------------------------------------------------------------------------------------------- the commands
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(capsys)
-
-
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
@@ -191,7 +186,7 @@ def folder(pruned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "model"))
 
 
-def test_condense_carries_over(cli: Run, folder: Path, tmp_path: Path) -> None:
+def test_condense_carries_over(cli: CommandLine, folder: Path, tmp_path: Path) -> None:
     for name in ("bpe.codes", "normalizer.json", "tokenizer.model/words", "notes.txt", "token", "optimizer.pt", "model.bin"):
         put(folder, name, name)
     made = cli.json("condense", folder, tmp_path / "small")
@@ -206,7 +201,7 @@ def test_condense_carries_over(cli: Run, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["condense", "convert"])
 @pytest.mark.parametrize("fails", ["save_pretrained", "write_card", "copyfile"])
 def test_a_folder_is_written_whole_or_not_at_all(
-    command: str, fails: str, cli: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, fails: str, cli: CommandLine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("No space left on device")
@@ -221,7 +216,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize("command", ["condense", "convert"])
-def test_nothing_is_written_over(command: str, cli: Run, folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_over(command: str, cli: CommandLine, folder: Path, tmp_path: Path) -> None:
     put(tmp_path, "full/precious")
     put(tmp_path, "file")
     for out, why in ((tmp_path / "full", "is not empty"), (tmp_path / "file", "is a file"), (folder, "is not empty")):
@@ -230,7 +225,7 @@ def test_nothing_is_written_over(command: str, cli: Run, folder: Path, tmp_path:
     assert names_in(tmp_path / "full") == {"precious"}
 
 
-def test_a_dry_run_lists_and_sends_nothing(cli: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_lists_and_sends_nothing(cli: CommandLine, folder: Path, tmp_path: Path) -> None:
     for name in ("token", ".env", "data.csv", "wandb/run", "checkpoint-3/model.safetensors"):
         put(folder, name)
     (folder / "README.md").unlink()
@@ -243,7 +238,7 @@ def test_a_dry_run_lists_and_sends_nothing(cli: Run, folder: Path, tmp_path: Pat
     assert "README.md" not in cli.json("push", folder, "me/half", "--dry-run", "--no-new-card")["files"]
 
 
-def test_a_sentence_transformers_model_stays_one(cli: Run, tmp_path: Path) -> None:
+def test_a_sentence_transformers_model_stays_one(cli: CommandLine, tmp_path: Path) -> None:
     """The other modules come along, so the condensed model gives the same unit vectors."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
     source, out = tmp_path / "model", tmp_path / "small"

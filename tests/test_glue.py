@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import os
 from pathlib import Path
 
+import glue_data
 import numpy as np
 import pytest
-from hub_server import serving
+import quickstart
+import run_glue
+from hub_server import run_with_hub, serving
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_hub_server import run as run_with_hub
 from transformers import AutoModel, EvalPrediction
 
 from hf_prune import PruningConfig, PruningRule
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import glue_data  # noqa: E402  (the scripts are no package)
-import quickstart  # noqa: E402
-import run_glue  # noqa: E402
+ROOT = Path(__file__).parents[1]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
 
 CLASSIFIED = sorted(glue_data.TASK_TO_KEYS.keys() - {"stsb"})
 SENTENCES = [str(row["sentence"]) for row in quickstart.make_rows(30, seed=5)]
@@ -141,13 +139,12 @@ def test_push(start: Path, glue: Path, tmp_path: Path) -> None:
         flags(**settings, pruning_pattern=pattern, hub_model_id=f"me/{name}", output_dir=tmp_path / name)
         for name, pattern in (("small", "head"), ("sparse", "2:4"))
     ]
-    code = f"""import json, sys
-sys.path.insert(0, {str(SCRIPTS)!r})
+    code = """import json, sys
 import run_glue
 for arguments in json.loads(sys.argv[1]):
     run_glue.main(arguments)"""
     with serving() as (hub, endpoint):
-        done = run_with_hub(code, json.dumps(commands), endpoint=endpoint, home=tmp_path / "hub")
+        done = run_with_hub(code, json.dumps(commands), endpoint=endpoint, home=tmp_path / "hub", PYTHONPATH=PATHS)
         assert done.returncode == 0, done.stdout + done.stderr
         small, sparse = (hub.branches[f"me/{name}"]["main"] for name in ("small", "sparse"))
     for files in (small, sparse):

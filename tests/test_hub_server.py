@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ from typing import Any
 import models
 import pytest
 import torch
-from hub_server import TOKEN, Hub, metadata_errors, serving
+from card_cases import FACTS, HALF, halved
+from hub_server import Hub, metadata_errors, run_with_hub, serving
+from huggingface_hub import ModelCard
+from reloading import save_tokenizer
 from safetensors.torch import save_file
-from test_cards import FACTS, HALF, halved
-from test_reload import save_tokenizer
 
 from hf_prune import condense
 from hf_prune.hub import write_card
@@ -39,13 +38,12 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 PUSH = """
 import sys
 from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1])))
-from test_cards import FACTS, HALF, accuracy, halved, rows, tiny_bert
-from helpers import arguments
+from card_cases import FACTS, HALF, accuracy, halved, rows
+from helpers import arguments, tiny_bert
 from transformers import AutoTokenizer, Trainer
 from hf_prune import ModelCardCallback, PruningCallback, push_to_hub
 
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 commit = push_to_hub(
     halved(how="out"), "me/masked", config=HALF, facts=FACTS, processing_class=AutoTokenizer.from_pretrained(folder), private=True
 )
@@ -102,23 +100,6 @@ print(json.dumps(report))
 """
 
 
-def run(code: str, *arguments: object, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own that takes the loopback server for the Hub."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    settings = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=home.parent, env=inherited | settings | environment)
-
-
 @pytest.fixture(scope="module")
 def hub() -> Iterator[tuple[Hub, str]]:
     with serving() as served:
@@ -142,7 +123,9 @@ def pushed(hub: tuple[Hub, str], tmp_path_factory: pytest.TempPathFactory) -> tu
         (folder / name).write_bytes(b"not to be published")
     (folder / "stray.json").symlink_to(folder.parent / "expected.safetensors")
     save_file({**{f"input.{name}": value for name, value in batch.items()}, **logits}, folder.parent / "expected.safetensors")
-    result = run(PUSH, ROOT / "tests", folder, endpoint=hub[1], home=folder.parent / "home")
+    result = run_with_hub(
+        PUSH, folder, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), endpoint=hub[1], home=folder.parent / "home"
+    )
     assert result.returncode == 0, result.stderr
     return folder, small.num_parameters()
 
@@ -177,7 +160,7 @@ def test_models_load_by_id(way: str, hub: tuple[Hub, str], pushed: tuple[Path, i
     (tmp_path / "here").mkdir()
     path = {} if way == "import" else {"PYTHONPATH": ""}
     expected = folder.parent / "expected.safetensors"
-    result = run(LOAD, way, expected, endpoint=hub[1], home=tmp_path / "here" / "home", **path)
+    result = run_with_hub(LOAD, way, expected, endpoint=hub[1], home=tmp_path / "here" / "home", **path)
     assert result.returncode == 0, result.stderr
     report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     assert report["me/masked"] <= 1e-6
@@ -188,8 +171,6 @@ def test_models_load_by_id(way: str, hub: tuple[Hub, str], pushed: tuple[Path, i
 
 
 def test_the_hub_refuses_bad_metadata() -> None:
-    from test_cards import ModelCard
-
     card = ModelCard("---\nlicense: Not A License\nmodel-index:\n- name: x\n  results:\n  - task: {}\n---\n# x\n", True)
     assert metadata_errors(str(card.content)) == ['"license" is not valid']
     broken = "---\nmodel-index:\n- name: x\n  results:\n  - task:\n      type: y\n---\n"

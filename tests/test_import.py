@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cards import halved
+from card_cases import halved
 
 import hf_prune
 

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import models
 import pytest
-from safetensors.torch import load_file, save_file
+from reloading import without
+from safetensors.torch import load_file
 from transformers import BertModel
 
 from hf_prune import convert_v4_pruned_heads
 from hf_prune.model.loading import load_model
-
-
-def without(folder: Path, *names: str) -> None:
-    """Take tensors out of a saved model."""
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if name not in names}
-    assert len(kept) == len(tensors) - len(names)
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_a_head_that_was_never_trained_is_missing(tmp_path: Path) -> None:

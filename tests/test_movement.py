@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_bert
+from helpers import elements, tiny_bert
 from models import ragged_batch
-from test_criteria import elements
 from torch import Tensor
 from torch.func import functional_call
 

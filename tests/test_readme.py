@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quickstart
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from helpers import arguments, forget_criterion
-from hub_server import serving
+from hub_server import run_with_hub, serving
 from models import tiny
-from test_hub_server import run as run_with_hub
-from test_scripts_qa_clm import EXAMPLES
+from script_cases import EXAMPLES
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune.cli
@@ -35,9 +35,6 @@ from hf_prune.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import quickstart  # noqa: E402  (the scripts are no package)
 
 PAGES = {"README": ROOT / "README.md", "results": ROOT / "model_cards" / "results" / "README.md"}
 RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.json")) if "stages" in json.loads(path.read_text())]
@@ -65,7 +62,7 @@ TINY = {
     "scripts/run_qa.py": "--max_steps=4 --save_strategy=no --max_seq_length=12 --doc_stride=2 --disable_tqdm=true --use_cpu",
     "scripts/run_clm.py": "--max_steps=4 --save_strategy=no --block_size=16 --disable_tqdm=true --use_cpu",
     "scripts/prune_pipeline.py": "--max_train_samples=24 --max_eval_samples=8 --disable_tqdm=true --use_cpu",
-    "scripts/reproduce.py": """--rows half --seeds 1 --use_cpu --model_name_or_path start --overrides
+    "scripts/results/reproduce.py": """--rows half --seeds 1 --use_cpu --model_name_or_path start --overrides
         '{"max_steps": 6, "max_train_samples": 24, "max_eval_samples": 8}' --results runs/results""",
     "hf-prune benchmark": "--repeats=1",
     "hf-prune card": "--repeats=1",

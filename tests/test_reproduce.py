@@ -1,23 +1,20 @@
-"""`scripts/reproduce.py` on a tiny model: what it measures, writes, keeps and refuses."""
+"""`scripts/results/reproduce.py` on a tiny model: what it measures, writes, keeps and refuses."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quickstart
+import reproduce
 from hub_server import metadata_errors
 from transformers import AutoModelForSequenceClassification
 
 from hf_prune.measure.sparsity import sparsity_report
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import quickstart  # noqa: E402  (the scripts are no package)
-import reproduce  # noqa: E402
 
 TINY: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
 

@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import quickstart
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import hf_prune
 from hf_prune import PruningConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import quickstart  # noqa: E402  (the scripts are no package)
 
 ROWS = [{**row, "label": int(row["label"] == "sense")} for row in quickstart.make_rows(48, seed=3)]
 

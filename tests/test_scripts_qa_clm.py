@@ -7,44 +7,25 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import quickstart
+import run_clm
+import run_qa
+import squad_data
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny
+from script_cases import EXAMPLES, WORDS, example
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_prune import PruningConfig, PruningRule
 from hf_prune.model import AttentionBlock, find_blocks
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import quickstart  # noqa: E402  (the scripts are no package)
-import run_clm  # noqa: E402
-import run_qa  # noqa: E402
-import squad_data  # noqa: E402
-
-WORDS = ("rain", "snow", "wind", "fog", "hail", "sun", "ice", "storm")
-
-
-def example(number: int, length: int = 12, answers: int = 1) -> dict[str, Any]:
-    """A context of words and commas; the answers are one or two words next to each other."""
-    random = np.random.default_rng(number)
-    words = [str(word) for word in random.choice(WORDS, length)]
-    found: dict[str, list[Any]] = {"text": [], "answer_start": []}
-    for _ in range(answers):
-        first = int(random.integers(length - 1))
-        found["text"].append(", ".join(words[first : first + 1 + int(random.integers(2))]))
-        found["answer_start"].append(len(", ".join(words[:first])) + 2 * (first > 0))
-    return {"id": f"q{number}", "question": " what comes ", "context": ", ".join(words), "answers": found}
-
-
-EXAMPLES = [example(number) for number in range(24)]
 
 
 @pytest.fixture(scope="module")

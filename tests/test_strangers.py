@@ -67,15 +67,14 @@ def run(python: Path, script: str, *arguments: object, launcher: tuple[str, ...]
     return result.stdout
 
 
-_START = (
-    "import sys, json; sys.path.insert(0, {here!r}); import start; start.make({folder!r}); print(json.dumps(start.sentences(128)))"
-)
+_START = "import json, start; start.make({folder!r}); print(json.dumps(start.sentences(128)))"
 
 
 def run_glue(python: Path, folder: Path, *more: object, launcher: tuple[str, ...] = ()) -> str:
     """Sixteen steps of `run_glue.py` from a tiny start."""
-    code = _START.format(here=str(STRANGERS), folder=str(folder / "start"))
-    made = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = _START.format(folder=str(folder / "start"))
+    environment = os.environ | {"PYTHONPATH": str(STRANGERS)}
+    made = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
     rows = [json.dumps({"sentence": text, "label": label}) for text, label in zip(*json.loads(made.splitlines()[-1]))]
     (folder / "rows.json").write_text("\n".join(rows))
     files = ["--train_file", folder / "rows.json", "--validation_file", folder / "rows.json"]

@@ -14,16 +14,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from distillation_cases import TASKS, Rows, distiller, train, training_logs
-from helpers import VOCABULARY, arguments, ragged_rows, tiny_bert
-from tokenizers import Tokenizer, models
+from distillation_cases import TASKS, Counted, Rows, collator_for, distiller, tokenizer, train, training_logs
+from helpers import arguments, ragged_rows, tiny_bert
 from transformers import (
     DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     default_data_collator,
 )
 
@@ -38,20 +34,6 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
-    words = {"[PAD]": 0, "[MASK]": 98} | {f"t{index}": index for index in range(1, VOCABULARY)}
-    plain = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", mask_token="[MASK]", padding_side=side)
-
-
-def collator_for(task: str, side: str = "right", **settings: Any) -> Any:
-    if task == "token":
-        return DataCollatorForTokenClassification(tokenizer(side), **settings)
-    if task in ("causal", "masked", "translation"):
-        return DataCollatorForSeq2Seq(tokenizer(side), **settings)
-    return DataCollatorWithPadding(tokenizer(side), **settings)
-
-
 def unpadded(rows: Rows) -> Rows:
     """The rows as a tokenizer leaves them: ragged, with columns that the model does not take."""
     short = []
@@ -64,17 +46,6 @@ def unpadded(rows: Rows) -> Rows:
             cut["labels"] = [label for label in row["labels"] if label != -100]
         short.append({"sentence": f"row {index}"} | cut)
     return short
-
-
-class Counted:
-    """How often a model is called."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.calls = 0
-        model.register_forward_pre_hook(self)
-
-    def __call__(self, *args: Any) -> None:
-        self.calls += 1
 
 
 def dataset(count: int = 21, change: int = 0) -> Dataset:
@@ -119,7 +90,7 @@ def test_a_new_process_reads_the_cache(cache: Path, tmp_path: Path) -> None:
     script = """
 import json, sys
 from datasets import load_from_disk
-from test_teacher_cache import Counted, collator_for
+from distillation_cases import Counted, collator_for
 from transformers import BertForSequenceClassification
 from hf_prune import add_teacher_logits
 folder = sys.argv[1]

@@ -1,19 +1,16 @@
-"""Condensed models where models are used: `pipeline`, sentence-transformers, onnxruntime (`scripts/compare_condensed.py`)."""
+"""Condensed models where models are used: `pipeline`, sentence-transformers, onnxruntime (`compare_condensed.py`)."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+import quickstart
 
 for package in ("onnxruntime", "onnxscript", "sentence_transformers"):
     pytest.importorskip(package)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import compare_condensed  # noqa: E402  (the scripts are no package)
-import quickstart  # noqa: E402
+import compare_condensed  # noqa: E402  (it needs them)
 
 
 def check(source: str, folder: Path, blocks: int) -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+import quickstart
+import run_glue_no_trainer
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
 from hf_prune import PruningConfig, sparsity_report
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import quickstart  # noqa: E402  (the scripts are no package)
-import run_glue_no_trainer  # noqa: E402
 
 MRPC = """run_glue_no_trainer.py --model_name_or_path MODEL --task_name "mrpc" --max_length 128
     --per_device_train_batch_size 16

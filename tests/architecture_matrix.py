@@ -1,6 +1,6 @@
-"""Every family, masked and condensed, as one table: `python scripts/architecture_matrix.py [FAMILY ...]`
+"""Every family, masked and condensed, as one table: `python tests/architecture_matrix.py [FAMILY ...]`
 
-On tiny random models (`tests/models.py`): heads, neurons and whole blocks masked at random, unevenly by layer, non-zero biases
+On tiny random models (`models.py`): heads, neurons and whole blocks masked at random, unevenly by layer, non-zero biases
 everywhere, ragged padded batches. The columns:
 
 - eager, sdpa: largest difference between masked and condensed, of all hidden states and outputs
@@ -19,20 +19,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import condensing
+import models
+import reloading
 import transformers
 from rich.table import Table
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import models  # noqa: E402  (the tests are no package)
-import test_condense  # noqa: E402
-import test_reload  # noqa: E402
-
-from hf_prune import condense  # noqa: E402
-from hf_prune.measure.tables import as_text  # noqa: E402
-from hf_prune.model import AttentionBlock, find_blocks  # noqa: E402
+from hf_prune import condense
+from hf_prune.measure.tables import as_text
+from hf_prune.model import AttentionBlock, find_blocks
 
 Row = dict[str, object]
 
@@ -41,19 +37,17 @@ def compare(family: str, folder: Path) -> Row:
     """Compare masked and condensed in this process, and save the condensed model twice, in `first` and `second` of `folder`."""
     model = models.tiny(family)
     models.prune_randomly(model)
-    before = {attention: test_condense.outputs(model, attention) for attention in models.attentions_of(model)}
+    before = {attention: condensing.outputs(model, attention) for attention in models.attentions_of(model)}
     parameters = model.num_parameters()
     condense(model)
-    row: Row = {
-        attention: test_condense.gap(wanted, test_condense.outputs(model, attention)) for attention, wanted in before.items()
-    }
-    row["gradient"] = test_condense.gradient_gap(models.tiny(family))
+    row: Row = {attention: condensing.gap(wanted, condensing.outputs(model, attention)) for attention, wanted in before.items()}
+    row["gradient"] = condensing.gradient_gap(models.tiny(family))
     row["parameters"] = (model.num_parameters(), parameters)
     row["generate"] = generates(family) if family in models.GENERATORS else None
     name = f"{family}-{models.HEADS[models.classifier_of(family)].__name__}"
     for copy in ("first", "second"):
         model.save_pretrained(folder / copy / name)
-    test_reload.save_expected(model, folder / "first" / name)
+    reloading.save_expected(model, folder / "first" / name)
     return row
 
 
@@ -65,7 +59,7 @@ def generates(family: str) -> bool:
         if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
             models.zero_units(block, list(range(block.num_heads)), "out")
     try:
-        test_condense.check_generation(model, family)
+        condensing.check_generation(model, family)
     except AssertionError:
         return False
     return True
@@ -84,8 +78,8 @@ def same_files(first: Path, second: Path, loaded: Path) -> bool:
 def matrix(families: list[str], folder: Path) -> dict[str, Row]:
     """The rows of the table. Two fresh processes load all checkpoints, one by import, then one by remote code."""
     rows = {family: compare(family, folder) for family in families}
-    by_import = test_reload.reload("import", folder / "first", folder / "by-import")
-    by_remote = test_reload.reload("remote", folder / "by-import", folder / "by-remote")
+    by_import = reloading.reload("import", folder / "first", folder / "by-import")
+    by_remote = reloading.reload("remote", folder / "by-import", folder / "by-remote")
     for name, report in by_import.items():
         row = rows[name.rpartition("-")[0]]
         row["import"], row["remote code"] = report["gap"], by_remote[name]["gap"]

@@ -1,6 +1,6 @@
 """What pruning costs: one mask update of a BERT-base-sized model, and the three moments of a training step.
 
-    python scripts/benchmark_masks.py --output runs/benchmark_masks.json
+    python scripts/benchmarks/benchmark_masks.py --output runs/benchmark_masks.json
 
 Updates: a random model of BERT-base's size (72 encoder layers, 85 million weights); CPU seconds of one update on one thread, the
 bytes a pruned weight that the pruner keeps between updates, and the peak that an update adds to the process. Each pattern has a

@@ -1,6 +1,6 @@
 """Measure the results tables: the rows of Intel Neural Compressor's walkthrough, and heads + neurons at two strengths.
 
-    python scripts/reproduce.py mrpc --glue_dir glue --seeds 1 2
+    python scripts/results/reproduce.py mrpc --glue_dir glue --seeds 1 2
 
 Each row is a model fine-tuned by `run_glue.py`, then pruned by it with distillation from itself, once a seed, evaluated in float32
 in a process of its own, and timed beside the dense model. A run that was stopped goes on where it was when the same command is
@@ -240,7 +240,7 @@ def run_glue(arguments: Path, log: Path) -> None:
     Raises:
         RuntimeError: it failed; says where its output is.
     """
-    script = Path(__file__).with_name("run_glue.py")
+    script = Path(__file__).parents[1] / "run_glue.py"
     with log.open("a") as output:
         done = subprocess.run([sys.executable, str(script), str(arguments)], stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:

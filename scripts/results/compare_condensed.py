@@ -1,7 +1,7 @@
 """Does a condensed text classifier give what the masked one gives, wherever models are used?
 
-    python scripts/compare_condensed.py runs/mrpc/pruned-1
-    python scripts/compare_condensed.py runs/mrpc/dense-1 --random 0    # heads and neurons masked at random, uneven by layer
+    python scripts/results/compare_condensed.py runs/mrpc/pruned-1
+    python scripts/results/compare_condensed.py runs/mrpc/dense-1 --random 0  # heads and neurons masked at random, uneven by layer
 
 The model is condensed and saved; both are loaded again by `pipeline`, as bare encoders by sentence-transformers, and the condensed
 one as ONNX by onnxruntime. Printed are the largest differences between the outputs of the two for a batch of sentences.

@@ -1,6 +1,6 @@
 """What importing costs: CPU seconds of a fresh process, beside what transformers itself takes.
 
-    python scripts/benchmark_import.py --output runs/benchmark_import.json
+    python scripts/benchmarks/benchmark_import.py --output runs/benchmark_import.json
 
 Each line is a process of its own, run in turn with the others; medians of user and system time, the bare interpreter's included.
 """

@@ -1,6 +1,6 @@
 """What condensing costs, and how fast a condensed BERT is beside one built by hand with the same sizes.
 
-    python scripts/benchmark_condense.py --output model_cards/results/benchmark_condense.json
+    python scripts/benchmarks/benchmark_condense.py --output model_cards/results/benchmark_condense.json
 
 A random model of BERT-base's size loses 6 of 12 heads and 1,536 of 3,072 neurons in every layer, others in each. It is condensed,
 and then the dense model, the condensed one and a BERT of plain torch modules forward the same batch in turn, on one thread; CPU
