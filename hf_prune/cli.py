@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import hf_prune
 
-from .files import check_new_folder, new_folder
+from .files import check_new_folder
 from .settings.config import CONFIG_NAME, PruningConfig
 from .settings.errors import closest_path
 
@@ -121,6 +121,7 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
 def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool = True, as_json: Json = False) -> None:
     """Cut dead heads, neurons and layers out of a model, prove that it computes the same, and save it with its card."""
     from .condense import nothing_to_cut
+    from .hub import save_made_from
 
     folder = local(path)
     check_new_folder(out)
@@ -131,20 +132,21 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool
         raise ValueError(f"PATH={path}: {found}. {nothing_to_cut(model, pad_to_multiple_of)}")
     with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
         hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
-    saved_to(out, model, before, save(model, folder, out), as_json)
+    saved_to(out, model, before, save_made_from(model, folder, out), as_json)
 
 
 @app.command()
 def convert(path: Model, out: Out, as_json: Json = False) -> None:
     """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
     from .condense.legacy import converted
+    from .hub import save_made_from
 
     folder = local(path)
     check_new_folder(out)
     model, changed = converted(folder)
     if not changed:
         raise ValueError(f"PATH={path}: there is nothing to convert, so nothing was written; it loads as it is.")
-    saved_to(out, model, None, save(model, folder, out), as_json)
+    saved_to(out, model, None, save_made_from(model, folder, out), as_json)
 
 
 @app.command()
@@ -316,25 +318,6 @@ def check_device(device: str) -> None:
 def config_of(folder: Path) -> PruningConfig | None:
     """The config that a model was pruned with, if it is there."""
     return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
-
-
-def save(model: PreTrainedModel, source: Path, out: Path) -> dict[str, str]:
-    """Save a model that was made from the one in `source`, with what lies beside that and a card of its own; all or nothing.
-
-    Returns:
-        What stays behind: path in `source` → why.
-    """
-    from .hub import write_card
-    from .hub.files import carry_over
-
-    facts = hf_prune.CardFacts.load(source)
-    facts.comparison = None  # it was measured on the other model
-    facts.model_name = facts.model_name or out.resolve().name
-    with new_folder(out) as folder:
-        left = carry_over(source, folder)
-        model.save_pretrained(folder)
-        write_card(folder, model, config_of(source), facts)
-    return left
 
 
 # ------------------------------------------------------------------------------------------------------------------------ output

@@ -1,12 +1,14 @@
-"""Writing files and folders: whole, or not at all."""
+"""Files and folders: written whole or not at all, and read with an error that names them."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -15,6 +17,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file holds none; names it.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply
+        raise ValueError(f"{path} is not valid JSON ({error}); mend it, or delete it.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds {type(found).__name__}; mend it, or delete it.")
+    return found
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
@@ -32,17 +49,24 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the body is done; if the body raises, nothing is there.
+def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the body is done; if the body raises, all is as it was.
+
+    Args:
+        path: the folder.
+        replace: in the place of the folder that is there.
 
     Raises:
-        ValueError: see [`check_new_folder`].
+        ValueError: see [`check_new_folder`]; not for a folder under `replace`.
     """
-    check_new_folder(path)
+    if not (replace and Path(path).is_dir()):
+        check_new_folder(path)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
         unfinished = Path(beside, target.name)
         unfinished.mkdir()
         yield unfinished
+        if replace and target.is_dir():
+            os.replace(target, Path(beside, "replaced"))
         os.replace(unfinished, target)

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rich
-from job import ModelArguments, splits_of
 from run_glue import DataTrainingArguments, load_task
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from hf_prune.training.arguments import ModelArguments
 from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> PipelineResult:
         model=model_args.load(task.load),
         args=training_args,
         train_dataset=task.data["train"],
-        eval_dataset=splits_of(task.data, "validation")[""],
+        eval_dataset=task.splits("validation")[""],
         processing_class=task.tokenizer,
         data_collator=task.data_collator,
         compute_metrics=task.compute_metrics,

@@ -5,11 +5,12 @@
 
 The command lines of Intel Neural Compressor's walkthrough for Hugging Face models run as they are. Pruning is three calls around
 the optimizer: `observe`, `step`, `finish`. With `--checkpointing_steps` a run that was stopped goes on, bit for bit, with
-`--resume_from_checkpoint`.
+`--resume_from_checkpoint`. Data and metrics are those of `run_glue.py`, which has to lie beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -23,7 +24,6 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import Dataset
-from job import CONDENSED, ModelArguments, Task, condensed_from, load_teacher, save_condensed, splits_of
 from run_glue import DataTrainingArguments, load_task
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ from hf_prune import (
 )
 from hf_prune.distillation import hidden_loss, logits_loss
 from hf_prune.hub import write_card
+from hf_prune.training.arguments import ModelArguments
+from hf_prune.training.stage import CONDENSED, Task, condensed_from, save_condensed
 
 PRUNER_STATE = "pruner.safetensors"
 
@@ -110,7 +112,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, batch_size:
     """The task's metrics on every validation split; those of MNLI's mismatched half end in `_mm`."""
     metrics: dict[str, float] = {}
     model.eval()
-    for suffix, rows in splits_of(task.data, "validation").items():
+    for suffix, rows in task.splits("validation").items():
         loader = accelerator.prepare(DataLoader(rows, batch_size=batch_size, collate_fn=task.data_collator))
         seen = [accelerator.gather_for_metrics((model(**batch).logits, batch["labels"])) for batch in loader]
         logits, labels = (np.concatenate([part.float().cpu().numpy() for part in parts]) for parts in zip(*seen))
@@ -258,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         set_seed(args.seed)
     task = load_task(model_args, data_args, {"train", "validation"})
     model = model_args.load(task.load)
-    teacher = None if distillation is None else load_teacher(distillation_args.teacher_model_name_or_path, model, task.load)
+    named, teacher = distillation_args.teacher_model_name_or_path, None
+    if distillation is not None:
+        teacher = copy.deepcopy(model) if named is None else task.load(named)
     if args.with_tracking:
         accelerator.init_trackers("glue_no_trainer", {**vars(args), "lr_scheduler_type": str(args.lr_scheduler_type)})
     loop = Loop(accelerator, args, task, model, pruning, distillation, teacher)
@@ -303,7 +307,7 @@ def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts, pad_to_m
     if small is not None:
         found["condensed"] = evaluate(accelerator, small.to(accelerator.device), task, args.per_device_eval_batch_size)
         if accelerator.is_main_process:
-            save_condensed(small, folder, task.tokenizer)
+            save_condensed(small, folder)
         accelerator.wait_for_everyone()
         again = task.load(folder / CONDENSED).to(accelerator.device)
         found["reloaded"] = evaluate(accelerator, again, task, args.per_device_eval_batch_size)

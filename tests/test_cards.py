@@ -354,6 +354,13 @@ def test_facts_are_plain_json(tmp_path: Path) -> None:
     assert CardFacts.load(tmp_path / "elsewhere") == CardFacts()
 
 
+@pytest.mark.parametrize("content", ["{", "[0.5]", "\x00"])
+def test_results_that_cannot_be_read_are_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "eval_results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"eval_results\.json (is not valid JSON|must hold a JSON object)"):
+        CardFacts.load(tmp_path)
+
+
 @pytest.mark.parametrize("even", [True, False])
 def test_only_a_model_that_needs_it_is_said_to_need_hf_prune(even: bool) -> None:
     model = models.tiny("bert")

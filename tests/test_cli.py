@@ -188,6 +188,7 @@ def test_version(cli: CommandLine) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
+from hf_prune.cli import main
 try:
     main(sys.argv[1:])
 finally:

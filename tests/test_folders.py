@@ -22,6 +22,7 @@ from hf_prune import condense, hub
 from hf_prune.files import new_folder, write_text
 from hf_prune.hub import write_card
 from hf_prune.hub.files import Kind, carry_over, files_to_publish, sort_files
+from hf_prune.training.stage import save_condensed
 
 MODEL = {"config.json", "model.safetensors", "README.md", "pruning_config.json", "pruning_facts.json", "pictures/kept.png"}
 COMPANIONS = {
@@ -208,7 +209,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
 
     if command == "convert":
         cut_neurons(folder)
-    owner = {"save_pretrained": transformers.PreTrainedModel, "write_card": hub, "copyfile": shutil}[fails]
+    owner = {"save_pretrained": transformers.PreTrainedModel, "write_card": hub.saving, "copyfile": shutil}[fails]
     monkeypatch.setattr(owner, fails, full)
     cli(command, folder, tmp_path / "deep" / "small", code=1)
     assert "No space left" in cli.err
@@ -271,6 +272,36 @@ def test_a_new_folder_appears_when_it_is_done(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "other") as folder:
         interrupted(folder)
     assert names_in(tmp_path) == {"out/a"}
+
+
+def test_a_folder_is_replaced_when_its_successor_is_done(tmp_path: Path) -> None:
+    put(tmp_path, "out/old")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", replace=True) as folder:
+        interrupted(folder)
+    assert names_in(tmp_path) == {"out/old"}
+    with new_folder(tmp_path / "out", replace=True) as folder:
+        put(folder, "new")
+        assert (tmp_path / "out" / "old").is_file()
+    assert names_in(tmp_path) == {"out/new"}
+    with pytest.raises(ValueError, match="is not empty"), new_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_condensed_model_below_its_source_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = halved(how="out")
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    write_card(tmp_path, model, HALF, FACTS)
+    for name in ("predict_predictions.json", "train_results.json", "checkpoint-2/model.safetensors"):
+        put(tmp_path, name)
+    save_condensed(condense(model), tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}
+    companions = {"tokenizer.json", "tokenizer_config.json"}
+    assert names_in(tmp_path / "condensed") == {*MODEL, *companions, "modeling_hf_prune.py", "pictures/history.png"}
+    monkeypatch.setattr(type(model), "save_pretrained", lambda self, folder: interrupted(folder))
+    with pytest.raises(KeyboardInterrupt):
+        save_condensed(model, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
 
 
 WRITERS = {

@@ -7,7 +7,6 @@ import math
 import os
 from pathlib import Path
 
-import glue_data
 import numpy as np
 import pytest
 import quickstart
@@ -22,7 +21,7 @@ from hf_prune import PruningConfig, PruningRule
 ROOT = Path(__file__).parents[1]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
 
-CLASSIFIED = sorted(glue_data.TASK_TO_KEYS.keys() - {"stsb"})
+CLASSIFIED = sorted(run_glue.TASK_TO_KEYS.keys() - {"stsb"})
 SENTENCES = [str(row["sentence"]) for row in quickstart.make_rows(30, seed=5)]
 
 
@@ -40,7 +39,7 @@ def glue(tmp_path: Path) -> Path:
     """Some of GLUE's tasks as files."""
     pairs = [{"a": first, "b": second} for first, second in zip(SENTENCES, reversed(SENTENCES))]
     for task in ("mnli", "stsb", "mrpc"):
-        first, second = glue_data.TASK_TO_KEYS[task]
+        first, second = run_glue.TASK_TO_KEYS[task]
         labels = (
             [place / 7 for place in range(30)] if task == "stsb" else [place % (3 if task == "mnli" else 2) for place in range(30)]
         )
@@ -65,7 +64,7 @@ def test_classes(pairs: list[tuple[bool, bool]], task: str) -> None:
     hit, false, missed, rest = (pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
     logits = np.array([[0.0, 1.0] if predicted else [1.0, 0.0] for predicted, _ in pairs])
     labels = np.array([label for _, label in pairs], dtype=int)
-    scores = glue_data.metrics_for(task, regression=False)(EvalPrediction(logits, labels))
+    scores = run_glue.metrics_for(task, regression=False)(EvalPrediction(logits, labels))
     spread = (hit + false) * (hit + missed) * (rest + false) * (rest + missed)
     expected = {
         "accuracy": (hit + rest) / len(pairs),
@@ -85,7 +84,7 @@ def ranks(values: list[float]) -> list[float]:
 def test_regression(pairs: list[tuple[int, int]]) -> None:
     predicted, labels = (np.array(column, dtype=float) for column in zip(*pairs))
     assume(predicted.std() > 0 and labels.std() > 0)
-    scores = glue_data.metrics_for("stsb", regression=True)(EvalPrediction(predicted[:, None], labels))
+    scores = run_glue.metrics_for("stsb", regression=True)(EvalPrediction(predicted[:, None], labels))
     by_rank = np.corrcoef(ranks(predicted.tolist()), ranks(labels.tolist()))[0, 1]
     assert scores == {
         "pearson": pytest.approx(np.corrcoef(predicted, labels)[0, 1], abs=1e-9),

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from hf_prune import ConfigError, PruningConfig, condense, condense_plan
 from hf_prune.condense import drop_layers
 from hf_prune.model import AttentionBlock, find_blocks
 from hf_prune.pruning import recover
-from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, neuron_sparsity, set_dropout
+from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, described, neuron_sparsity
+from hf_prune.training.stage import set_dropout
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 TEACH = {"alpha_task": 0.1, "alpha_logits": 0.9}
@@ -136,6 +139,43 @@ def test_a_finished_pipeline_is_not_run_again(finished: tuple[Path, PipelineResu
         pipeline(folder, recipe(distil={"distillation": {"alpha_task": 1.0}})).run()
 
 
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda data: data.take(len(data) - 1),
+        lambda data: data.rename_column("labels", "label"),
+        lambda data: data.map(lambda row, place: {"labels": 1 - row["labels"]} if place == 0 else row, with_indices=True),
+        lambda data: data.take(0),
+    ],
+    ids=["fewer", "renamed", "relabelled", "none"],
+)
+def test_other_data_is_refused_where_a_recipe_has_begun(
+    part: str, other: Callable[[Dataset], Dataset], finished: tuple[Path, PipelineResult]
+) -> None:
+    folder, _ = finished
+    plan = pipeline(folder)
+    now, before = other(getattr(plan, part)), described(getattr(plan, part))
+    with pytest.raises(ConfigError, match=rf"{part}='{described(now)}': is not the data .*, '{before}'; choose another output_dir"):
+        replace(plan, **{part: now}).run()
+
+
+def test_the_same_data_is_the_same_however_it_was_made() -> None:
+    rows = ragged_rows(200)
+    data = Dataset.from_list(rows)
+    again = Dataset.from_list(rows).filter(lambda row: True).with_format("torch")
+    assert described(data) == described(again)
+    assert "200 rows" in described(data)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"settings": {}}', "\x00"])
+def test_a_result_that_cannot_be_read_is_named(content: str, finished: tuple[Path, PipelineResult], tmp_path: Path) -> None:
+    shutil.copytree(finished[0] / "00-start", tmp_path / "00-start")
+    (tmp_path / "00-start" / "stage_result.json").write_text(content)
+    with pytest.raises(ValueError, match=r"00-start/stage_result\.json .*delete it"):
+        pipeline(tmp_path).run()
+
+
 def killed(folder: Path, at_step: int) -> None:
     """Run the pipeline in a process of its own that dies as the optimizer has made so many steps."""
 
@@ -211,7 +251,7 @@ def test_another_model_is_refused_where_a_recipe_has_begun(
     model: Callable[[], PreTrainedModel], names: str, tmp_path: Path
 ) -> None:
     plan = short(tmp_path)
-    plan._begin()
+    plan.begin()
     with pytest.raises(ConfigError, match=rf"model='BertForSequenceClassification': is not the one .*: .*{names}.*00-start"):
         short(tmp_path, model()).run()
     assert_equal(loaded(tmp_path, "start").state_dict(), plan.model.state_dict())
@@ -219,10 +259,10 @@ def test_another_model_is_refused_where_a_recipe_has_begun(
 
 def test_a_new_head_is_that_of_the_model_that_a_recipe_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan = short(tmp_path)
-    plan._begin()
-    plan._begin()
+    plan.begin()
+    plan.begin()
     assert not caplog.records
-    short(tmp_path, changed("classifier.weight"))._begin()
+    short(tmp_path, changed("classifier.weight")).begin()
     assert re.search(r"classifier\.weight are others\. The recipe goes on with the one in .*00-start", caplog.text)
     assert_equal(loaded(tmp_path, "start").state_dict(), plan.model.state_dict())
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import quickstart
+import run_glue
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import hf_prune
 from hf_prune import PruningConfig
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
 
 ROWS = [{**row, "label": int(row["label"] == "sense")} for row in quickstart.make_rows(48, seed=3)]
 
@@ -43,11 +47,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(arguments: list[str]) -> str:
-    """Run run_glue.py; return what it printed."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / "run_glue.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+def run(arguments: list[str], folder: Path) -> str:
+    """Run a copy of run_glue.py that lies alone in a folder of its own; return what it printed."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    alone = folder / "alone"
+    alone.mkdir(exist_ok=True)
+    script = shutil.copy(SCRIPTS / "run_glue.py", alone)
+    command = [sys.executable, str(script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=alone)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -84,8 +91,16 @@ def encoder_weights(model: PreTrainedModel) -> int:
     return sum(module.parameters for module in hf_prune.sparsity_report(model).modules if ".encoder." in module.name)
 
 
+@pytest.mark.parametrize("script", ["run_glue", "run_qa", "run_clm"])
+def test_a_script_needs_nothing_beside_it(script: str) -> None:
+    beside = {path.stem for path in SCRIPTS.rglob("*.py")}
+    for node in ast.walk(ast.parse((SCRIPTS / f"{script}.py").read_text())):
+        modules = [each.name for each in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+        assert not beside & set(modules), ast.unparse(node)
+
+
 def test_dense_csv(start: Path, tmp_path: Path) -> None:
-    run([*flags(job(start, tmp_path, "csv")), "--do_predict", "--task_name=mrpc"])
+    run([*flags(job(start, tmp_path, "csv")), "--do_predict", "--task_name=mrpc"], tmp_path)
     assert {"eval_accuracy", "eval_f1", "train_loss"} <= results(tmp_path).keys()
     assert results(tmp_path, "eval")["eval_loss"] > 0
     predictions = (tmp_path / "out" / "predict_results.txt").read_text().splitlines()
@@ -105,12 +120,12 @@ def test_weights_json_resume(start: Path, tmp_path: Path) -> None:
     }
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps(arguments))
-    run([str(file)])
+    run([str(file)], tmp_path)
     first = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert hf_prune.sparsity_report(first).sparsity == pytest.approx(0.75, abs=1e-3)
     assert PruningConfig.from_pretrained(tmp_path / "out").pattern == "4x1"
 
-    run(flags(arguments | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}))
+    run(flags(arguments | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}), tmp_path)
     resumed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
     assert all(value.equal(resumed[name]) for name, value in first.state_dict().items())
 
@@ -126,7 +141,8 @@ def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path) -> None:
             f"--pruning_config={tmp_path / 'pruning.json'}",
             "--distill_alpha_hidden=1",
             "--logging_steps=2",
-        ]
+        ],
+        tmp_path,
     )
     assert "hidden_loss" in printed
     metrics = results(tmp_path)
@@ -153,10 +169,18 @@ def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_errors_say_which_argument(start: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    import run_glue
-
     with pytest.raises(ValueError, match=message):
         run_glue.main(flags(job(start, tmp_path, "jsonl") | changes))
+
+
+@pytest.mark.parametrize("name", ["eval_results.json", "all_results.json"])
+def test_results_that_cannot_be_read_are_named_before_training(name: str, start: Path, tmp_path: Path) -> None:
+    """An earlier run was killed as it wrote them."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"eval_loss": 0.')
+    with pytest.raises(ValueError, match=rf"out/{name} is not valid JSON"):
+        run_glue.main(flags(job(start, tmp_path, "jsonl")))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_pipeline_with_a_recipe(start: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from .callback import ModelCardCallback
 from .card import CardFacts, model_card, write_card
 from .push import push_to_hub
 from .reload import MODELING, auto_map, modeling_source
+from .saving import save_made_from
 
 __all__ = [
     "MODELING",
@@ -14,5 +15,6 @@ __all__ = [
     "model_card",
     "modeling_source",
     "push_to_hub",
+    "save_made_from",
     "write_card",
 ]

@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from ..compat import auto_classes
 from ..condense import condense_plan, needs_hf_prune
-from ..files import write_text
+from ..files import read_object, write_text
 from ..measure.latency import Comparison, Cost
 from ..measure.memory import megabytes
 from ..measure.plots import plot_history, plot_kept, plot_latency
@@ -113,12 +113,13 @@ class CardFacts:
 
         Raises:
             ConfigError: it is not JSON, or a key is not one of the fields, or a value not of its type.
+            ValueError: `eval_results.json` holds no JSON object; names the file.
         """
         path, results = Path(folder, FACTS_NAME), Path(folder, RESULTS_NAME)
         with within(f"{FACTS_NAME}: "):
             facts = dataclass_from_json_file(cls, path) if path.is_file() else cls()
         if not facts.metrics and results.is_file():
-            measured = evaluated(json.loads(results.read_text(encoding="utf-8")))
+            measured = evaluated(read_object(results))
             facts.metrics = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
         facts.complete_from(folder)
         return facts

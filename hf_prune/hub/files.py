@@ -132,6 +132,7 @@ _ANYWHERE: dict[Kind, tuple[str, ...]] = {
         "training_args.*",
         "pruner.safetensors",
         "*_results.*",
+        "*_predictions.*",
         "teacher_logits",
         "eval",
         "logs",

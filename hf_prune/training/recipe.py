@@ -7,9 +7,9 @@ Transformer"; its hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,6 @@ from datasets import Dataset
 from rich.table import Table
 from transformers import (
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -31,8 +30,9 @@ from transformers import (
 )
 
 from ..condense import condense, condense_plan, drop_layers, layer_counts
-from ..distillation import DistillationConfig, DistillationTrainer, add_teacher_logits
+from ..distillation import DistillationConfig, add_teacher_logits
 from ..distillation.cache import IGNORED_FIELDS
+from ..files import read_object, write_text
 from ..measure.latency import compare
 from ..measure.sparsity import count_zeros, evaluated
 from ..measure.tables import as_text
@@ -44,7 +44,7 @@ from ..settings.checks import check_share, check_type, check_types, dataclass_fr
 from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import ConfigError, closest, within
 from .callback import PruningCallback
-from .checkpoints import last_complete_checkpoint
+from .stage import dropouts, make_trainer, pruning_callback, set_dropout, train
 
 logger = logging.getLogger(__name__)
 
@@ -219,9 +219,10 @@ class Pipeline:
     """Runs a recipe.
 
     Each stage has a folder `NN-name` in `args.output_dir` with its model and `stage_result.json`. A stage that has its result is
-    not run again; one that was killed goes on from its last complete checkpoint. `00-start` has the model that the recipe began
-    with, all of it or nothing; it cannot go on with another one. The dense model, which figures are compared with
-    and which teaches, is the one after the first stages without pruning, or the one given when the first stage prunes.
+    not run again; one that was killed resumes from its last complete checkpoint. `00-start` has the model that the recipe began
+    with, all of it or nothing; it cannot go on with another one, nor with other data (see [`described`]). The dense model,
+    which metrics are compared with and which teaches, is the one after the first stages without pruning, or the one given when the
+    first stage prunes.
 
     Args:
         recipe: what to do.
@@ -248,9 +249,11 @@ class Pipeline:
 
         Raises:
             ConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
-                were run with other settings or another model.
+                were run with other settings, another model or other data.
+            ValueError: a result in the folder cannot be read; names the file.
         """
-        dense = folder = self._begin()
+        dense = folder = self.begin()
+        self._check_data(folder)
         for index, stage in enumerate(self.recipe.stages):
             if not (self._folder(index + 1, stage.name) / RESULT_NAME).is_file():
                 with within(f"stages[{index}]."):
@@ -270,7 +273,7 @@ class Pipeline:
 
     # ---------------------------------------------------------------------------------------------------------------- stages
 
-    def _begin(self) -> Path:
+    def begin(self) -> Path:
         """The folder of the model to start from, which is written if it is not there.
 
         Raises:
@@ -278,7 +281,7 @@ class Pipeline:
         """
         folder = self._folder(0, "start")
         if not folder.is_dir():
-            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            unfinished = folder.with_name(f"{folder.name}.unfinished")  # of this name, so that a later run clears it away
             shutil.rmtree(unfinished, ignore_errors=True)
             self._save(self.model, unfinished)
             unfinished.replace(folder)
@@ -315,8 +318,24 @@ class Pipeline:
             with _refused("pruning", stage.pruning), within("pruning."):
                 PruningCallback(config).check(args, model, batches)
 
+    def _check_data(self, start: Path) -> None:
+        """Raise unless the datasets are, as far as [`described`] tells, those that the recipe began with.
+
+        Raises:
+            ConfigError: one is another.
+        """
+        if (start / RESULT_NAME).is_file():
+            before = _result(start)["settings"]
+            for name, now in self._datasets().items():
+                if before.get(name) != now:
+                    allowed = f"is not the data that this recipe began with, {before.get(name)!r}; choose another output_dir."
+                    raise ConfigError(name, now, allowed)
+
+    def _datasets(self) -> dict[str, str]:
+        return {"train_dataset": described(self.train_dataset), "eval_dataset": described(self.eval_dataset)}
+
     def _start(self, folder: Path) -> StageResult:
-        settings = {"name": "start"}
+        settings = {"name": "start", **self._datasets()}
         return _read(folder, settings) if (folder / RESULT_NAME).is_file() else self._finish(folder, settings, folder)
 
     def _stage(self, stage: Stage, before: Path, folder: Path, dense: Path) -> StageResult:
@@ -329,15 +348,14 @@ class Pipeline:
         config = self._pruning(stage, model)
         callbacks = [] if config is None else [PruningCallback(config)]
         trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-        for callback in trainer.callback_handler.callbacks:  # from a checkpoint the Trainer may have made another one
-            if isinstance(callback, PruningCallback) and callback.pruner is not None:
-                if stage.recover is not None:
-                    trained = stage.recover == "trained"
-                    recover(model, callback.pruner.unmasked_weights() if trained else self._load(before).state_dict())
-                if stage.drop_layers:
-                    drop_layers(model)
-                condense(model, pad_to_multiple_of=stage.pad_to_multiple_of)
+        train(trainer)
+        if (callback := pruning_callback(trainer)) is not None and callback.pruner is not None:
+            if stage.recover is not None:
+                trained = stage.recover == "trained"
+                recover(model, callback.pruner.unmasked_weights() if trained else self._load(before).state_dict())
+            if stage.drop_layers:
+                drop_layers(model)
+            condense(model, pad_to_multiple_of=stage.pad_to_multiple_of)
         self._save(model, folder)
         return self._finish(folder, settings, dense)
 
@@ -367,9 +385,7 @@ class Pipeline:
         teaching: Mapping[str, Any],
     ) -> Trainer:
         settings = {"train_dataset": self.train_dataset, "callbacks": callbacks, **self._evaluating(model, args), **teaching}
-        return (
-            Trainer(**settings) if stage.distillation is None else DistillationTrainer(**settings, distillation=stage.distillation)
-        )
+        return make_trainer(stage.distillation, settings.pop("teacher", None), **settings)
 
     def _teaching(self, stage: Stage, args: TrainingArguments, dense: Path) -> dict[str, Any]:
         """What the Trainer of a stage with distillation is given besides: the teacher, or data with what the teacher says of it."""
@@ -400,9 +416,7 @@ class Pipeline:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         written = {"result": asdict(result), "settings": dict(settings)}
-        temporary = folder / f"{RESULT_NAME}.part"
-        temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / RESULT_NAME)
+        write_text(folder / RESULT_NAME, json.dumps(written, indent=2) + "\n")
         return result
 
     # ---------------------------------------------------------------------------------------------------------------- files
@@ -414,7 +428,7 @@ class Pipeline:
         return {**self.recipe.training, **stage.training}
 
     def _arguments(self, folder: Path, training: Mapping[str, Any]) -> TrainingArguments:
-        kept = {"save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": False}
+        kept = {"save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": False, "resume_from_checkpoint": None}
         return replace(self.args, **{**kept, **training, "output_dir": str(folder)})
 
     def _load(self, folder: Path, dropout: float | None = None) -> PreTrainedModel:
@@ -425,13 +439,24 @@ class Pipeline:
         return model
 
     def _save(self, model: PreTrainedModel, folder: Path) -> None:
-        model.config.update(_dropouts(self.model.config))  # a stage's dropout is its own
+        model.config.update(dropouts(self.model.config))  # a stage's dropout is its own
         model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------ sizes and rates
+# ------------------------------------------------------------------------------------------------------- data, sizes and rates
+
+
+def described(data: Dataset, rows: int = 64) -> str:
+    """A dataset in a few words that tell it from others: its length, and a digest of its columns and of rows spread over it.
+
+    It costs a few milliseconds, however large the data; a change in other rows is not seen.
+    """
+    places = sorted({round(place * (len(data) - 1) / max(rows - 1, 1)) for place in range(rows)}) if len(data) else []
+    table = data.with_format("arrow")[places]
+    digest = hashlib.sha256(repr((data.column_names, [str(kind) for kind in table.schema.types], table.to_pylist())).encode())
+    return f"{len(data)} rows, {digest.hexdigest()[:16]}"
 
 
 def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[str, float]:
@@ -452,22 +477,6 @@ def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[s
     return {
         block.name: min(1 - factor * shares.get(block.layer, 1.0), 0.98) for block in found if isinstance(block, FeedForwardBlock)
     }
-
-
-def set_dropout(config: PreTrainedConfig, probability: float) -> None:
-    """Set every dropout probability of a model's config.
-
-    Raises:
-        ConfigError: it is not in [0, 1).
-    """
-    check_share("dropout", probability)
-    config.update(dict.fromkeys(_dropouts(config), probability))
-
-
-def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
-    """The dropout probabilities of a config by their names, such as `hidden_dropout_prob` or, in GPT-2, `attn_pdrop`."""
-    numbers = {name: value for name, value in config.to_dict().items() if type(value) in (int, float)}
-    return {name: value for name, value in numbers.items() if re.search("dropout|pdrop", name)}
 
 
 def _differing(model: PreTrainedModel, other: PreTrainedModel) -> list[str]:
@@ -526,9 +535,17 @@ def _refused(name: str, value: object) -> Iterator[None]:
         raise ConfigError(name, value, f"cannot be used: {error}") from error
 
 
+def _result(folder: Path) -> dict[str, Any]:
+    """What `stage_result.json` holds: `settings` and `result`."""
+    found = read_object(folder / RESULT_NAME)
+    if not all(isinstance(found.get(name), dict) for name in ("settings", "result")):
+        raise ValueError(f"{folder / RESULT_NAME} does not hold the result of a stage; delete it to run the stage again.")
+    return found
+
+
 def _read(folder: Path, settings: Mapping[str, Any]) -> StageResult:
     """The result of a stage that was done before, with the same settings."""
-    written = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    written = _result(folder)
     asked = json.loads(json.dumps(dict(settings)))
     differing = sorted(name for name in asked if asked[name] != written["settings"].get(name))
     if differing:

@@ -1,0 +1,42 @@
+"""Saving a model that was made from another one: with what lies beside that, and a card of its own; whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..files import new_folder
+from ..settings.config import CONFIG_NAME, PruningConfig
+from .card import CardFacts, write_card
+from .files import carry_over
+
+
+def save_made_from(
+    model: PreTrainedModel, source: str | os.PathLike[str], out: str | os.PathLike[str], replace: bool = False
+) -> dict[str, str]:
+    """Save a condensed or converted model beside or below the one it was made from.
+
+    Args:
+        model: the new model.
+        source: the folder of the old one. Its tokenizer and all else that [`carry_over`] takes come along; from its facts and its
+            config the card is written.
+        out: the folder to write.
+        replace: in the place of what is there; else that is an error.
+
+    Returns:
+        What stays behind: path in `source` → why.
+
+    Raises:
+        ValueError: there is something at `out`, or something in `source` cannot be read; see [`CardFacts.load`].
+    """
+    facts = CardFacts.load(source)
+    facts.comparison = None  # it was measured on the other model
+    facts.model_name = facts.model_name or Path(out).resolve().name
+    config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
+    with new_folder(out, replace) as folder:
+        left = carry_over(source, folder)
+        model.save_pretrained(folder)
+        write_card(folder, model, config, facts)
+    return left

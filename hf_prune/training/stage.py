@@ -1,0 +1,274 @@
+"""A stage: train a model, resume where it was stopped, evaluate, condense, save, write the card.
+
+[`run_stage`] does all of it, for the scripts; recipes and training loops use its parts. A script makes a [`Task`] of its data.
+Written are
+
+- `output_dir`: the model that was trained; a pruned one keeps its shape and has true zeros;
+- `output_dir/condensed`: the smaller, equal model, where whole heads or neurons were pruned; whole, or not at all;
+- `all_results.json` with the metrics as trained (`eval_`), condensed (`condensed_`) and loaded again from disk (`reloaded_`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ..condense import condense, condense_plan, nothing_to_cut
+from ..distillation import DistillationConfig, DistillationTrainer
+from ..files import read_object
+from ..hub import ModelCardCallback, push_to_hub, save_made_from
+from ..measure.sparsity import sparsity_report
+from ..settings.checks import check_share
+from ..settings.config import PruningConfig
+from .callback import PruningCallback
+from .checkpoints import last_complete_checkpoint
+
+#: The folder of the condensed model, below that of the pruned one.
+CONDENSED = "condensed"
+#: Loads a task's model from a path, with what `from_pretrained` takes besides and `dropout`.
+Load = Callable[..., PreTrainedModel]
+
+
+@dataclass
+class Task:
+    """What a model learns, and what it is tested on.
+
+    Attributes:
+        load: loads the task's model.
+        tokenizer: the model's.
+        data: tokenized splits, `train`, `validation` and `test`; MNLI has two of each, such as `validation_mismatched`.
+        data_collator: makes batches.
+        compute_metrics: the task's metrics; None where only predictions are wanted.
+        names: of the classes in label order; None where there are none.
+        card: what a model card says of the data, a part of [`CardFacts`].
+        trainer: what the Trainer is given besides.
+    """
+
+    load: Load
+    tokenizer: PreTrainedTokenizerBase
+    data: DatasetDict
+    data_collator: Callable[[list[Any]], dict[str, Any]]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    names: list[str] | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """How much it learns from, for a model card."""
+        return {"training_rows": len(self.data["train"])} if "train" in self.data else {}
+
+    def splits(self, kind: str) -> dict[str, Dataset]:
+        """The splits of a kind by the suffix that their metrics get: "" or, for MNLI's mismatched half, "_mm"."""
+        return {"_mm" if name.endswith("_mismatched") else "": rows for name, rows in self.data.items() if name.startswith(kind)}
+
+    def evaluator(self, model: PreTrainedModel, args: TrainingArguments) -> Trainer:
+        """A plain Trainer that evaluates a model."""
+        return Trainer(model=model, args=args, **self._evaluating)
+
+    @property
+    def _evaluating(self) -> dict[str, Any]:
+        return {
+            "eval_dataset": self.splits("validation").get(""),
+            "processing_class": self.tokenizer,
+            "data_collator": self.data_collator,
+            "compute_metrics": self.compute_metrics,
+            **self.trainer,
+        }
+
+
+def run_stage(
+    task: Task,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    pruning: PruningConfig | None = None,
+    distillation: DistillationConfig | None = None,
+    teacher: PreTrainedModel | None = None,
+    pad_to_multiple_of: int | None = None,
+    predict: Callable[[Trainer, Task], None] | None = None,
+) -> dict[str, float]:
+    """Train, evaluate, predict, condense and publish, as `args` says.
+
+    Args:
+        task: the data.
+        model: what is trained.
+        args: of the Trainer. Training goes on from `resume_from_checkpoint` or the last complete checkpoint in `output_dir`.
+        pruning: what to prune; None for plain fine-tuning.
+        distillation: what to learn from the teacher; None for the task's loss alone.
+        teacher: by default a frozen copy of the model as it starts.
+        pad_to_multiple_of: see [`condense`].
+        predict: is called under `do_predict`, with the Trainer and the task.
+
+    Returns:
+        All metrics.
+
+    Raises:
+        ValueError: a file of results that an earlier run left in `output_dir` cannot be read; names the file.
+    """
+    for path in sorted(Path(str(args.output_dir)).glob("*_results.json")):
+        read_object(path)  # the Trainer, and the card, will add to what an earlier run wrote
+    callbacks = [PruningCallback(pruning), ModelCardCallback(**task.card, training=task.size)] if pruning is not None else []
+    if distillation is not None and teacher is None:
+        teacher = copy.deepcopy(model)
+    trainer = make_trainer(
+        distillation, teacher, model=model, args=args, train_dataset=task.data.get("train"), callbacks=callbacks, **task._evaluating
+    )
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        if args.do_eval and resumed_checkpoint(args) is None:
+            trainer.evaluate()  # what a model card compares with
+        metrics |= train(trainer)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+    if args.do_eval:
+        metrics |= evaluate(trainer, task, "eval")
+    if args.do_predict and predict is not None:
+        predict(trainer, task)
+    if pruning is not None:
+        if trainer.is_world_process_zero():
+            print(sparsity_report(model))
+        metrics |= condense_saved(trainer, task, pad_to_multiple_of)
+    if args.push_to_hub:
+        publish(trainer)
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------------------- training
+
+
+def make_trainer(
+    distillation: DistillationConfig | Mapping[str, Any] | None, teacher: PreTrainedModel | None, **settings: Any
+) -> Trainer:
+    """A Trainer, or a [`DistillationTrainer`] where there is something to learn from a teacher or its logits in the data."""
+    if distillation is None:
+        return Trainer(**settings)
+    return DistillationTrainer(teacher=teacher, distillation=distillation, **settings)
+
+
+def resumed_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that training goes on from: the one that is named, or the last complete one in `output_dir`."""
+    return args.resume_from_checkpoint or last_complete_checkpoint(str(args.output_dir))
+
+
+def train(trainer: Trainer) -> dict[str, float]:
+    """Train from the start, or resume from [`resumed_checkpoint`]; return the metrics of training."""
+    metrics: dict[str, float] = trainer.train(resume_from_checkpoint=resumed_checkpoint(trainer.args)).metrics
+    return metrics
+
+
+def pruning_callback(trainer: Trainer) -> PruningCallback | None:
+    """The callback that prunes, which is another one than the Trainer was given after it resumed from a checkpoint."""
+    callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, PruningCallback)), None)
+
+
+def evaluate(trainer: Trainer, task: Task, prefix: str) -> dict[str, float]:
+    """Evaluate on every validation split; metrics are printed and written as `PREFIX_results.json`."""
+    metrics: dict[str, float] = {}
+    for suffix, rows in task.splits("validation").items():
+        scores = trainer.evaluate(rows, metric_key_prefix=prefix)
+        metrics |= {f"{name}{suffix}": value for name, value in scores.items()}
+    trainer.log_metrics(prefix, metrics)
+    trainer.save_metrics(prefix, metrics)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------- condensing
+
+
+def condense_saved(trainer: Trainer, task: Task, pad_to_multiple_of: int | None = None) -> dict[str, float]:
+    """Condense the model saved in `output_dir`, save it below, load it again; return the metrics of both."""
+    source = Path(str(trainer.args.output_dir))
+    model = condensed_from(source, task.load, pad_to_multiple_of)
+    if model is None:
+        return {}
+    metrics = evaluate(_like(trainer, model, task), task, "condensed")
+    if trainer.is_world_process_zero():
+        save_condensed(model, source)
+    trainer.accelerator.wait_for_everyone()
+    return metrics | evaluate(_like(trainer, task.load(source / CONDENSED), task), task, "reloaded")
+
+
+def condensed_from(source: Path, load: Load, pad_to_multiple_of: int | None = None) -> PreTrainedModel | None:
+    """The saved model, condensed; None, after a line that says why, when nothing can be cut out.
+
+    The saved model is taken because the trained one still has its optimizer.
+    """
+    model = load(source)
+    if condense_plan(model, pad_to_multiple_of).empty:
+        print(nothing_to_cut(model, pad_to_multiple_of))
+        return None
+    return condense(model, pad_to_multiple_of=pad_to_multiple_of)
+
+
+def save_condensed(model: PreTrainedModel, source: Path) -> None:
+    """Save the condensed model below the one it was made from, in the place of one that an earlier run left there."""
+    save_made_from(model, source, source / CONDENSED, replace=True)
+
+
+def publish(trainer: Trainer) -> None:
+    """Push to the Hub: the condensed model when there is one, else the model as it was trained, each with its card."""
+    condensed = Path(str(trainer.args.output_dir), CONDENSED)
+    if not condensed.is_dir():
+        trainer.push_to_hub()
+    elif trainer.is_world_process_zero():
+        args = trainer.args
+        push_to_hub(
+            condensed, str(trainer.hub_model_id), private=args.hub_private_repo, revision=args.hub_revision, token=args.hub_token
+        )
+
+
+def _like(trainer: Trainer, model: PreTrainedModel, task: Task) -> Trainer:
+    """A plain Trainer that evaluates another model under the same settings, at the same point of training."""
+    other = task.evaluator(model, trainer.args)
+    other.state.epoch = trainer.state.epoch
+    return other
+
+
+# ------------------------------------------------------------------------------------------------------------------------- models
+
+
+def load_model(
+    auto_class: Any, path: str | Path, dropout: float | None = None, num_labels: int | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A model of an Auto class. `kwargs` as for `from_pretrained`; for `dropout` see [`set_dropout`]."""
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    config = AutoConfig.from_pretrained(path, **labels, **kwargs)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    model: PreTrainedModel = auto_class.from_pretrained(path, config=config, **kwargs)
+    return model
+
+
+def set_dropout(config: PreTrainedConfig, probability: float) -> None:
+    """Set every dropout probability of a model's config.
+
+    Raises:
+        ConfigError: it is not in [0, 1).
+    """
+    check_share("dropout", probability)
+    config.update(dict.fromkeys(dropouts(config), probability))
+
+
+def dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The dropout probabilities of a config by their names, such as `hidden_dropout_prob` or, in GPT-2, `attn_pdrop`."""
+    numbers = {name: value for name, value in config.to_dict().items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if re.search("dropout|pdrop", name)}
