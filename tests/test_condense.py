@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
+import re
 from pathlib import Path
 
 import models
@@ -17,12 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_prune import Pruner, PruningConfig, PruningRule, condense, condense_plan
+from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
 from hf_prune.condense import drop_layers, stock_config
 from hf_prune.condense.plan import regroup
 from hf_prune.condense.resize import inputs_of, output_of
 from hf_prune.model import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
 from hf_prune.model.targets import weight_target
+from hf_prune.training.recipe import Stage
 
 #: The room itself: `hf_prune.condense` is the function of that name.
 condensing = importlib.import_module("hf_prune.condense")
@@ -498,6 +501,14 @@ def test_neurons_are_padded_to_a_multiple(multiple: int) -> None:
 def test_a_multiple_that_is_none(multiple: object) -> None:
     with pytest.raises(ValueError, match="pad_to_multiple_of="):
         condense_plan(models.tiny("bert"), multiple)  # type: ignore[arg-type]
+
+
+def test_padding_is_none_unless_it_is_asked_for() -> None:
+    for function in (condense, condense_plan, cli.condense, cli.inspect, Stage):
+        assert inspect.signature(function).parameters["pad_to_multiple_of"].default is None
+    root = Path(__file__).parents[1]
+    files = [root / "README.md", *root.glob("scripts/**/*.py"), *root.glob("scripts/**/*.json"), *root.glob("hf_prune/**/*.py")]
+    assert [file.name for file in files if re.search(r"pad_to_multiple_of\"?\s*[=:]\s*\d", file.read_text())] == []
 
 
 def five_layers(family: str, head: str | None = None) -> PreTrainedModel:

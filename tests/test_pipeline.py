@@ -62,7 +62,6 @@ def recipe(**changes: Any) -> Recipe:
             "pruning": {"criterion": "taylor", "schedule": "exp", "updates": 3},
             "neurons_per_head": 0.5,
             "distillation": {**TEACH, "alpha_hidden": 1.0},
-            "pad_to_multiple_of": None,
         },
         {"name": "last", "distillation": TEACH, "training": {"max_steps": 4}},
     ]

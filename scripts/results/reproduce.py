@@ -51,7 +51,6 @@ COMMON: dict[str, Any] = {
 #: What pruned runs add. The student copies its teacher, so no dropout.
 PRUNED: dict[str, Any] = {
     "do_prune": True,
-    "pad_to_multiple_of": 16,
     "dropout": 0.0,
     "warmup_steps": 0.06,
     "distill_alpha_task": 0.1,
