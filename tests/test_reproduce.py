@@ -60,6 +60,25 @@ def test_tables_and_cards_are_written(measured: tuple[list[str], Path, list[dict
     assert {"kept.png", "history.png", "latency.png"} == {path.name for path in (card / "pictures").iterdir()}
 
 
+def test_a_row_says_what_is_left_of_each_block(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
+    _, home, (dense, half) = measured
+    condensed = AutoModelForSequenceClassification.from_pretrained(home / "runs" / "mrpc" / "half" / "seed-1" / "condensed")
+    (alive,) = half["alive"]
+    assert alive == {
+        kind: [block.units for block in sparsity_report(condensed).blocks if block.kind == kind] for kind in dense["alive"][0]
+    }
+    for kind, counts in dense["alive"][0].items():
+        assert sum(alive[kind]) == sum(counts) / 2
+
+
+def test_budgets_are_compared_on_the_same_dense_models() -> None:
+    table = reproduce.TABLES["budgets"]
+    shared, separate = (row.config() for row in table.rows)
+    assert (shared.open_rules(), separate.open_rules()) == ({"rules[0]", "rules[1]"}, set())
+    assert (shared.target_sparsity, shared.scope) == (separate.target_sparsity, separate.scope) == (0.5, "global")
+    assert (table.task, table.dense) == (reproduce.TABLES["mrpc"].task, reproduce.TABLES["mrpc"].dense)
+
+
 def test_what_is_done_is_not_done_again(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
     options, home, lines = measured
     before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
