@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +21,7 @@ from hf_prune.pruning.criteria import CRITERIA, Criterion, register_criterion
 from hf_prune.pruning.criteria.activations import APoZ
 from hf_prune.pruning.criteria.gradients import SnipMomentum
 from hf_prune.pruning.criteria.movement import Movement, SoftMovement
-from hf_prune.settings.config import CRITERIA as NAMES
+from hf_prune.pruning.updates import UPDATES
 from hf_prune.settings.config import DECLARED
 
 STEPS = 3
@@ -318,9 +321,17 @@ def test_hooks_go_with_the_last_update_and_with_the_pruner() -> None:
 
 
 def test_names_and_classes_agree() -> None:
-    assert set(NAMES) == set(CRITERIA)
-    for attribute, names in DECLARED.items():
-        assert {name for name, criterion in CRITERIA.items() if getattr(criterion, attribute)} == names
+    """What settings know before a criterion is imported, and what the criteria say of themselves."""
+    script = """
+import json
+from hf_prune.settings.config import CRITERIA, DECLARED, UPDATES
+print(json.dumps([sorted(CRITERIA), {attribute: sorted(names) for attribute, names in DECLARED.items()}, sorted(UPDATES)]))
+"""
+    output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    declared = {
+        attribute: sorted(name for name, criterion in CRITERIA.items() if getattr(criterion, attribute)) for attribute in DECLARED
+    }
+    assert json.loads(output) == [sorted(CRITERIA), declared, sorted(UPDATES)]
 
 
 def test_a_criterion_of_ones_own() -> None:
@@ -331,13 +342,13 @@ def test_a_criterion_of_ones_own() -> None:
             return group.reduce(lambda target: target.matrix(target.parameter.detach()).abs(), "max")
 
     try:
-        register_criterion("largest", Largest)
+        register_criterion("largest")(Largest)
         model = tiny_bert(num_hidden_layers=1)
         pruner = Pruner(model, PruningConfig(pattern="neuron", criterion="largest", schedule="constant"), total_steps=2)
         pruner.step()
         assert pruner.reached_sparsity() == 0.5
         with pytest.raises(ValueError, match="'snip' is taken by Snip"):
-            register_criterion("snip", Largest)
+            register_criterion("snip")(Largest)
     finally:
         forget_criterion("largest")
     with pytest.raises(ConfigError, match="criterion='largest'"):
@@ -349,7 +360,7 @@ def registered() -> Iterator[Callable[[type[Criterion]], str]]:
     """Registers a class as "mine" until the test ends."""
 
     def register(criterion: type[Criterion]) -> str:
-        register_criterion("mine", criterion)
+        register_criterion("mine")(criterion)
         return "mine"
 
     yield register

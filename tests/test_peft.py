@@ -463,7 +463,7 @@ class Alternating(Criterion):
 @pytest.fixture
 def alternating() -> Iterator[str]:
     """The name of the criterion, for as long as a test runs."""
-    register_criterion("alternating", Alternating)
+    register_criterion("alternating")(Alternating)
     yield "alternating"
     forget_criterion("alternating")
 

@@ -33,7 +33,7 @@ def refit(weight: Tensor, second_moments: Tensor | None, gone: Tensor) -> Tensor
 
 @pytest.fixture
 def registered() -> Iterator[str]:
-    register_update("refit", refit, reads_second_moments=True)
+    register_update("refit", reads_second_moments=True)(refit)
     yield "refit"
     UPDATES.pop("refit")
     UPDATE_NAMES.discard("refit")

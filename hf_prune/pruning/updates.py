@@ -31,27 +31,32 @@ class Update:
     reads_second_moments: bool = False
 
 
-def zero(weight: Tensor, second_moments: Tensor | None, gone: Tensor) -> Tensor:
-    """The others stay as they are."""
-    return weight.masked_fill(gone, 0)
-
-
 #: Name → update.
-UPDATES: dict[str, Update] = {"zero": Update(zero)}
+UPDATES: dict[str, Update] = {}
 
 
-def register_update(name: str, compute: UpdateFunction, reads_second_moments: bool = False) -> None:
-    """Make an update known to configs under `name`.
+def register_update(name: str, reads_second_moments: bool = False) -> Callable[[UpdateFunction], UpdateFunction]:
+    """Function decorator: make an update known to configs.
 
     Args:
         name: what `PruningConfig(update=...)` calls it.
-        compute: the function, see [`UpdateFunction`].
         reads_second_moments: whether it needs the second moments of the layer's inputs.
 
     Raises:
         ValueError: the name is taken by another function.
     """
-    if name in UPDATES and UPDATES[name].compute is not compute:
-        raise ValueError(f"update={name!r} is taken by {UPDATES[name].compute.__name__}; choose another name.")
-    UPDATES[name] = Update(compute, reads_second_moments)
-    UPDATE_NAMES.add(name)
+
+    def register(compute: UpdateFunction) -> UpdateFunction:
+        if name in UPDATES and UPDATES[name].compute is not compute:
+            raise ValueError(f"update={name!r} is taken by {UPDATES[name].compute.__name__}; choose another name.")
+        UPDATES[name] = Update(compute, reads_second_moments)
+        UPDATE_NAMES.add(name)
+        return compute
+
+    return register
+
+
+@register_update("zero")
+def zero(weight: Tensor, second_moments: Tensor | None, gone: Tensor) -> Tensor:
+    """The others stay as they are."""
+    return weight.masked_fill(gone, 0)

@@ -8,8 +8,10 @@ from ...model.targets import Target
 from ...model.units import UnitGroup, View
 from ..statistics import weight
 from .base import Criterion
+from .registry import register_criterion
 
 
+@register_criterion("apoz")
 class APoZ(Criterion):
     """1 − the average share of zeros in an output: how often it is positive, so a ReLU would let it pass (Hu et al. 2016,
     https://arxiv.org/abs/1607.03250, eq. 1)."""
@@ -25,12 +27,14 @@ class APoZ(Criterion):
         return group.reduce(lambda target: self.seen.mean(name, target)[:, None], self.reduction, self.watched(group))
 
 
+@register_criterion("mean_activation")
 class MeanActivation(APoZ):
     """The mean absolute activation of an output (after Molchanov et al. 2017, https://arxiv.org/abs/1611.06440)."""
 
     activations = ("absolute_outputs",)
 
 
+@register_criterion("wanda")
 class Wanda(Criterion):
     """|w|·‖x‖₂, with ‖x‖₂ over the tokens of an input (Sun et al. 2024, https://arxiv.org/abs/2306.11695, eq. 1)."""
 

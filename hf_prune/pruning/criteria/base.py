@@ -3,9 +3,10 @@
 A criterion turns weight, gradient or activation into a quantity of elements or rows, the pattern reduces it to units, and the
 criterion accumulates that over steps: its state is one number a unit, held as tensors. What it reads is taken by `statistics.py`.
 
-A criterion of your own is one class and one registry line:
+A criterion of your own is one class, which names itself:
 
 ```python
+@register_criterion("sensitivity")
 class Sensitivity(Criterion):
     "Running mean of |g|."
 
@@ -17,8 +18,6 @@ class Sensitivity(Criterion):
 
     def scores(self, group):
         return self.state[group.name]
-
-register_criterion("sensitivity", Sensitivity)
 ```
 """
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from ...model.units import UnitGroup
 from ..statistics import gradient, weight
 from .base import Criterion
+from .registry import register_criterion
 
 
 class _Gradient(Criterion):
@@ -20,6 +21,7 @@ class _Gradient(Criterion):
         return self.state[group.name]
 
 
+@register_criterion("gradient")
 class Gradient(_Gradient):
     """|g| of the last step."""
 
@@ -27,6 +29,7 @@ class Gradient(_Gradient):
         self.state[group.name] = self.reduce(group, lambda target: gradient(target).abs())
 
 
+@register_criterion("snip")
 class Snip(_Gradient):
     """|w·g| of the last step (Lee et al. 2019, https://arxiv.org/abs/1810.02340, eq. 4)."""
 
@@ -34,6 +37,7 @@ class Snip(_Gradient):
         self.state[group.name] = self.reduce(group, lambda target: (weight(target) * gradient(target)).abs_())
 
 
+@register_criterion("snip_momentum")
 class SnipMomentum(_Gradient):
     """S ← 0.9·S + |w·g|: SNIP smoothed over optimizer steps, as in Intel Neural Compressor."""
 
@@ -61,6 +65,7 @@ class _MeanOverSteps(_Gradient):
         self.state.clear()
 
 
+@register_criterion("taylor")
 class Taylor(_MeanOverSteps):
     """(w·g)², over the steps since the last update (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, eq. 8)."""
 
@@ -68,6 +73,7 @@ class Taylor(_MeanOverSteps):
         return self.reduce(group, lambda target: (weight(target) * gradient(target)).square_())
 
 
+@register_criterion("fisher")
 class Fisher(_MeanOverSteps):
     """(∂L/∂m)² for a factor m on the unit's output, over the steps since the last update: the diagonal of the Fisher information.
 

@@ -13,8 +13,10 @@ from ...model.units import UnitGroup, whole_scores
 from ...settings.config import PruningConfig
 from ..statistics import Activations, gradient, weight
 from .gradients import _Gradient
+from .registry import register_criterion
 
 
+@register_criterion("movement")
 class Movement(_Gradient):
     """S, trained by Adam on ∂L/∂S = Σ ∂L/∂W'·W over the unit, straight through the mask (Sanh et al. 2020,
     https://arxiv.org/abs/2005.07683, eq. 5; blocks as in Lagunas et al. 2021, https://arxiv.org/abs/2109.04838).
@@ -58,6 +60,7 @@ class Movement(_Gradient):
         return weight(target) if kept is None else weight(target) + target.matrix(kept)
 
 
+@register_criterion("soft_movement")
 class SoftMovement(Movement):
     """Movement scored by σ(S), with λ·r·mean σ(S) added to the loss, where r says how far the schedule is (Sanh et al. 2020,
     section 4.2).

@@ -1,47 +1,38 @@
-"""The criteria by name."""
+"""The criteria by name; each registers itself where it is written."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from ...settings.config import CRITERIA as CRITERION_NAMES
 from ...settings.config import DECLARED
-from .activations import APoZ, MeanActivation, Wanda
 from .base import Criterion
-from .gradients import Fisher, Gradient, Snip, SnipMomentum, Taylor
-from .movement import Movement, SoftMovement
-from .weights import FPGM, Magnitude, Random
+
+_C = TypeVar("_C", bound=type[Criterion])
 
 #: Name → class.
-CRITERIA: dict[str, type[Criterion]] = {
-    "magnitude": Magnitude,
-    "gradient": Gradient,
-    "snip": Snip,
-    "snip_momentum": SnipMomentum,
-    "taylor": Taylor,
-    "movement": Movement,
-    "soft_movement": SoftMovement,
-    "fpgm": FPGM,
-    "apoz": APoZ,
-    "mean_activation": MeanActivation,
-    "wanda": Wanda,
-    "fisher": Fisher,
-    "random": Random,
-}
+CRITERIA: dict[str, type[Criterion]] = {}
 
 
-def register_criterion(name: str, criterion: type[Criterion]) -> None:
-    """Make a criterion known to configs under `name`.
+def register_criterion(name: str) -> Callable[[_C], _C]:
+    """Class decorator: make a criterion known to configs.
 
     Args:
         name: what `PruningConfig(criterion=...)` calls it.
-        criterion: the class; it declares what it reads and scores.
 
     Raises:
         ValueError: the name is taken by another class.
     """
-    if CRITERIA.get(name, criterion) is not criterion:
-        raise ValueError(f"criterion={name!r} is taken by {CRITERIA[name].__name__}; choose another name.")
-    CRITERIA[name] = criterion
-    CRITERION_NAMES.add(name)
-    for attribute, names in DECLARED.items():
-        if getattr(criterion, attribute):
-            names.add(name)
+
+    def register(criterion: _C) -> _C:
+        if CRITERIA.get(name, criterion) is not criterion:
+            raise ValueError(f"criterion={name!r} is taken by {CRITERIA[name].__name__}; choose another name.")
+        CRITERIA[name] = criterion
+        CRITERION_NAMES.add(name)
+        for attribute, names in DECLARED.items():
+            if getattr(criterion, attribute):
+                names.add(name)
+        return criterion
+
+    return register

@@ -11,8 +11,10 @@ from ...model.targets import Target
 from ...model.units import UnitGroup
 from ..statistics import weight
 from .base import Criterion
+from .registry import register_criterion
 
 
+@register_criterion("magnitude")
 class Magnitude(Criterion):
     """|w| (Han et al. 2015, https://arxiv.org/abs/1506.02626): the L1 norm, or with `reduction="l2"` the L2 norm."""
 
@@ -20,6 +22,7 @@ class Magnitude(Criterion):
         return self.reduce(group, lambda target: weight(target).abs())
 
 
+@register_criterion("random")
 class Random(Criterion):
     """A number drawn once for each unit, from its group's name: a baseline that needs no seed to be the same everywhere."""
 
@@ -28,6 +31,7 @@ class Random(Criterion):
         return torch.rand(group.num_units, generator=generator).to(group.device)
 
 
+@register_criterion("fpgm")
 class FPGM(Criterion):
     """Σ_j ‖w_i − w_j‖₂ over the rows of a matrix: rows near the geometric median go (He et al. 2019, https://arxiv.org/abs/1811.00250)."""
 
