@@ -14,6 +14,7 @@ import torch
 import transformers
 from card_cases import FACTS, HALF, halved
 from command_line import CommandLine
+from huggingface_hub import ModelCard
 from reloading import save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -259,6 +260,10 @@ def test_a_sentence_transformers_model_stays_one(cli: CommandLine, tmp_path: Pat
     assert torch.allclose(embeddings, torch.from_numpy(dense.encode(sentences)), atol=1e-6)
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(2))
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= set(files_to_publish(out)[0])
+    for card in (ModelCard.load(out / "README.md"), hub.model_card(small)):
+        assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+        assert "import SentenceTransformer\n\nmodel = SentenceTransformer(" in card.content
+        assert "AutoModel" not in card.content
 
 
 # ------------------------------------------------------------------------------------------------------------------ all or nothing

@@ -99,6 +99,22 @@ def test_every_criterion_resumes_exactly(name: str, step: int, tmp_path: Path) -
     assert_equal(pruner_of(trainer).state_dict(), pruner_of(whole).state_dict())
 
 
+@pytest.mark.parametrize(("delay", "evaluations"), [(0, [6, 12]), (2, [12])])
+def test_a_checkpoint_at_the_end_of_an_epoch_comes_after_its_evaluation(delay: int, evaluations: list[int], tmp_path: Path) -> None:
+    """An evaluation draws random numbers, which the resumed run would not."""
+    config = {**STATEFUL["movement"], **SCHEDULED}
+    given = {"eval_strategy": "epoch", "eval_delay": delay, "eval_dataset": ROWS[:8], "save_strategy": "steps", "save_steps": 6}
+    whole = trainer_for(tmp_path / "whole", config, with_dropout(seed=0), **given)
+    whole.train()
+    assert [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry] == evaluations
+    trainer = trainer_for(tmp_path / "resumed", config, with_dropout(seed=9), **given)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert_equal(snapshot(trainer.model), snapshot(whole.model))
+    assert_equal(pruner_of(trainer).state_dict(), pruner_of(whole).state_dict())
+    losses = [[entry["eval_loss"] for entry in each.state.log_history if "eval_loss" in entry] for each in (whole, trainer)]
+    assert losses[0] == losses[1]
+
+
 def test_a_new_process_resumes_exactly(tmp_path: Path) -> None:
     config = {**STATEFUL["movement"], **SCHEDULED}
     whole = trainer_for(tmp_path, config, with_dropout(seed=0), save_strategy="steps", save_steps=5)

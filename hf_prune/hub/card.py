@@ -37,6 +37,7 @@ from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import PruningConfig
 from ..settings.errors import within
+from .files import MODULES_NAME
 
 CARD_NAME = "README.md"
 FACTS_NAME = "pruning_facts.json"
@@ -149,6 +150,7 @@ def model_card(
     facts: CardFacts | None = None,
     pictures: Mapping[str, str] | None = None,
     repo_id: str | None = None,
+    library: str | None = None,
 ) -> ModelCard:
     """The card of a pruned or condensed model.
 
@@ -158,6 +160,7 @@ def model_card(
         facts: what cannot be read off the model.
         pictures: path in the repository → caption.
         repo_id: where the model will be, for the lines that load it; by default its name.
+        library: which the Hub says loads the model; by default the one that its class is of, sentence-transformers or transformers.
 
     Returns:
         A `huggingface_hub.ModelCard`; `str(card)` is the Markdown, `card.data` the metadata.
@@ -168,15 +171,16 @@ def model_card(
     name = (repo_id or "").rpartition("/")[2] or facts.model_name or f"{stock.config.model_type}-pruned"
     condensed = getattr(stock.config, "hf_prune", None) is not None
     comparison = None if facts.comparison is None else Comparison.from_dict(facts.comparison)
+    library = library or library_of(model)
     card: ModelCard = ModelCard.from_template(
-        card_metadata(stock, facts, name),
+        card_metadata(stock, facts, name, library),
         template_path=str(TEMPLATE),
         text=as_text,
         code=as_code,
         name=name,
         repo=json.dumps(as_line(repo_id or name), ensure_ascii=False),
         class_name=type(stock).__name__,
-        auto_class=auto_class(stock),
+        load=_loader(stock, library),
         condensed=condensed,
         needs_hf_prune=needs_hf_prune(stock.config),
         remote_code=any(auto_classes(stock.config.model_type)),
@@ -213,7 +217,7 @@ def write_card(
     """Write a model's card into a folder, with its pictures (where matplotlib is), `pruning_config.json` and its facts."""
     facts = facts or CardFacts()
     pictures = write_pictures(Path(folder), original_blocks(model), facts)
-    card = model_card(model, config, facts, pictures, repo_id)
+    card = model_card(model, config, facts, pictures, repo_id, library_of(model, folder))
     facts.save(folder)
     if config is not None:
         config.save_pretrained(folder)
@@ -250,12 +254,18 @@ def write_pictures(folder: Path, blocks: tuple[BlockSize, ...], facts: CardFacts
 # ------------------------------------------------------------------------------------------------------------------- metadata
 
 
-def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str) -> ModelCardData:
+def library_of(model: Any, folder: str | os.PathLike[str] | None = None) -> str:
+    """The library that a model is of: sentence-transformers, by its class or the list of modules in its folder, or transformers."""
+    listed = folder is not None and Path(folder, MODULES_NAME).is_file()
+    return "sentence-transformers" if listed or type(model).__module__.startswith("sentence_transformers.") else "transformers"
+
+
+def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str, library: str) -> ModelCardData:
     """The metadata of a card: what the Hub files the model under, and its metrics as a model index.
 
     The index needs a task and a dataset with an id; without them it is left out. A base model that is a local path is left out too.
     """
-    task = pipeline_tag(model)
+    task = "sentence-similarity" if library == "sentence-transformers" else pipeline_tag(model)
     metrics = {metric: value for metric, value in facts.metrics.items() if metric != "loss"}
     results = [
         EvalResult(
@@ -277,7 +287,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str) -> ModelC
         datasets=_repo_id(facts.dataset),
         language=facts.language,
         license=facts.license,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=task,
         tags=["hf_prune", "pruning", "condensed" if condensed else "sparse"],
         metrics=list(metrics) or None,
@@ -344,6 +354,14 @@ def as_code(value: object) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------- rows
+
+
+def _loader(model: PreTrainedModel, library: str) -> dict[str, str]:
+    """What loads the model: the name to import from a module, and what to call with a path."""
+    if library == "sentence-transformers":
+        return {"module": "sentence_transformers", "name": "SentenceTransformer", "call": "SentenceTransformer"}
+    name = auto_class(model)
+    return {"module": "transformers", "name": name, "call": f"{name}.from_pretrained"}
 
 
 def _metric_rows(facts: CardFacts) -> list[dict[str, str]]:

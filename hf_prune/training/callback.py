@@ -73,6 +73,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.restored = False
         self._between_steps: tuple[TrainingArguments, TrainerState] | None = None
         self._best_competes = False
+        #: The last step of an epoch whose evaluation came before its checkpoint.
+        self._evaluated_at: int | None = None
 
     @property
     def between_steps(self) -> bool:
@@ -150,6 +152,17 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running.step()
         self._between_steps = args, state  # before `on_step_end`, in which other callbacks may save
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # An evaluation draws random numbers. The one at an epoch's end comes after a checkpoint of the epoch's last step, so a run
+        # that is resumed from there would draw others: it comes before, as it does under `eval_strategy="steps"`.
+        epoch = float(state.epoch or 0)
+        if control.should_save and args.eval_strategy == "epoch" and epoch.is_integer() and args.eval_delay <= epoch:
+            control.should_evaluate, self._evaluated_at = True, state.global_step
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._evaluated_at == state.global_step:
+            control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A model below the final sparsity does not compete to be the best: the first one that has it starts the competition.
