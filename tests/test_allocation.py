@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +13,12 @@ from torch.profiler import profile
 
 from hf_prune.model.targets import Target
 from hf_prune.model.units import UnitGroup, View
-from hf_prune.pruning.allocation import allocate, candidates, lowest, most_removable
+from hf_prune.pruning import selection
+from hf_prune.pruning.allocation import allocate, most_removable
+from hf_prune.pruning.selection import candidates, lowest
 
+#: Ties, zeros of both signs, huge and tiny scores.
+VALUES = [0.0, -0.0, 1.0, 1.0, 2.0, -1.0, 3.5, 3.4e38, -3.4e38, 1e-45]
 SCORES = st.lists(st.one_of(st.just(0.0), st.sampled_from([1.0, 2.0]), st.floats(-5, 5, width=32)), min_size=1, max_size=24)
 
 
@@ -20,6 +26,11 @@ def group(name: str, units: int, size: int = 1, n_of_m: tuple[int, int] | None =
     """Units of `size` weights, side by side in one row each."""
     target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
     return UnitGroup(name, (View(target, 1, size, 0, units),), n_of_m=n_of_m)
+
+
+def mask(size: int, value: bool) -> st.SearchStrategy[list[bool]]:
+    """Any mask of `size` units, now and then one of a single value."""
+    return st.just([value] * size) | st.lists(st.booleans(), min_size=size, max_size=size)
 
 
 def nothing(groups: list[UnitGroup]) -> list[Tensor]:
@@ -61,13 +72,34 @@ def test_ties_are_spread_evenly() -> None:
 
 @given(st.integers(1, 5), st.integers(2, 12), st.data())
 def test_candidates_equal_a_brute_force_choice(cells: int, m: int, data: st.DataObject) -> None:
-    n = data.draw(st.integers(1, m - 1))
-    scores = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.5]), min_size=cells * m, max_size=cells * m)))
-    chosen = candidates(scores, (n, m))
-    for cell in range(cells):
-        part = scores[cell * m : (cell + 1) * m].tolist()
-        wanted = sorted(range(m), key=lambda i: (part[i], i))[:n]
-        assert chosen[cell * m : (cell + 1) * m].nonzero().flatten().tolist() == sorted(wanted)
+    n, size = data.draw(st.integers(1, m - 1)), cells * m
+    scores = torch.tensor(data.draw(st.lists(st.sampled_from(VALUES), min_size=size, max_size=size)))
+    gone = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    for given_gone in (None, gone):
+        chosen, goes_first = candidates(scores, (n, m), given_gone), gone & (given_gone is not None)
+        for cell in range(cells):
+            part, first = (tensor[cell * m : (cell + 1) * m].tolist() for tensor in (scores, goes_first))
+            wanted = sorted(range(m), key=lambda i: (-math.inf if first[i] else part[i], i))[:n]
+            assert chosen[cell * m : (cell + 1) * m].nonzero().flatten().tolist() == sorted(wanted)
+
+
+@pytest.mark.parametrize("sample", [1, 2**14])
+@given(st.data())
+def test_numpy_and_torch_choose_the_same_units(sample: int, data: st.DataObject) -> None:
+    """The selection of the CPU beside that of other devices: ties, zeros of both signs, huge scores, units gone or not allowed."""
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    scores = [torch.tensor(data.draw(st.lists(st.sampled_from(VALUES), min_size=size, max_size=size))) for size in sizes]
+    gone, allowed = ([torch.tensor(data.draw(mask(size, value))) for size in sizes] for value in (False, True))
+    before = [tensor.clone() for tensor in (*scores, *gone, *allowed)]
+    least = sum(int((away & may).sum()) for away, may in zip(gone, allowed))
+    count = data.draw(st.integers(least, sum(sizes)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SAMPLE", sample)
+        chosen = torch.cat(selection.lowest_units(scores, gone, allowed, count))
+    row = selection.ranked(scores, gone, allowed)
+    wanted = selection._lowest_tensor(row, count) if 0 < count < row.numel() else torch.full_like(chosen, bool(count))
+    assert chosen.equal(wanted)
+    assert all(one.equal(other) for one, other in zip((*scores, *gone, *allowed), before))
 
 
 def test_wide_cells_are_not_compared_in_pairs() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..condense import block_key, dead_units, stock_config
 from ..model import AttentionBlock, Block, find_blocks, spec_for
 from ..model.families import SPECS
-from ..model.sharding import whole
+from ..model.passes import count_nonzero
 from ..model.targets import Target, Weight, body_weights
 from ..model.wrappers import bare_model, transformers_model
 from .tables import as_text, table_of_modules
@@ -119,7 +119,7 @@ def count_zeros(counted: Iterable[Target | Weight]) -> tuple[int, int]:
     zeros = elements = 0
     for value in (item.value() for item in counted):
         elements += value.numel()
-        zeros += value.numel() - int(whole(torch.count_nonzero(value)))
+        zeros += value.numel() - count_nonzero(value)
     return zeros, elements
 
 

@@ -18,6 +18,7 @@ from ..settings.errors import ConfigError, closest
 from . import SPECS, ArchitectureSpec
 from .blocks import active_copy, base_layer, computed, is_adapted
 from .lora import Adapter, adapter_of
+from .passes import keep_
 from .sharding import placed_like, whole
 from .wrappers import bare_model, contents, listed, transformers_models
 
@@ -81,7 +82,7 @@ class Target:
         tensor = self.parameter.grad if gradients else self.parameter
         if tensor is None:
             return
-        part(tensor).mul_(kept)
+        keep_(part(tensor), kept)
         if self.adapter is not None and adapted and not gradients:
             part(tensor).sub_(part(self.adapter.delta()).mul_(~kept))
 

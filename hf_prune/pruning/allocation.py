@@ -2,71 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..model.passes import count_nonzero
 from ..model.units import UnitGroup
-
-#: How many scores are sampled to bracket a threshold.
-_SAMPLE = 2**14
-#: Up to how many neighbours it is faster to compare them in pairs than to sort them.
-_PAIRWISE = 8
-
-
-def _bracket(scores: Tensor, k: int) -> tuple[Tensor, int]:
-    """Some of the scores that hold the k-th lowest and all equal to it, and how many of the others are lower.
-
-    A sorted sample says between which values the k-th lowest lies, so that selection need not look at all of them.
-    """
-    if scores.numel() > 16 * _SAMPLE:
-        sample = scores[:: scores.numel() // _SAMPLE].sort().values
-        place, margin = k * sample.numel() // scores.numel(), 4 * math.isqrt(sample.numel())
-        low, high = sample[max(place - margin, 0)], sample[min(place + margin, sample.numel() - 1)]
-        lower = scores < low
-        below = int(torch.count_nonzero(lower))
-        inside = scores[(scores <= high) ^ lower]
-        if below < k <= below + inside.numel():
-            return inside, below
-    return scores, 0
-
-
-def lowest(scores: Tensor, count: int) -> Tensor:
-    """Mark exactly `count` of the lowest scores, spreading the choice evenly over the positions of ties. `[n]` → bool `[n]`."""
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if count >= scores.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
-    inside, below = _bracket(scores, count)
-    threshold = inside.kthvalue(count - below).values
-    missing = count - below - int(torch.count_nonzero(inside < threshold))
-    if missing == int(torch.count_nonzero(inside == threshold)):
-        return scores <= threshold
-    chosen = scores < threshold
-    ties = (scores == threshold).nonzero().flatten()
-    spread = torch.arange(missing, device=scores.device) * ties.numel() // missing
-    chosen[ties[spread]] = True
-    return chosen
-
-
-def candidates(scores: Tensor, n_of_m: tuple[int, int]) -> Tensor:
-    """Mark the n lowest of every m neighbouring scores, the first of equals going first. `[k·m]` → bool `[k·m]`."""
-    n, m = n_of_m
-    if m > _PAIRWISE:
-        chosen = torch.zeros_like(scores, dtype=torch.bool).view(-1, m)
-        order = scores.view(-1, m).argsort(dim=1, stable=True)
-        return chosen.scatter_(1, order[:, :n], True).flatten()
-    columns = scores.view(-1, m).unbind(dim=1)
-    # The rank of a score is the number of others that go before it; comparing each pair once settles both sides.
-    ranks = torch.zeros(m, scores.numel() // m, dtype=torch.uint8, device=scores.device)
-    for later in range(m):
-        for earlier in range(later):
-            goes_first = columns[earlier] <= columns[later]
-            ranks[later] += goes_first.to(ranks.dtype)
-            ranks[earlier] += goes_first.logical_not_().to(ranks.dtype)
-    return (ranks < n).T.reshape(-1)
+from .selection import candidates, lowest, lowest_units, ranked
 
 
 def allocate(
@@ -114,10 +57,11 @@ def allocate(
             count = round(sparsity * group.num_units)
         else:
             assert threshold is not None
-            below = int(torch.count_nonzero((score <= threshold) | gone))
+            below = count_nonzero((score <= threshold) | gone)
             count = min(max(below, least_removed(group, floor)), most_removable(group, cap))
-        least = int(torch.count_nonzero(gone))
-        chosen.append(_lowest_in_group(group, score.masked_fill(gone, -torch.inf), max(count, least)))
+        least = count_nonzero(gone)
+        count = min(max(count, least), group.max_removable)
+        chosen += lowest_units([score], [gone], [_allowed(group, score, gone)], count)
     return chosen
 
 
@@ -139,14 +83,9 @@ def least_removed(group: UnitGroup, floor: float) -> int:
     return round(floor * group.num_units)
 
 
-def _lowest_in_group(group: UnitGroup, scores: Tensor, count: int) -> Tensor:
-    """The `count` lowest units of a group, or as many of them as its pattern lets go. Changes `scores`."""
-    if group.n_of_m is None:
-        return lowest(scores, count)
-    allowed = candidates(scores, group.n_of_m)
-    if count >= group.max_removable:
-        return allowed
-    return lowest(scores.masked_fill_(~allowed, torch.inf), count)
+def _allowed(group: UnitGroup, score: Tensor, gone: Tensor) -> Tensor | None:
+    """The units that the pattern lets go, None for all."""
+    return None if group.n_of_m is None else candidates(score, group.n_of_m, gone)
 
 
 def _allocate_global(
@@ -159,45 +98,49 @@ def _allocate_global(
     caps: Sequence[float],
 ) -> list[Tensor]:
     """Rank all units together; where that breaks a floor or a cap, take the floors, shut out what is above the caps, rank again."""
-    flat = torch.cat(list(scores)).masked_fill_(torch.cat(list(removed)), -torch.inf)
     numbers = [group.num_units for group in groups]
-    least = [
-        max(least_removed(group, floor), int(torch.count_nonzero(gone))) for group, gone, floor in zip(groups, removed, floors)
-    ]
+    budget = sparsity * sum(number * cost for number, cost in zip(numbers, costs))
+    least = [max(least_removed(group, floor), count_nonzero(gone)) for group, gone, floor in zip(groups, removed, floors)]
     most = [max(most_removable(group, cap), count) for group, count, cap in zip(groups, least, caps)]
-    ranked = flat.split(numbers)  # type: ignore[no-untyped-call]
-    for group, score in zip(groups, ranked):
-        if group.n_of_m is not None:
-            score.masked_fill_(~candidates(score, group.n_of_m), torch.inf)
-    chosen = _lowest_for_budget(groups, flat, sparsity, costs, sum(least), sum(most)).split(numbers)  # type: ignore[no-untyped-call]
-    counts = [int(torch.count_nonzero(units)) for units in chosen]
+    allowed = [_allowed(group, score, gone) for group, score, gone in zip(groups, scores, removed)]
+    if len(set(costs)) == 1:
+        count = min(max(round(budget / costs[0]), sum(least)), sum(most))
+        chosen = lowest_units(scores, removed, allowed, count)
+    else:
+        chosen = _lowest_for_budget(ranked(scores, removed, allowed), numbers, costs, budget, sum(least), sum(most))
+    counts = [count_nonzero(units) for units in chosen]
     if all(low <= count <= high for low, count, high in zip(least, counts, most)):
-        return list(chosen)
-    for score, low, high in zip(ranked, least, most):
+        return chosen
+    flat = ranked(scores, removed, allowed)
+    for score, low, high in zip(flat.split(numbers), least, most):  # type: ignore[no-untyped-call]
         forced, within = lowest(score, low), lowest(score, high)
         score.masked_fill_(~within, torch.inf).masked_fill_(forced, -torch.inf)
-    return list(_lowest_for_budget(groups, flat, sparsity, costs, sum(least), sum(most)).split(numbers))  # type: ignore[no-untyped-call]
+    return _lowest_for_budget(flat, numbers, costs, budget, sum(least), sum(most))
 
 
 def _lowest_for_budget(
-    groups: Sequence[UnitGroup], flat: Tensor, sparsity: float, costs: Sequence[float], least: int, most: int
-) -> Tensor:
-    """Mark the lowest units whose costs come nearest to the requested share, between `least` and `most` units in all."""
-    budget = sparsity * sum(group.num_units * cost for group, cost in zip(groups, costs))
+    flat: Tensor, numbers: list[int], costs: Sequence[float], budget: float, least: int, most: int
+) -> list[Tensor]:
+    """Mark the lowest units whose costs come nearest to the budget, between `least` and `most` units in all.
+
+    Args:
+        flat: the scores of all groups in a row, `[units]`.
+        numbers, costs: how many units each group has, and what one of them costs.
+    """
     if len(set(costs)) == 1:
-        return lowest(flat, min(max(round(budget / costs[0]), least), most))
+        return list(lowest(flat, min(max(round(budget / costs[0]), least), most)).split(numbers))  # type: ignore[no-untyped-call]
     # Units differ in cost: walk up the ranking until the budget is met. Ties go by relative position in their group.
-    positions = torch.cat([torch.arange(group.num_units, device=flat.device) / group.num_units for group in groups])
+    positions = torch.cat([torch.arange(number, device=flat.device) / number for number in numbers])
     order = positions.argsort(stable=True)
     order = order[flat[order].argsort(stable=True)]
-    prices = torch.cat([torch.full((group.num_units,), cost) for group, cost in zip(groups, costs)]).to(flat.device)
+    prices = torch.cat([torch.full((number,), cost) for number, cost in zip(numbers, costs)]).to(flat.device)
     spent = prices[order].double().cumsum(0)
     count = int(torch.searchsorted(spent, budget))
     if count < spent.numel() and spent[count] - budget <= prices[order[count]] / 2:
         count += 1
     chosen = torch.zeros_like(flat, dtype=torch.bool)
-    if not max(count, least):  # the first in line is too dear: the first that comes nearer to the budget than nothing does
+    if max(count, least):
+        chosen[order[: min(max(count, least), most)]] = True
+    else:  # the first in line is too dear: the first that comes nearer to the budget than nothing does
         chosen[order[(prices[order] <= 2 * budget).nonzero().flatten()[: min(most, 1)]]] = budget > 0
-        return chosen
-    chosen[order[: min(max(count, least), most)]] = True
-    return chosen
+    return list(chosen.split(numbers))  # type: ignore[no-untyped-call]

@@ -1,0 +1,40 @@
+"""Passes over whole weights, equal bit by bit to what torch does, in less time on the CPU.
+
+torch converts a bool mask in a pass of its own before it multiplies or counts; numpy needs none. numpy runs on one thread, so where
+torch has more it multiplies itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .sharding import is_sharded, whole
+
+#: What numpy knows of the types that weights have.
+_OF_NUMPY = (torch.float16, torch.float32, torch.float64, torch.bool)
+
+
+@torch.no_grad()
+def keep_(tensor: Tensor, kept: Tensor) -> None:
+    """`tensor.mul_(kept)` for a bool mask of a shape that broadcasts."""
+    if is_sharded(tensor):
+        tensor.mul_(kept)
+    elif tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and torch.get_num_threads() == 1:
+        values = tensor.detach().numpy()
+        with np.errstate(invalid="ignore"):  # torch has no word on ∞ · 0 either
+            np.multiply(values, kept.numpy(), out=values)
+        increment_version(tensor)  # so that whoever keeps a copy of a weight notices
+    else:
+        tensor.mul_(kept.view(torch.uint8))
+
+
+@torch.no_grad()
+def count_nonzero(tensor: Tensor) -> int:
+    """How many elements are not zero, of a sharded tensor on all ranks together."""
+    if is_sharded(tensor) or tensor.device.type != "cpu" or tensor.dtype not in _OF_NUMPY:
+        return int(whole(torch.count_nonzero(tensor)))
+    values = tensor.detach().numpy()
+    return int(np.count_nonzero(values if values.dtype == np.bool_ else values != 0))
