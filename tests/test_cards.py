@@ -80,7 +80,7 @@ def test_the_comparison_weighs_both_models() -> None:
 
 def test_activations_are_counted_where_they_live() -> None:
     """Of two linear layers in a row, input, hidden and output never live all three; the largest pair is hidden and output."""
-    from hf_prune.measure.memory import _activations
+    from hf_prune.measure.memory import activation_bytes
 
     class Chain(nn.Module):
         def __init__(self) -> None:
@@ -92,7 +92,7 @@ def test_activations_are_counted_where_they_live() -> None:
             x = self.down(x)
             return self.last(x)
 
-    assert _activations(Chain(), {"x": torch.zeros(5, 4)}) == 4 * 5 * (100 + 30)
+    assert activation_bytes(Chain(), {"x": torch.zeros(5, 4)}) == 4 * 5 * (100 + 30)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- cards
@@ -262,7 +262,7 @@ def test_where_a_model_lay_is_not_published(tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "dense")
     callback = ModelCardCallback()
     trainer = trainer_with_card(tmp_path / "out", callback)
-    trainer.model.config._name_or_path = str(tmp_path / "dense")
+    trainer.model.config.name_or_path = str(tmp_path / "dense")
     trainer.train()
     files = [path.read_text() for path in (tmp_path / "out").glob("*.*") if path.suffix in (".md", ".json")]
     assert len(files) == 3

@@ -36,3 +36,25 @@ def test_no_test_imports_another() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sys.path."):
                 faults.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
     assert faults == []
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_tests_use_what_is_public() -> None:
+    """No test reads or calls what the library keeps to itself; what is private to others has other names."""
+    own, faults = set(), []
+    for path in (ROOT / "hf_prune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self" and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and private(node.attr) and node.attr in own and ast.unparse(node.value) != "self":
+                faults.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_prune"):
+                faults += [f"{path}:{node.lineno}: {alias.name}" for alias in node.names if private(alias.name)]
+    assert faults == []

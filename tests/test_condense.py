@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
 from hf_prune.condense import drop_layers, stock_config
-from hf_prune.condense.plan import regroup
+from hf_prune.condense.plan import plan_block, regroup
 from hf_prune.condense.resize import inputs_of, output_of
 from hf_prune.model import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
 from hf_prune.model.targets import weight_target
@@ -336,8 +336,8 @@ def test_failed_verification_leaves_the_model_untouched(fault: str, monkeypatch:
     classes = [type(module) for module in model.modules()]
     state, config = state_of(model), model.config.to_dict()
     if fault == "fold":
-        fold = condensing._fold
-        monkeypatch.setattr(condensing, "_fold", lambda plan: None if plan.block.layer.endswith("2") else fold(plan))
+        fold = condensing.fold
+        monkeypatch.setattr(condensing, "fold", lambda plan: None if plan.block.layer.endswith("2") else fold(plan))
     else:
         keep = condensing.keep_units
         monkeypatch.setattr(
@@ -410,12 +410,10 @@ def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
     parts = [Projection(name, module, 0, module.out_features) for name, module in (("up", up), ("down", down), ("gate", gate))]
     spec = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
     with torch.no_grad():
-        plan = importlib.import_module("hf_prune.condense.plan")._plan(
-            FeedForwardBlock("layer", "ffn", spec, *parts, activation), 1
-        )
+        plan = plan_block(FeedForwardBlock("layer", "ffn", spec, *parts, activation), 1)
         inputs = torch.randn(5, 4)
         before = down(activation(gate(inputs)) * up(inputs))
-        condensing._fold(plan)
+        condensing.fold(plan)
         condensing.keep_units(plan.block, plan.kept)
         after = down(activation(gate(inputs)) * up(inputs))
     silu = isinstance(activation, nn.SiLU)  # 0 at 0, so that neuron 3 is a product with zero

@@ -234,8 +234,11 @@ def test_a_run_that_saves_when_it_is_terminated_goes_on_exactly(
 def test_a_checkpoint_that_is_there_is_not_written_again_upon_the_signal(tmp_path: Path) -> None:
     saving = {"enable_jit_checkpoint": True, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED}, with_dropout(seed=0), **saving)
-    save, saved = trainer._save_checkpoint, []
-    trainer._save_checkpoint = lambda *args, **kwargs: (saved.append(trainer.state.global_step), save(*args, **kwargs))
+    saved: list[int] = []
+    saves = type(
+        "Saves", (TrainerCallback,), {"on_save": lambda self, args, state, control, **kwargs: saved.append(state.global_step)}
+    )
+    trainer.add_callback(saves)
     Terminated("on_save", 4).of(trainer).train()
     assert (saved, trainer.state.global_step) == ([2, 4], 5)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
@@ -301,16 +304,30 @@ def test_another_config_goes_on_where_it_is_allowed(
     assert_equal(snapshot(again.model), snapshot(trainer.model))
 
 
-def test_scores_go_on_where_the_rule_is_scored_as_before(pruned_run: Path) -> None:
+class Begun(Exception):
+    """A run was resumed, and is not needed further."""
+
+
+class Ending(TrainerCallback):
+    """Ends a run before its first step."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise Begun
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"), [({"target_sparsity": 0.8}, True), ({"criterion": "snip"}, False), ({"pattern": "1x4"}, False)]
+)
+def test_scores_go_on_where_the_rule_is_scored_as_before(
+    change: dict[str, Any], kept: bool, pruned_run: Path, tmp_path: Path
+) -> None:
     state = load_file(pruned_run / "checkpoint-3" / STATE_NAME)
-    for change, kept in (({"target_sparsity": 0.8}, True), ({"criterion": "snip"}, False), ({"pattern": "1x4"}, False)):
-        callback = PruningCallback({"pattern": "4x1", **SCHEDULED, **change}, allow_config_change=True)
-        model = with_dropout(seed=0)
-        model.load_state_dict(load_file(pruned_run / "checkpoint-3" / "model.safetensors"))
-        callback.pruner = Pruner(model, callback.config, total_steps=12)
-        callback._load(pruned_run / "checkpoint-3")
-        scores = {key for key in callback.pruner.state_dict() if "/criterion/" in key}
-        assert scores == ({key for key in state if "/criterion/" in key} if kept else set())
+    callback = PruningCallback({"pattern": "4x1", **SCHEDULED, **change}, allow_config_change=True)
+    trainer = trainer_for(tmp_path, callback, with_dropout(seed=9), callbacks=[Ending()])
+    with pytest.raises(Begun):
+        trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-3"))
+    scores = {key for key in pruner_of(trainer).state_dict() if "/criterion/" in key}
+    assert scores == ({key for key in state if "/criterion/" in key} if kept else set())
 
 
 @pytest.mark.parametrize("schedule", ["cubic", "constant", "lottery"])

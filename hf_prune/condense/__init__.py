@@ -102,7 +102,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         own_configs(whole)
         with _zeros_held(plan):
             for block in plan.changed:
-                _fold(block)
+                fold(block)
                 if block.dead.any():
                     keep_units(block.block, block.kept, block.key_values)
                     set_own_heads(block.block, block.heads)
@@ -160,7 +160,7 @@ def drop_layers(model: PreTrainedModel) -> list[str]:
 
 
 @torch.no_grad()
-def _fold(plan: BlockPlan) -> None:
+def fold(plan: BlockPlan) -> None:
     """Add what the dead units contribute whatever the input to the output bias, in float32 at least."""
     if plan.shift.any():
         output = base_layer(output_of(plan.block).module)

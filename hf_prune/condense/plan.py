@@ -182,7 +182,7 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
     for block in found:
         for part in (*inputs_of(block), output_of(block)):
             _check_plain(part)
-    plans = [_plan(block, multiple) for block in found]
+    plans = [plan_block(block, multiple) for block in found]
     removed = _without_layers(model, plans)
     sizes = {}
     for name in (f"{path}.{index}" for path, indices in removed.items() for index in indices):
@@ -192,7 +192,7 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
     return CondensePlan(tuple(plans), removed, sizes)
 
 
-def _plan(block: Block, multiple: int) -> BlockPlan:
+def plan_block(block: Block, multiple: int) -> BlockPlan:
     dead, reason = dead_units(block), computed_part([*inputs_of(block), output_of(block)])
     if reason:
         dead = torch.zeros_like(dead)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..condense import sample_batch
 from ..settings.checks import check_types, dataclass_from_dict
 from ..settings.errors import within
-from .memory import _activations, _bytes, megabytes
+from .memory import activation_bytes, megabytes, weight_bytes
 from .sparsity import stock_twin
 from .tables import as_text
 
@@ -117,7 +117,10 @@ def compare(
     models = {"dense": twin.to(model.device), "model": model}
     inputs = sample_batch(models["dense"], rows, tokens, shortest=tokens)
     times = benchmark(models, inputs, repeats, track)
-    costs = {name: Cost(one.num_parameters(), _bytes(one), _activations(one, inputs), times[name]) for name, one in models.items()}
+    costs = {
+        name: Cost(one.num_parameters(), weight_bytes(one), activation_bytes(one, inputs), times[name])
+        for name, one in models.items()
+    }
     shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
     clock = "time" if model.device.type == "cuda" else "CPU time"
     protocol = f"batch of {shape}, {model.dtype}, {model.device.type}, one thread, {clock}, median of {repeats} forwards in turn"

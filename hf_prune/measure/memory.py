@@ -17,7 +17,7 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
-def _bytes(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -44,7 +44,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-def _activations(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
+def activation_bytes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
     """The most bytes of tensors that one forward holds at once, besides weights and inputs."""
     training, held = model.training, _Held()
     with torch.no_grad(), held:
