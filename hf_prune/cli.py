@@ -66,7 +66,8 @@ Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A model's folder."
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it is made if needed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Pad = Annotated[
-    int | None, typer.Option(min=1, help="Keep so many dead neurons that a block has a multiple of this; odd sizes are slow.")
+    int | None,
+    typer.Option(min=1, help="Pad the neurons left in a block to a multiple of this with dead ones; odd sizes can be slow."),
 ]
 Against = Annotated[str | None, typer.Option(help="The dense model; by default a random one of the sizes before condensing.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]

@@ -1,4 +1,4 @@
-"""The weights of the losses as flat command line arguments."""
+"""Distillation settings as flat command line arguments."""
 
 from __future__ import annotations
 

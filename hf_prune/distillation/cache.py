@@ -5,7 +5,7 @@
 - `teacher_logits`: `[classes]` a row for sequence classification, `[tokens, classes]` for token classification and language models,
   `[tokens, 2]` (start, end) for question answering. Tokens are those of the row itself, so a batch may be padded in any way.
 - `teacher_indices`: with `top_k`, int `[tokens, k]`, the classes that `teacher_logits` `[tokens, k]` are of.
-- `teacher_lost_mass`: with `top_k`, what the teacher gives to all other classes at temperature 1, mean over the row's tokens.
+- `teacher_lost_mass`: with `top_k`, the teacher's probability of all other classes at temperature 1, averaged over tokens.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def add_teacher_logits(
     """Add the teacher's logits to a tokenized dataset, for a [`DistillationTrainer`] without a teacher.
 
     The result is kept on disk under a fingerprint of the teacher's weights and config, of all data, and of every batch as the
-    collator makes it. A second call reads it and does no teacher forward; another teacher, other data, another tokenizer length or
-    padding makes a new one. A file that cannot be read, or has another number of rows, is named in a warning and made again.
+    collator makes it. A second call reads it without running the teacher; another teacher, other data, another tokenizer length or
+    padding makes a new one. A file that cannot be read, or has another number of rows, is named in a warning and recomputed.
 
     Args:
         dataset: tokenized rows; columns that the teacher does not take are kept and ignored. Teacher logits it may already have are
             replaced.
         teacher: runs on its own device, in evaluation mode.
-        collator: makes a batch of rows, as in the Trainer; the same batch whenever it is asked.
-        batch_size: rows in a forward of the teacher.
+        collator: makes a batch of rows, as in the Trainer; the same batch each time.
+        batch_size: rows per forward pass of the teacher.
         top_k: for tasks with logits of each token, keep only the k largest. The student then learns from the teacher's distribution
             over these; what the others had is in the column `teacher_lost_mass`, and its mean is logged.
         cache_dir: folder of the files; by default `teacher_logits` in the cache of the datasets library.
 
     Raises:
-        ConfigError: `top_k` does not fit the logits, or the collator makes batches at random or without a row for each row.
+        ConfigError: `top_k` does not fit the logits, or the collator is random or does not return one row per row.
     """
     dataset = dataset.remove_columns([name for name in dataset.column_names if name in COLUMNS])
     if not select(dict.fromkeys(dataset.column_names), forward_arguments(teacher)):

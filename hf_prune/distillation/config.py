@@ -1,4 +1,4 @@
-"""What a student learns from its teacher, and how much each part of it weighs. Needs neither torch nor transformers."""
+"""The losses of distillation and their weights. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LAYER_MAPS: tuple[str, ...] = ("uniform", "last", "dynamic")
 @documented
 @dataclass
 class DistillationConfig:
-    """Weights of the losses. A loss whose weight is 0 is not computed; the task loss is always logged.
+    """Weights of the losses. A loss of weight 0 is not computed; the task loss is always logged.
 
     Raises:
-        ConfigError: a weight is negative, all are zero, the temperature is not positive, or the layer map has no such form.
+        ConfigError: a weight is negative, all are zero, the temperature is not positive, or the layer map is of another form.
     """
 
     temperature: float = setting(
@@ -72,7 +72,7 @@ class DistillationConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a loss needs more of the teacher than its logits."""
+        """Whether a loss needs more than the teacher's logits."""
         return any(weight for name, weight in self.weights().items() if name not in ("task", "logits"))
 
     def _check_layer_map(self) -> None:

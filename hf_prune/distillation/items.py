@@ -1,4 +1,4 @@
-"""What the losses are means over, told from the inputs of a micro-batch alone, so that it is known before any forward.
+"""The items that each loss is averaged over, derived from the inputs of a micro-batch alone, so known before the forward pass.
 
 | loss | a mean over |
 | --- | --- |
@@ -7,7 +7,7 @@
 | `hidden_layers`, `attention` | tokens that are no padding, of encoder and decoder; each the mean over its mapped layers |
 | `simkd` | sequences; where every token has an input of its own, each the mean over its tokens |
 
-Images and sound have no padding that is known beforehand: there, hidden states count a sequence as one item.
+The padding of images and sound is not known in advance: there, hidden states count a sequence as one item.
 """
 
 from __future__ import annotations

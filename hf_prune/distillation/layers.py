@@ -16,14 +16,14 @@ Pairs = list[tuple[int, int]]
 
 
 def layer_pairs(layer_map: str | Sequence[Sequence[int]], student: int, teacher: int) -> Pairs:
-    """The pairs of student and teacher layers that a layer map means for models of these depths.
+    """The pairs of student and teacher layers of a layer map, for models of these depths.
 
     - `"uniform"`: student layer i of n learns from the end of the i-th of n equal parts of the teacher, so last from last.
     - `"last"`: the last layer learns from the last layer, the others from none.
-    - `"dynamic"`: as `"uniform"` until `closest_layers` says better.
+    - `"dynamic"`: as `"uniform"` until `closest_layers` has distances to go by.
 
     Raises:
-        ConfigError: an explicit pair names a layer that is not there.
+        ConfigError: an explicit pair names a layer that does not exist.
     """
     if layer_map == "last":
         return [(student - 1, teacher - 1)]
@@ -37,7 +37,7 @@ def layer_pairs(layer_map: str | Sequence[Sequence[int]], student: int, teacher:
 
 
 def closest_layers(distances: Tensor) -> Pairs:
-    """The dynamic map: each student layer takes the closest teacher layer that is not below the one before it took.
+    """The dynamic map: each student layer takes the closest teacher layer not below that of the student layer before it.
 
     Args:
         distances: `[student layers, teacher layers]`.

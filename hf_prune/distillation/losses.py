@@ -59,11 +59,11 @@ def without_padding(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def token_weights(tokens: Tensor, length: int) -> Tensor:
-    """What each position of `[sequences, length]` counts, float.
+    """The weight of each position of `[sequences, length]`, float.
 
     Args:
         tokens: bool `[sequences, length]`, which positions are no padding; or `[sequences, 1]` for inputs whose positions are not
-            known beforehand (images, sound): a sequence then counts 1 as a whole.
+            known in advance (images, sound): a sequence then counts 1 as a whole.
     """
     return tokens.float() if tokens.shape[1] == length else tokens.float().expand(-1, length) / length
 
@@ -76,8 +76,8 @@ def hidden_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
 def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """KL(teacher ‖ student) of attention distributions, mean over heads, weighted sum over queries.
 
-    Heads are compared one with one when both have as many. Otherwise, as after heads were pruned, the means over the heads are
-    compared, since nothing says which head answers to which. Keys that the student pays no attention at all, because they are
+    Heads are compared one to one when both have equally many. Otherwise, as after heads were pruned, the means over the heads are
+    compared, since heads no longer correspond. Keys that the student pays no attention at all, because they are
     masked or dropped out, are left out: attention dropout then changes the gradient by noise only.
 
     Args:

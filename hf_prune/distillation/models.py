@@ -1,4 +1,4 @@
-"""What has to be known about a student or teacher model: its inputs, its class, its layers, its classifier."""
+"""What distillation reads off a student or teacher model: inputs, class, layers, classifier."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def depths(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def final_classifier(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes the logits: the last one outside of the base model with as many outputs as there are labels.
+    """The linear layer that computes the logits: the last one outside of the base model with as many outputs as there are labels.
 
     Raises:
         ConfigError: there is none, or it is tied to embeddings, as in language models.
@@ -82,7 +82,7 @@ def final_classifier(model: nn.Module) -> nn.Linear:
 
 @contextmanager
 def recorded_inputs(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """The inputs that a module is called with, as long as the context lasts."""
+    """The inputs that a module is called with inside the context."""
     seen: list[Tensor] = []
     if module is None:
         yield seen

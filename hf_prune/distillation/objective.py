@@ -1,4 +1,4 @@
-"""All that a student learns from a teacher: the losses of a micro-batch, and the state that they keep over a run.
+"""The distillation losses of a micro-batch, and the state that they keep during a run.
 
 Sources: see `losses.py` and `layers.py`; the reused classifier is SimKD, Chen et al. 2022, https://arxiv.org/abs/2203.14001. The
 student's projected features are the input of the teacher's classifier. Projection and classifier are linear, so their product is an
@@ -26,7 +26,7 @@ ANSWERS = ("start_logits", "end_logits")
 
 
 class Seen(NamedTuple):
-    """What a model made of a micro-batch: its outputs, and the inputs of its final classifier."""
+    """What a model returned for a micro-batch: its outputs, and the inputs of its final classifier."""
 
     outputs: Mapping[str, Any]
     features: list[Tensor]
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 class Projections(nn.ModuleDict):
     """A linear map without bias for each loss that compares hidden states of different widths, shared by the layers of a stack.
 
-    They are trained with the student but no part of it.
+    They are trained with the student but are not part of it.
 
     Args:
         widths: student's and teacher's width, by the name of the loss. Equal widths need no map.
@@ -58,7 +58,7 @@ class Objective:
         teacher: the model that it learns from, or None when only cached logits are used.
 
     Attributes:
-        projections: what is trained beside the student. A trainer may wrap it.
+        projections: what is trained alongside the student; a trainer may wrap it.
         pairs: by stack, the layers that are compared.
         forward_arguments: what both models have to be called with, besides the inputs.
 
@@ -219,7 +219,7 @@ class Objective:
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], projections: nn.Module) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("projections.")}
         projections.load_state_dict({name.removeprefix("projections."): tensor for name, tensor in own.items()})
         self._distances = {}

@@ -1,4 +1,4 @@
-"""`DistillationTrainer`: a Trainer whose student also learns from a teacher, or from logits that a teacher left in the data.
+"""`DistillationTrainer`: a Trainer whose student also learns from an online teacher, or from cached teacher logits.
 
 Each loss is a mean over its own items (see `items.py`), counted over the whole accumulated batch and all processes, so 1×16, 2×8
 and 4×4 accumulation give the same gradients, ragged last batch included, and so do one process and two.
@@ -38,7 +38,7 @@ class DistillationTrainer(Trainer):
         args, kwargs: as for `Trainer`.
 
     Each loss is logged on its own (unweighted), such as `task_loss` and `logits_loss`. Evaluation reports the plain task loss.
-    What is learned beside the student is written into checkpoints, as `distillation.safetensors`, never into the model.
+    What is learned alongside the student is written into checkpoints, as `distillation.safetensors`, never into the model.
 
     Attention maps need eager attention, to which student and teacher are switched when `alpha_attention` is not 0.
 
@@ -85,7 +85,7 @@ class DistillationTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- Trainer's methods
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; a checkpoint brings its projections and layer map back."""
+        """As `Trainer.train`; a checkpoint restores projections and layer map."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ class DistillationTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adds the projections to the optimizer, as a group with its defaults; a reused classifier is frozen."""
+        """Adds the projections to the optimizer, as a parameter group with the defaults; a reused classifier is frozen."""
         self._objective.prepare(self._student)
         classifier = self._objective.classifier_of(self._student)
         if classifier is not None:
@@ -107,7 +107,7 @@ class DistillationTrainer(Trainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; a checkpoint also gets what is learned beside the student, before older ones are removed."""
+        """As in `Trainer`; a checkpoint also gets what is learned alongside the student, before older ones are removed."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
             self._save_state(Path(output_dir) / STATE_NAME)

@@ -1,5 +1,5 @@
-"""Checkpoints as people share them: how they load (`reload.py`), what their card says (`card.py`, filled while training by
-`callback.py`), and their way to the Hub (`push.py`)."""
+"""Sharing models: how checkpoints load (`reload.py`), their model card (`card.py`, filled during training by `callback.py`), and
+uploading to the Hub (`push.py`)."""
 
 from .callback import ModelCardCallback
 from .card import CardFacts, model_card, write_card

@@ -1,4 +1,4 @@
-"""The card as a by-product of training: `Trainer(..., callbacks=[PruningCallback(config), ModelCardCallback(dataset="glue")])`."""
+"""A card as a by-product of training: `Trainer(..., callbacks=[PruningCallback(config), ModelCardCallback(dataset="glue")])`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Model cards: what was pruned, what it cost and what it gained, in one page that the Hub understands.
+"""Model cards: what was pruned, the metrics before and after, and the speedup, in the Hub's format.
 
-Most of a card is read off the model. What cannot be, [`CardFacts`] hold: they lie beside the model in `pruning_facts.json`, so
-that a card can be made again when the model was condensed or measured.
+Most of a card is read off the model. [`CardFacts`] hold the rest; they are saved with the model as `pruning_facts.json`, so that
+the card can be made again after the model was condensed or measured.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class CardFacts:
         model_name: the model's name, for a card without the id of a repository.
         base_model: id (or path, of which the last part is shown) of the model that training started from.
         dataset: id on the Hub of the data that the metrics are of; without it they are in the card but not in its metadata.
-        dataset_name: what people call it; by default the id and the config.
+        dataset_name: its display name; by default the id and the config.
         dataset_config, dataset_split: as `load_dataset` takes them.
         language, license: for the card's metadata.
         metrics_before, metrics: of the dense model and of this one, without `eval_`.
-        metric: the one that pictures show; by default the first that is no loss.
+        metric: the one that plots show; by default the first that is not a loss.
         training: settings of the run to list.
         history: `step`, with `sparsity`, `reached_sparsity`, `target_sparsity` and metrics where they were logged.
         comparison: a [`Comparison`] as a dictionary.
@@ -155,7 +155,7 @@ def model_card(
     """The card of a pruned or condensed model.
 
     Args:
-        model: a transformers model, or what holds it.
+        model: a transformers model, or a wrapper around it.
         config: what it was pruned with.
         facts: what cannot be read off the model.
         pictures: path in the repository → caption.
@@ -226,7 +226,7 @@ def write_card(
 
 
 def write_pictures(folder: Path, blocks: tuple[BlockSize, ...], facts: CardFacts) -> dict[str, str]:
-    """Draw what there is to draw into `pictures/`; none without matplotlib.
+    """Draw the plots into `pictures/`; none without matplotlib.
 
     Returns:
         Path in the folder → caption.

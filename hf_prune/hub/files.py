@@ -1,4 +1,4 @@
-"""What the files in a model's folder are: the one rule for what comes along to another folder and what goes to the Hub.
+"""Which files of a model's folder are copied to another folder, and which are uploaded to the Hub.
 
 A folder holds more than a model. Its tokenizer and processors, and the other modules of a sentence-transformers model, belong to
 it; what a training run left does not; secrets never leave it. [`sort_files`] tells them apart by name and place:
@@ -27,7 +27,7 @@ MODULES_NAME = "modules.json"
 
 
 class Kind(Enum):
-    """What a file in a model's folder is; the value says it to people."""
+    """The kind of a file in a model's folder; the value is its description."""
 
     MODEL = "part of the model itself"
     COMPANION = "what the model is used with"
@@ -182,14 +182,14 @@ def sort_files(folder: str | os.PathLike[str]) -> dict[str, Kind]:
 
 
 def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[str, str]:
-    """Copy what lies beside a model into the folder of one that was made from it.
+    """Copy the other files of a model's folder into that of a model made from it.
 
     Args:
         source: the folder of the old model.
         target: that of the new one.
 
     Returns:
-        What stays behind, apart from the old model itself: path in the folder → why.
+        What is left out, apart from the old model itself: path in the folder → why.
 
     Raises:
         ValueError: a file that belongs to the model is a link to elsewhere; see also [`sort_files`].
@@ -207,7 +207,7 @@ def files_to_publish(folder: str | os.PathLike[str]) -> tuple[list[str], dict[st
     """Say which files of a model's folder go to the Hub.
 
     Returns:
-        Their paths in the folder, and what stays behind: path → why.
+        Their paths in the folder, and what is left out: path → why.
 
     Raises:
         ValueError: a file that belongs to the model is a link to elsewhere; see also [`sort_files`].

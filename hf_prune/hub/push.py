@@ -1,4 +1,4 @@
-"""From a model or its folder to the Hub: weights, config, modelling file, pruning config, card and pictures in one commit."""
+"""Upload a model to the Hub: weights, config, modelling file, pruning config, card and plots in one commit."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str | None = None,
 ) -> CommitInfo:
-    """Publish a pruned or condensed model with everything that belongs to it.
+    """Upload a pruned or condensed model with everything that belongs to it.
 
     Args:
         model: a model (or what holds it, and has `save_pretrained`), whose card is made on the spot; or the path of a folder that
-            holds a model with its card. Of a folder goes what [`files_to_publish`] lists and nothing else.
+            holds a model with its card. Of a folder, only the files in [`files_to_publish`] are uploaded.
         repo_id: where to; the repository is made if needed.
         config, facts: for the card of a model; see [`model_card`].
         processing_class: tokenizer or processor that is saved with a model.
         private: whether a new repository is private; with True, an old one has to be.
         revision: branch, made if needed.
-        token: access token; by default the one that is stored.
+        token: access token; by default the stored one.
         commit_message: by default says that the model was uploaded.
 
     Returns:

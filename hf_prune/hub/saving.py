@@ -1,4 +1,4 @@
-"""Saving a model that was made from another one: with what lies beside that, and a card of its own; whole, or not at all."""
+"""Save a model that was made from another one, with the other files of its folder and a new card, atomically."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def save_made_from(
         source: the folder of the old one. Its tokenizer and all else that [`carry_over`] takes come along; from its facts and its
             config the card is written.
         out: the folder to write.
-        replace: in the place of what is there; else that is an error.
+        replace: whether what is there is replaced; otherwise it is an error.
 
     Returns:
-        What stays behind: path in `source` → why.
+        What is left out: path in `source` → why.
 
     Raises:
         ValueError: there is something at `out`, or something in `source` cannot be read; see [`CardFacts.load`].

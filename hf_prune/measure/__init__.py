@@ -1,1 +1,1 @@
-"""What a model is and costs: zeros, sizes, latency, memory; as tables and pictures. Knows no pruner."""
+"""Measurements of a model: zeros, sizes, latency and memory, as tables and plots. Does not know the pruner."""

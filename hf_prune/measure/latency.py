@@ -1,4 +1,4 @@
-"""How long a model takes, and what it weighs beside another."""
+"""Latency and memory of a model, compared with another."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Cost:
 
     Attributes:
         parameters: how many it has, zeros included.
-        weight_bytes: of its parameters and buffers in memory; on disk it is as much.
-        activation_bytes: the most that one forward holds besides.
+        weight_bytes: of its parameters and buffers, in memory and on disk.
+        activation_bytes: peak memory of one forward pass beyond the weights.
         milliseconds: of one forward, see [`benchmark`].
     """
 
@@ -40,7 +40,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside the dense one. Prints as a table.
+    """A model compared with the dense one. Prints as a table.
 
     Attributes:
         dense, model: what each costs.
@@ -101,15 +101,15 @@ def compare(
     repeats: int = 30,
     track: Callable[[range], Iterable[int]] = iter,
 ) -> Comparison:
-    """Time and weigh a model beside the dense one it came from, on one batch of full rows of random inputs, in turn.
+    """Measure latency and memory of a model and of the dense one it came from, in turn, on a batch of full rows of random inputs.
 
     Args:
         model: the pruned or condensed model.
         dense: what to compare with; by default a random model of the sizes that the model had before it was condensed.
-        reference: what the dense model is, for people.
+        reference: what the dense model is, in words.
         rows: batch size; 1 for a decoder that classifies and has no padding token.
         tokens: length of the rows, at most half of the positions that the model has; images and sounds have sizes of their own.
-        repeats: forwards of each model that count.
+        repeats: timed forward passes of each model.
         track: wraps the rounds of measuring, to show progress.
     """
     reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")

@@ -1,4 +1,4 @@
-"""What a model holds in memory: weights, and the most that one forward holds besides."""
+"""Memory of a model: its weights, and the peak of one forward pass beyond them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def megabytes(count: int) -> str:
-    """A number of bytes for people; a megabyte is 10⁶ bytes."""
+    """A number of bytes in megabytes, as text; a megabyte is 10⁶ bytes."""
     return f"{count / 1e6:,.2f} MB"
 
 

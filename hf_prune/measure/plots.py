@@ -1,4 +1,4 @@
-"""Pictures for a model card: what was kept, how training went, what speed cost. They need matplotlib (the extra `plot`)."""
+"""Plots for a model card: what was kept, the training history, metric against latency. They need matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 

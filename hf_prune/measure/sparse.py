@@ -1,4 +1,4 @@
-"""Zeros that a kernel can skip: Linear layers that compute with a sparse copy of their weight, where that is faster.
+"""Sparse kernels: Linear layers that compute with a sparse copy of their weight, where that is faster.
 
 Zeros that follow no structure, 4x1 blocks and 2:4 make a model no smaller and, by themselves, no faster. torch has kernels for
 three formats: CSR (single weights), BSR (square blocks) and semi-structured (2:4, CUDA only). A CPU runs the first two well as
@@ -120,14 +120,14 @@ class SparseLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class SparseDecision:
-    """What became of one layer.
+    """The decision for one layer.
 
     Attributes:
         name: of the module.
         shape: `(out, in)`; its own where it is no layer's weight.
         sparsity: share of true zeros.
         kernel: `"dense"` or the format.
-        dense_ms, sparse_ms: milliseconds a batch, median; None where nothing was measured.
+        dense_ms, sparse_ms: milliseconds per batch, median; None where nothing was measured.
         reason: why the layer stays dense, `""` if it does not.
     """
 
@@ -165,7 +165,7 @@ class SparseReport:
 
 
 def to_sparse(model: Any, format: str = "csr", tokens: int = 1024, repeats: int = 5, margin: float = 0.05) -> SparseReport:
-    """Let the layers of a model's body that gain from it compute with sparse weights, and print what was decided.
+    """Use sparse weights in those layers of a model's body where that is faster, and print the decisions.
 
     Each Linear that has zeros forwards the same random batch both ways in turn, on one thread, and stays dense unless the sparse
     kernel gives the same and takes clearly less CPU time (on CUDA: time). The saved checkpoint stays dense and plain, and loads
@@ -175,8 +175,8 @@ def to_sparse(model: Any, format: str = "csr", tokens: int = 1024, repeats: int 
         model: changed in place. Its layers run the sparse kernel where no gradient is recorded (`torch.no_grad()`, as in
             `pipeline`, `generate` and `Trainer.evaluate`) and train as before.
         format: `"csr"` for single zeros and 4x1, `"bsr"` for square blocks, `"semi_structured"` for 2:4 (CUDA only).
-        tokens: rows of the batch that is measured, as many as you will run at a time.
-        repeats: forwards of each kind.
+        tokens: rows of the measured batch: the number you will run at a time.
+        repeats: timed forward passes of each kind.
         margin: share of the dense time that must be saved.
 
     Raises:

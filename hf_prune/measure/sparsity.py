@@ -1,4 +1,4 @@
-"""What is zero and what is gone: true zeros, parameters, heads and neurons left."""
+"""Sparsity: true zeros, parameters, and the heads and neurons left."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def sparsity_report(model: Any, shortfall: str | None = None) -> SparsityReport:
     Under LoRA, the zeros of the merged weights count.
 
     Args:
-        model: the model, or what holds it (a SentenceTransformer, a SetFitModel; see `model/wrappers.py`).
+        model: the model, or a wrapper around it (a SentenceTransformer, a SetFitModel; see `model/wrappers.py`).
         shortfall: what it lacks because its pruning ended early, see `Pruner.shortfall`.
 
     Raises:
@@ -165,7 +165,7 @@ def _block_size(block: Block) -> BlockSize:
 def stock_twin(model: Any, device: str = "cpu") -> PreTrainedModel:
     """A random model of the same class with the sizes that the model had before it was condensed.
 
-    It takes the time that the dense model takes. On device `"meta"` it has shapes and no weights.
+    It is as slow as the dense model. On device `"meta"` it has shapes and no weights.
     """
     model = transformers_model(model)
     condensed = getattr(model.config, "hf_prune", None) is not None

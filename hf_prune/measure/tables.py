@@ -1,4 +1,4 @@
-"""Tables for people: rich prints them in a terminal, `as_text` makes them a string."""
+"""Tables: rich prints them in a terminal, `as_text` makes them a string."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def table_of_modules(title: str, *columns: str, caption: str | None = None) -> Table:
-    """A table whose first column has names of modules: long ones are folded, none is cut, and figures stay on one line."""
+    """A table whose first column has names of modules: long ones are folded, none is cut, and numbers stay on one line."""
     table = Table(title=title, caption=caption, box=box.SIMPLE)
     table.add_column(columns[0], overflow="fold")
     for column in columns[1:]:

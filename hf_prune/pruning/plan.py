@@ -89,7 +89,7 @@ class PruningPlan:
         parameters: how many the pruned modules have.
         condensed_parameters: about how many of them are left after `condense`; zeros that it cannot cut out count as left, and so
             does everything under threshold scope.
-        sparsity: what logs, report and card will call so at the end: the share of zeros in the weights of the model's body.
+        sparsity: the final sparsity as in logs, report and card: the share of zeros in the weights of the model's body.
     """
 
     groups: tuple[PlannedGroup, ...]

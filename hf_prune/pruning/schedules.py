@@ -1,4 +1,4 @@
-"""How much, when: pure functions of progress, the steps at which masks change, and what a run's length makes of open settings.
+"""Schedules: sparsity as a function of progress, the steps at which masks change, and defaults that depend on the run's length.
 
 Progress p runs from 0 at the end of warm-up to 1 at the start of cool-down.
 """

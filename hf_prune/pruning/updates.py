@@ -1,4 +1,4 @@
-"""What the weights that stay do when others go.
+"""How the remaining weights are updated when others are removed.
 
 An update is a function from a weight, the second moments of its inputs and what goes of it to the weight that stays in its place.
 It knows neither pattern nor driver. `zero` leaves the others as they are: training repairs what is lost. Whatever else an update

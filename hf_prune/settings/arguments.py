@@ -128,7 +128,7 @@ class PruningArguments:
         def __getattr__(self, name: str) -> Any: ...
 
     def to_config(self) -> PruningConfig | None:
-        """The config these arguments describe, or None when pruning was not asked for.
+        """The config these arguments describe, or None without `--do_prune`.
 
         Raises:
             ConfigError: a value cannot be used, or pruning arguments were given without `--do_prune`.

@@ -64,7 +64,7 @@ SCOPES: tuple[str, ...] = ("local", "global", "threshold")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "l2", "max")
 NORMALIZATIONS: tuple[str, ...] = ("none", "mean", "l2")
 
-#: Settings that make no sense together: (field, its values, other field, the values it does not go with, reason).
+#: Settings that do not go together: (field, its values, other field, the values it does not go with, reason).
 CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
     (
         "criterion",
@@ -125,15 +125,17 @@ class PruningSettings:
     scope: str = setting(
         "global",
         "'local': every module reaches the target; 'global': all modules of the rule are ranked together, counted in weights; "
-        "'threshold': units whose score is at most threshold go, and target_sparsity only shapes the schedule.",
+        "'threshold': units whose score is at most threshold are removed, and target_sparsity only shapes the schedule.",
         choices=SCOPES,
     )
     threshold: float | None = setting(
-        None, "The score at or below which units go at the end, under scope 'threshold'; it rises with the schedule.", check_number
+        None,
+        "The score at or below which units are removed at the end, under scope 'threshold'; it rises with the schedule.",
+        check_number,
     )
     update: str = setting(
         "zero",
-        "What the weights that stay do when others go; 'zero': nothing, training repairs what is lost.",
+        "How the remaining weights are updated when others are removed; 'zero': not at all, training recovers the loss.",
         choices=UPDATES,
     )
     schedule: str = setting(
@@ -151,7 +153,7 @@ class PruningSettings:
         partial(check_duration, whole=True),
     )
     warmup_epochs: float | None = setting(
-        None, "Epochs before pruning starts, in the place of warmup_steps.", partial(check_duration, whole=False)
+        None, "Epochs before pruning starts, instead of warmup_steps.", partial(check_duration, whole=False)
     )
     cooldown_steps: float | None = setting(
         None,
@@ -160,14 +162,14 @@ class PruningSettings:
         partial(check_duration, whole=True),
     )
     cooldown_epochs: float | None = setting(
-        None, "Epochs at the end with frozen masks, in the place of cooldown_steps.", partial(check_duration, whole=False)
+        None, "Epochs at the end with frozen masks, instead of cooldown_steps.", partial(check_duration, whole=False)
     )
     frequency: int | None = setting(
         None, "Optimizer steps between mask updates. By default 50, or fewer, so that a short run has 20 updates.", check_frequency
     )
     updates: int | None = setting(
         None,
-        "Number of mask updates, spread evenly between warm-up and cool-down, in the place of frequency. By default 5 under "
+        "Number of mask updates, spread evenly between warm-up and cool-down, instead of a frequency. By default 5 under "
         "schedule 'lottery', which trains anew after each.",
         partial(check_frequency, unit="updates"),
     )

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, said in one way everywhere."""
+"""Errors about settings, all of one form: the field, its value, what is allowed, the closest match."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def setting(default: Any, help: str, check: Check | None = None, choices: Iterab
         default: its default.
         help: what it does, for docstrings and `--help`.
         check: of its values; `None` is never checked where it is the default.
-        choices: the names it can take, in the place of `check`; a set may grow later.
+        choices: the names it can take, instead of `check`; a set may grow later.
     """
     check = check if choices is None else partial(check_name, known=choices)
     return field(default=default, metadata={"help": help, "check": check, "choices": choices})

@@ -1,4 +1,4 @@
-"""What is removed together, as a string in a config and as a value in the library."""
+"""Patterns, the units that are removed together: a string in a config, a parsed value in the library."""
 
 from __future__ import annotations
 

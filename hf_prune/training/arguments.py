@@ -30,7 +30,8 @@ class ModelArguments:
         default=None, metadata={"help": "Every dropout probability of the model; 0 suits a student that copies a teacher."}
     )
     pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Condense to a multiple of so many neurons in a block, such as 16; odd sizes are slow."}
+        default=None,
+        metadata={"help": "Pad the neurons left in a condensed block to a multiple, such as 16; odd sizes can be slow."},
     )
 
     @property
@@ -66,7 +67,7 @@ class DataArguments:
         return {split: file for split, file in files.items() if file is not None}
 
     def select(self, raw: DatasetDict, kinds: set[str]) -> DatasetDict:
-        """The splits of these kinds, cut to the numbers of rows asked for.
+        """The splits of these kinds, cut to the requested numbers of rows.
 
         Raises:
             ConfigError: a split is needed and not there.

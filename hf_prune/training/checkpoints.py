@@ -1,4 +1,4 @@
-"""What a Trainer's checkpoint must hold so that a run can go on from it: the pruner's tensors, and a record of all files.
+"""What a Trainer's checkpoint needs for a run to resume from it: the pruner's tensors, and a record of all files.
 
 The Trainer writes `trainer_state.json` last. The callback's entry in it records every other file with its checksum, so a
 checkpoint is complete when that file is whole and all others are those that it records. Only after that the Trainer deletes older
@@ -42,10 +42,10 @@ _UNRECORDED = {TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt"}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The latest checkpoint in a Trainer's output folder that a run can go on from, or None if there is none.
+    """The latest checkpoint in a Trainer's output folder that a run can resume from, or None.
 
-    A process that dies while it saves leaves half a checkpoint behind, which `resume_from_checkpoint=True` would take. This one
-    passes it over, with a warning that says why:
+    A process that dies while saving leaves an incomplete checkpoint, which `resume_from_checkpoint=True` would take. This function
+    skips it, with a warning that says why:
 
     ```python
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
@@ -68,7 +68,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def defect(folder: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint, or None if it can."""
+    """Why a run cannot resume from a checkpoint, or None if it can."""
     for content, patterns in _REQUIRED.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"{folder} holds no {content}."

@@ -1,7 +1,7 @@
-"""Fine-tune, prune attention, distil, prune the feed-forward blocks, distil: as one job that goes on where it was stopped.
+"""Fine-tune, prune attention, distil, prune the feed-forward blocks, distil: as one job that resumes where it was interrupted.
 
 A [`Recipe`] is a list of [`Stage`]s. Each starts from the model that the one before saved, trains it with a Trainer and an
-optimizer of its own, condenses what was pruned, and saves the model with its figures. It is the process of NNI's "Pruning
+optimizer of its own, condenses what was pruned, and saves the model with its metrics. It is the process of NNI's "Pruning
 Transformer"; its hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
 """
 
@@ -242,7 +242,7 @@ class Pipeline:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
     def run(self) -> PipelineResult:
-        """Run what is left to do; return the figures of all stages.
+        """Run the remaining stages; return the metrics of all.
 
         Every stage that is left is first set up with the model to start from, and that model evaluated, so that a recipe that
         cannot be run fails before anything is trained.

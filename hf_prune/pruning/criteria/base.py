@@ -3,7 +3,7 @@
 A criterion turns weight, gradient or activation into a quantity of elements or rows, the pattern reduces it to units, and the
 criterion accumulates that over steps: its state is one number a unit, held as tensors. What it reads is taken by `statistics.py`.
 
-A criterion of your own is one class, which names itself:
+A custom criterion is one class, registered under its name:
 
 ```python
 @register_criterion("sensitivity")
@@ -90,7 +90,7 @@ class Criterion:
         """Called after each mask update."""
 
     def metrics(self) -> dict[str, float]:
-        """What it adds to the logs."""
+        """Metrics to log."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
