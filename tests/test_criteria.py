@@ -389,9 +389,20 @@ class LateRows(APoZ):
         return "" if any(view.owns_rows for view in group.weights) else "knows rows alone"
 
 
+class RowsByItsSettings(APoZ):
+    """Knows only from its settings that it scores rows."""
+
+    scores_rows = False
+
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        self.scores_rows = settings.reduction == "mean"
+
+
 @pytest.mark.parametrize(
     ("criterion", "settings", "message"),
     [
+        (RowsByItsSettings, {"pattern": "2:4"}, "scores output rows, and no unit owns one"),
         *((Rows, {"pattern": pattern}, "scores output rows, so it needs") for pattern in ("2:4", "4x1", "channelx1", "auto")),
         *((LateRows, {"pattern": pattern}, "knows rows alone \\(pattern") for pattern in ("2:4", "4x1", "channelx1")),
         (Back, {"pattern": "head", "schedule": "lottery"}, "does not go with criterion='mine'"),
