@@ -1,0 +1,56 @@
+"""Encoders with decoders that attend to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
+from .fragments import bart_attention
+
+BART = ArchitectureSpec(
+    model_types=("bart",),
+    layers=("encoder.layers", "decoder.layers"),
+    attentions=(bart_attention("self_attn"), bart_attention("encoder_attn")),
+    feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
+    widths=({"intermediate_size": "encoder_ffn_dim"}, {"intermediate_size": "decoder_ffn_dim"}),
+)
+
+WHISPER = replace(
+    BART,
+    model_types=("whisper",),
+    depths=("encoder_layers", "decoder_layers"),
+    depths_when={"use_weighted_layer_sum": False},
+)
+
+
+def _t5_attention(name: str) -> AttentionSpec:
+    return AttentionSpec(
+        module=name,
+        query=Part(f"{name}.q"),
+        key=Part(f"{name}.k"),
+        value=Part(f"{name}.v"),
+        output=Part(f"{name}.o"),
+        head_size="key_value_proj_dim",
+        sizes={"n_heads": "heads", "inner_dim": "width"},
+        position_bias="passed on",
+    )
+
+
+def _t5_feed_forwards(name: str) -> tuple[FeedForwardSpec, FeedForwardSpec]:
+    """The plain one, and the gated one of later versions."""
+    down, activation = Part(f"{name}.wo"), f"{name}.act"
+    return (
+        FeedForwardSpec(up=Part(f"{name}.wi"), down=down, activation=activation),
+        FeedForwardSpec(gate=Part(f"{name}.wi_0"), up=Part(f"{name}.wi_1"), down=down, activation=activation),
+    )
+
+
+#: The first layer of each stack computes a position bias, for all of its heads, and every layer passes it on.
+T5 = ArchitectureSpec(
+    model_types=("t5",),
+    layers=("encoder.block", "decoder.block"),
+    attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention")),
+    feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
+    depths=("num_layers", "num_decoder_layers"),
+    widths=({"intermediate_size": "d_ff"}, {"intermediate_size": "d_ff"}),
+)
