@@ -136,3 +136,8 @@ def auto_classes(model_type: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         if auto.startswith("AutoModel") and mapping is not None and model_type in mapping._model_mapping:
             names = mapping._model_mapping[model_type]
             yield auto, names if isinstance(names, tuple) else (names,)
+
+
+def without_peft(model: Any) -> Any:
+    """The transformers model in a `PeftModel`, adapters and all; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

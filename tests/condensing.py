@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import condense, condense_plan
-from hf_prune.condense.resize import inputs_of, output_of, unit_features
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -39,7 +38,7 @@ def gradient_gap(model: PreTrainedModel) -> float:
     """Mask two units of each block, condense: the largest difference of gradients, relative to a parameter's largest above one."""
     for block in find_blocks(model):  # dead on both sides, so that the masked model's survivors get no other gradient
         models.zero_units(block, [2, 3], "out")
-        if not isinstance(block, AttentionBlock) or block.heads_per_group == 1:
+        if block.units_per_group == 1:
             models.zero_units(block, [2, 3], "in")
     plan = condense_plan(copy.deepcopy(model))
     batch = {**models.ragged_batch(model), "labels": torch.tensor([0, 1, 1, 0])}
@@ -53,12 +52,11 @@ def gradient_gap(model: PreTrainedModel) -> float:
     kept: dict[str, list[Tensor]] = {}
     for block in plan.blocks:
         features = (~block.dead_features).nonzero().flatten()
-        shared = features if block.key_values is None else unit_features(block.block, block.key_values)
-        for part in sorted(inputs_of(block.block), key=lambda part: part.start):
-            reads = part in (getattr(block.block, "key", None), getattr(block.block, "value", None))
+        shared = block.block.features(block.groups)
+        for part in sorted(block.block.inputs, key=lambda part: part.part.index):
             for name in ("weight", "bias"):
-                kept.setdefault(f"{part.name}.{name}", []).append(part.start + (shared if reads else features))
-        masked[f"{output_of(block.block).name}.weight"] = masked[f"{output_of(block.block).name}.weight"][:, features]
+                kept.setdefault(f"{part.name}.{name}", []).append(part.rows[features if part is block.block.inputs[0] else shared])
+        masked[f"{block.block.output.name}.weight"] = masked[f"{block.block.output.name}.weight"][:, features]
     gaps = []
     for name, gradient in condensed.items():
         wanted = masked[name][torch.cat(kept[name])] if name in kept else masked[name]

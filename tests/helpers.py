@@ -140,6 +140,6 @@ def elements(group: UnitGroup) -> Iterator[tuple[int, str, int, int]]:
     """`(unit, parameter name, row, column)` of every weight of a group, spelled out."""
     for view in group.weights:
         columns = view.target.shape[1] // view.width
-        for row in range(view.start, view.stop):
+        for place, row in enumerate(torch.arange(view.target.shape[0])[view.rows].tolist()):
             for column in range(view.target.shape[1]):
-                yield (row - view.start) // view.height * columns + column // view.width, view.target.name, row, column
+                yield place // view.height * columns + column // view.width, view.target.name, row, column

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.model import AttentionBlock, Block, FeedForwardBlock, find_blocks
+from hf_prune.model import Block, Projection, find_blocks
 from hf_prune.model.targets import weight_target
 
 
@@ -241,18 +241,20 @@ def attentions_of(model: PreTrainedModel) -> list[str]:
 @torch.no_grad()
 def zero_units(block: Block, units: list[int], how: str) -> None:
     """Zero some heads or neurons of a block. `how`: `"in"` (value or up rows), `"out"` (output or down columns), `"query"`."""
-    width = block.head_size if isinstance(block, AttentionBlock) else 1
-    features = torch.tensor([unit * width + offset for unit in units for offset in range(width)], dtype=torch.long)
-    if how == "out":
-        target = weight_target("", (block.output if isinstance(block, AttentionBlock) else block.down).module)
-        target.matrix(target.parameter)[:, features] = 0
-    else:
-        part = (block.query if how == "query" else block.value) if isinstance(block, AttentionBlock) else block.up
-        target = weight_target("", part.module)
-        target.matrix(target.parameter)[part.start + features] = 0
-        if isinstance(block, FeedForwardBlock) and block.gate is not None:  # constant only if both factors are
-            target = weight_target("", block.gate.module)
-            target.matrix(target.parameter)[block.gate.start + features] = 0
+    features = block.features(torch.tensor(units, dtype=torch.long))
+    parts: tuple[Projection, ...] = (block.output,)
+    if how != "out":
+        parts = (
+            (block.roles["query"],)
+            if how == "query"
+            else tuple(block.roles[name] for name in ("value", "up", "gate") if name in block.roles)
+        )
+    for part in parts:  # a gated neuron is constant only if both factors are
+        matrix = weight_target("", part.module).weight()
+        if how == "out":
+            matrix[:, features] = 0
+        else:
+            matrix[part.rows[features]] = 0
 
 
 def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
@@ -263,8 +265,8 @@ def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
     generator = torch.Generator().manual_seed(seed)
     left = {}
     for number, block in enumerate(find_blocks(model)):
-        count = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
-        shared = block.heads_per_group if isinstance(block, AttentionBlock) else 1
+        count = block.num_units
+        shared = block.units_per_group
         dead = torch.rand(count, generator=generator) < (1.0 if number in (0, 3) else 0.5)
         by_rows = torch.rand(count, generator=generator) < 0.5
         if shared > 1:  # rows that heads share go only with all of them
@@ -286,10 +288,10 @@ SET_HEADS = ("vit", "deit", "llama", "llama-with-biases", "mistral", "qwen2", "q
 def prune_evenly(model: PreTrainedModel, heads: bool) -> None:
     """Zero a quarter of the neurons of every block and, if asked, half of the heads."""
     for block in find_blocks(model):
-        if isinstance(block, FeedForwardBlock):
-            zero_units(block, list(range(block.num_neurons // 4)), "out")
+        if block.kind == "feed_forward":
+            zero_units(block, list(range(block.num_units // 4)), "out")
         elif heads:
-            zero_units(block, list(range(block.num_heads // 2)), "out")
+            zero_units(block, list(range(block.num_units // 2)), "out")
 
 
 def empty_layers(model: PreTrainedModel, indices: set[int], silent: bool = False) -> dict[str, list[int]]:
@@ -298,12 +300,10 @@ def empty_layers(model: PreTrainedModel, indices: set[int], silent: bool = False
     for block in find_blocks(model):
         path, _, index = block.layer.rpartition(".")
         if int(index) in indices:
-            attends = isinstance(block, AttentionBlock)
-            shared = attends and not silent
-            count = (block.num_key_value_heads if shared else block.num_heads) if attends else block.num_neurons
+            count = block.num_units if silent else block.num_groups
             zero_units(block, list(range(count)), "out" if silent else "in")
             emptied.setdefault(path, set()).add(int(index))
-            if silent and (bias := (block.output if attends else block.down).module.bias) is not None:
+            if silent and (bias := block.output.module.bias) is not None:
                 nn.init.zeros_(bias)
     return {path: sorted(found) for path, found in emptied.items()}
 

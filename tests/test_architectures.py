@@ -7,25 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import condensing
 import models
+import peft
 import pytest
 import torch
 from helpers import prune_at_once
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_prune import PruningConfig, PruningRule, condense
 from hf_prune.model import (
     SPECS,
     ArchitectureSpec,
-    AttentionBlock,
     AttentionSpec,
     FeedForwardSpec,
     Part,
     find_blocks,
     register_architecture,
 )
+from hf_prune.pruning.patterns import build_groups
+from hf_prune.settings.patterns import parse_pattern
 
 
 class ToyConfig(PreTrainedConfig):
@@ -131,10 +134,144 @@ def test_a_spec_that_leaves_something_out_is_found_out(toy: ArchitectureSpec) ->
 def test_specs_find_every_block(family: str) -> None:
     found = find_blocks(models.tiny(family, "bare"))
     layers = {block.layer for block in found}
-    attentions = [block for block in found if isinstance(block, AttentionBlock)]
+    attentions = [block for block in found if block.kind == "attention"]
     cross = sum("encoder_attn" in block.name or "EncDec" in block.name for block in attentions)
     assert len(layers) == {"albert": 2, "bart": 6, "t5": 6, "t5-gated": 6, "whisper": 6}.get(family, 3)
     assert len(attentions) - cross == len(found) - len(attentions) == len(layers)
     assert cross == (3 if len(layers) == 6 else 0)
-    assert {block.num_neurons for block in found if not isinstance(block, AttentionBlock)} == {40}
-    assert {block.head_size for block in attentions} == {8}
+    assert {block.num_units for block in found if block.kind == "feed_forward"} == {40}
+    assert {block.unit_width for block in attentions} == {8}
+
+
+@pytest.fixture
+def neox() -> Iterator[PreTrainedModel]:
+    """A family with a record of the test's own, whose projection has query, key and value of each head side by side."""
+    query, key, value = (Part("attention.query_key_value", index, 3, interleaved=True) for index in range(3))
+    output, activation = Part("attention.dense"), "mlp.act"
+    register_architecture(
+        ArchitectureSpec(
+            model_types=("gpt_neox",),
+            layers=("layers",),
+            attentions=(AttentionSpec("attention", query, key, value, output, head_size="head_size"),),
+            feed_forwards=(FeedForwardSpec(Part("mlp.dense_h_to_4h"), Part("mlp.dense_4h_to_h"), activation),),
+        )
+    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 99}
+    torch.manual_seed(0)
+    yield models.randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=40, pad_token_id=0))).eval()
+    SPECS.pop("gpt_neox")
+
+
+@pytest.mark.parametrize("pattern", ["head", "auto", "block"])
+def test_masks_of_interleaved_projections(neox: PreTrainedModel, pattern: str) -> None:
+    attention = find_blocks(neox)[0]
+    assert [part.rows[:9].tolist() for part in attention.inputs] == [[*range(start, start + 8), start + 24] for start in (0, 8, 16)]
+    module = neox.gpt_neox.layers[0].attention.query_key_value
+    groups, _ = build_groups(parse_pattern(pattern), [], [attention])
+    kept = torch.ones(groups[0].num_units, dtype=torch.bool)
+    kept[-1] = False
+    groups[0].apply(kept)
+    zeros = (module.weight == 0).all(1).nonzero().flatten().tolist()
+    if pattern == "auto":  # a tile of the query: rows of the last head, the last eight columns
+        assert (module.weight == 0).nonzero().tolist() == [[row, column] for row in range(72, 80) for column in range(24, 32)]
+    else:
+        assert zeros == (module.bias == 0).nonzero().flatten().tolist() == list(range(0 if pattern == "block" else 72, 96))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_interleaved_projections_are_cut(neox: PreTrainedModel, adapted: bool, tmp_path: Path) -> None:
+    model: Any = neox
+    if adapted:
+        settings = peft.LoraConfig(target_modules=["query_key_value", "dense"], init_lora_weights=False)
+        model = peft.get_peft_model(neox, settings).eval()
+    config = PruningConfig(
+        rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")], criterion="magnitude", schedule="constant"
+    )
+    prune_at_once(model, config)
+    before = condensing.outputs(neox)
+    parameters = model.num_parameters()
+    condense(model)
+    assert {block.num_units for block in find_blocks(model) if block.kind == "attention"} < {0, 1, 2, 3, 4}
+    assert model.num_parameters() < parameters
+    assert condensing.gap(before, condensing.outputs(neox)) <= 1e-5
+    if not adapted:
+        neox.save_pretrained(tmp_path)
+        assert condensing.gap(before, condensing.outputs(GPTNeoXForCausalLM.from_pretrained(tmp_path))) <= 1e-5
+
+
+def changed(spec: ArchitectureSpec, block: str = "", **changes: Any) -> ArchitectureSpec:
+    """A spec with other fields, or with other fields in one kind of its blocks."""
+    return replace(spec, **{block: (replace(getattr(spec, block)[0], **changes), *getattr(spec, block)[1:])} if block else changes)
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "list": ("bert", {"layers": ("encoder.layrs",)}, r"BertModel has no 'encoder.layrs'.*Did you mean 'encoder.layer'\?"),
+    "list in a list": (
+        "albert",
+        {"layers": ("encoder.groups.*.albert_layers",)},
+        r"Did you mean 'encoder.albert_layer_groups.\*.alb",
+    ),
+    "one of two lists": (
+        "bart",
+        {"layers": ("encoder.layers", "decodr.layers")},
+        r"BartModel has no 'decodr.layers'.*'decoder.layers'\?",
+    ),
+    "no list": ("bert", {"layers": ("encoder",)}, r"BertModel has no 'encoder'.*'encoder.layer'\?"),
+    "depth": ("vit", {"depths": ("num_layers",)}, r"ViTConfig has no 'num_layers'"),
+    "attention": (
+        "bert",
+        {"block": "attentions", "module": "atention.self"},
+        r"has no 'encoder.layer.\*.atention.self'.*'enc.*attention.self'\?",
+    ),
+    "feed-forward": (
+        "bert",
+        {"block": "feed_forwards", "up": Part("intermediate.dens")},
+        r"has no 'encoder.*dens'.*intermediate.dense'\?",
+    ),
+    "self-attention beside another": (
+        "bart",
+        {"block": "attentions", "module": "self_atn"},
+        r"BartModel has no 'encoder.*self_atn'.*'encoder.*self_attn'\?",
+    ),
+    "projection": (
+        "bert",
+        {"block": "attentions", "key": Part("attention.self.k")},
+        r"BertModel has no 'attention.self.k'.*'attention.self.key'\?",
+    ),
+    "activation": ("bert", {"block": "feed_forwards", "activation": "intermediate.act"}, r"BertModel has no 'intermediate.act'"),
+    "after": ("gpt2", {"block": "attentions", "after": ("dropout",)}, r"GPT2Model has no 'attn.dropout'.*'attn.attn_dropout'\?"),
+    "head size": (
+        "bert",
+        {"block": "attentions", "head_size": "head_siz"},
+        r"BertSelfAttention has no 'head_siz'.*'all_head_size'\?",
+    ),
+    "size": (
+        "bert",
+        {"block": "attentions", "sizes": {"num_heads": "heads"}},
+        r"BertSelfAttention has no 'num_heads'.*num_attention_heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_record_names_and_the_model_lacks_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, changes, message = WRONG[name]
+    model = models.tiny(family, "bare")
+    monkeypatch.setitem(SPECS, family, changed(SPECS[family], **changes))
+    with pytest.raises(ValueError, match=message):
+        condense(model)
+
+
+def test_attention_that_no_record_names_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optional block may be missing, but not while the model has another that it might be: BART's decoder attends twice."""
+    wrong = replace(SPECS["bart"].attentions[1], module="encoder_atn")
+    monkeypatch.setitem(SPECS, "bart", replace(SPECS["bart"], attentions=(SPECS["bart"].attentions[0], wrong)))
+    with pytest.raises(ValueError, match=r"BartModel has no 'encoder_atn'.*Did you mean 'encoder_attn'\?"):
+        find_blocks(models.tiny("bart", "bare"))
+
+
+def test_parts_of_a_family_have_the_blocks_they_have() -> None:
+    encoder = T5EncoderModel(models.FAMILIES["t5"]())
+    assert {block.layer.partition(".")[0] for block in find_blocks(encoder)} == {"encoder"}
+    with pytest.raises(ValueError, match=r"T5Stack has no 'encoder.block'"):
+        find_blocks(encoder.encoder)

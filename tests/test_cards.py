@@ -54,7 +54,7 @@ def test_sizes_before_condensing_are_remembered(family: str) -> None:
 def test_removed_layers_are_remembered() -> None:
     model = models.tiny("qwen2")
     for block in find_blocks(model)[2:4]:
-        units = block.num_heads if hasattr(block, "num_heads") else block.num_neurons
+        units = block.num_units
         models.zero_units(block, list(range(units)), "out")
     condense(model)
     assert model.config.num_hidden_layers == 2

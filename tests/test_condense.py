@@ -17,13 +17,13 @@ from helpers import prune_at_once
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
 from hf_prune.condense import drop_layers, stock_config
 from hf_prune.condense.plan import plan_block, regroup
-from hf_prune.condense.resize import inputs_of, output_of
-from hf_prune.model import AttentionBlock, FeedForwardBlock, FeedForwardSpec, Part, Projection, find_blocks, spec_for
+from hf_prune.model import Block, FeedForwardSpec, Part, Projection, find_blocks, spec_for
 from hf_prune.model.targets import weight_target
 from hf_prune.training.recipe import Stage
 
@@ -32,7 +32,7 @@ condensing = importlib.import_module("hf_prune.condense")
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
-    return {block.name: block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons for block in find_blocks(model)}
+    return {block.name: block.num_units for block in find_blocks(model)}
 
 
 def state_of(model: PreTrainedModel) -> dict[str, tuple[int, Tensor]]:
@@ -80,9 +80,9 @@ def test_modules_stay_true_to_their_size(family: str) -> None:
         if isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
     for block in find_blocks(model):
-        if isinstance(block, AttentionBlock):
-            width = block.query.stop - block.query.start
-            wanted = {"heads": width // 8, "width": width, "groups": block.heads_per_group}
+        if block.kind == "attention":
+            width = len(block.roles["query"].rows)
+            wanted = {"heads": width // 8, "width": width, "groups": block.units_per_group}
             assert all(getattr(block.module, name) == wanted[meaning] for name, meaning in block.spec.sizes.items())
             assert wanted["width"] == weight_target("", block.output.module).shape[1]
 
@@ -118,13 +118,15 @@ def test_what_only_looks_dead_stays(family: str) -> None:
     attention, ffn = find_blocks(model)[:2]
     models.zero_units(attention, [0, 1, 2, 3], "query")
     with torch.no_grad():
-        key, value, up = ((part, weight_target("", part.module)) for part in (attention.key, attention.value, ffn.up))
+        key, value, up = (
+            (part, weight_target("", part.module)) for part in (attention.roles["key"], attention.roles["value"], ffn.roles["up"])
+        )
         for part, _ in (key, up):
             if part.module.bias is not None:
-                part.module.bias[part.start : part.stop] = 0
-        key[1].matrix(key[1].parameter)[key[0].start : key[0].stop] = 0
-        value[1].matrix(value[1].parameter)[value[0].start : value[0].start + 7] = 0  # all rows of the head but one
-        down = weight_target("", ffn.down.module)
+                part.module.bias[part.rows] = 0
+        key[1].matrix(key[1].parameter)[key[0].rows] = 0
+        value[1].matrix(value[1].parameter)[value[0].rows[:7]] = 0  # all rows of the head but one
+        down = weight_target("", ffn.output.module)
         down.matrix(down.parameter)[1:, 3] = 0  # all rows of the column but one
     state = state_of(model)
     assert not condense_plan(model).changed
@@ -174,7 +176,7 @@ def tiny_decoder(cross_attention: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     model = models.randomize(transformers.BertLMHeadModel(config)).eval()
     for block in find_blocks(model)[:2]:
-        units = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+        units = block.num_units
         models.zero_units(block, list(range(units)), "in")
     return model
 
@@ -196,10 +198,10 @@ def test_generates_the_same_left_padded(family: str, beams: int) -> None:
     model = models.tiny(family, models.GENERATORS[family])
     models.prune_randomly(model)
     for block in find_blocks(model):
-        if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
-            models.zero_units(block, list(range(block.num_heads)), "out")
+        if block.kind == "attention" and block.layer.endswith(".0"):
+            models.zero_units(block, list(range(block.num_units)), "out")
     check_generation(model, family, beams)
-    assert {block.num_heads for block in find_blocks(model) if hasattr(block, "num_heads") and block.layer.endswith(".0")} == {0}
+    assert {block.num_units for block in find_blocks(model) if block.kind == "attention" and block.layer.endswith(".0")} == {0}
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=6))
@@ -407,10 +409,22 @@ def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
         gate.weight[[3, 4, 5]] = 0
         gate.bias[3] = 0
         down.weight[:, 6] = 0
-    parts = [Projection(name, module, 0, module.out_features) for name, module in (("up", up), ("down", down), ("gate", gate))]
+    modules = {"up": up, "gate": gate, "down": down}
+    parts = {name: Projection(name, module, Part(name), torch.arange(module.out_features)) for name, module in modules.items()}
     spec = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
     with torch.no_grad():
-        plan = plan_block(FeedForwardBlock("layer", "ffn", spec, *parts, activation), 1)
+        block = Block(
+            kind="feed_forward",
+            unit="neuron",
+            layer="layer",
+            name="layer.up",
+            key="up",
+            roles=parts,
+            size_names=("intermediate_size",),
+            spec=spec,
+            activation=activation,
+        )
+        plan = plan_block(block, 1)
         inputs = torch.randn(5, 4)
         before = down(activation(gate(inputs)) * up(inputs))
         condensing.fold(plan)
@@ -465,7 +479,7 @@ def test_a_block_whose_weights_are_computed_is_left_out(part: str, tensor: str) 
     for block in find_blocks(model):
         models.zero_units(block, [0, 1], "in")
     layer = model.bert.encoder.layer[1].get_submodule(part)
-    torch.nn.utils.prune.l1_unstructured(layer, tensor, 0.5)
+    prune.l1_unstructured(layer, tensor, 0.5)
     batch = models.ragged_batch(model)
     with torch.no_grad():
         before = model(**batch).logits
@@ -482,15 +496,15 @@ def test_a_block_whose_weights_are_computed_is_left_out(part: str, tensor: str) 
 def test_neurons_are_padded_to_a_multiple(multiple: int) -> None:
     model = models.tiny("bert")
     alive = [17, 0, 33]
-    neurons = [block for block in find_blocks(model) if not isinstance(block, AttentionBlock)]
+    neurons = [block for block in find_blocks(model) if block.kind == "feed_forward"]
     for block, count in zip(neurons, alive):
-        models.zero_units(block, list(range(count, block.num_neurons)), "in")
+        models.zero_units(block, list(range(count, block.num_units)), "in")
     batch = models.ragged_batch(model)
     with torch.no_grad():
         before = model(**batch).logits
         condense(model, pad_to_multiple_of=multiple)
         after = model(**batch).logits
-    left = [block.num_neurons for block in find_blocks(model) if not isinstance(block, AttentionBlock)]
+    left = [block.num_units for block in find_blocks(model) if block.kind == "feed_forward"]
     assert left == [min(-(-count // multiple) * multiple, 40) for count in alive]
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
@@ -544,7 +558,7 @@ def check_removal(model: PreTrainedModel, gone: dict[str, list[int]], verify: bo
             assert gap([state for index, state in enumerate(states) if index not in missing], list(after[name])) <= 1e-5
     stacks: dict[str, list[int]] = {}
     for block in find_blocks(model):
-        if isinstance(block, AttentionBlock) and getattr(block.module, "layer_idx", None) is not None:
+        if block.kind == "attention" and getattr(block.module, "layer_idx", None) is not None:
             assert block.module.layer_idx == int(block.layer.rpartition(".")[2])
             stacks.setdefault(block.layer.rpartition(".")[0], []).append(block.module.layer_idx)
     assert all(set(indices) == set(range(len(set(indices)))) for indices in stacks.values())
@@ -593,7 +607,7 @@ def test_first_layer_goes_when_it_adds_nothing_and_is_made_like_the_others(famil
 def first_constants(model: PreTrainedModel) -> list[Tensor]:
     """What the biases of first layers' output projections, and of what feeds them, could add."""
     found = [block for block in find_blocks(model) if block.layer.endswith(".0")]
-    modules = [part.module for block in found for part in (*inputs_of(block), output_of(block))]
+    modules = [part.module for block in found for part in (*block.inputs, block.output)]
     return [module.bias for module in modules if module.bias is not None]
 
 
@@ -671,7 +685,7 @@ def test_generates_the_same_with_unequal_stacks(family: str, emptier: str, tmp_p
     model = five_layers(family, models.GENERATORS[family])
     for block in find_blocks(model):
         if int(block.layer.rpartition(".")[2]) in ({1, 2, 3} if block.layer.startswith(emptier) else {2}):
-            units = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+            units = block.num_units
             models.zero_units(block, list(range(units)), "in")
     check_generation(model, family)
     assert sorted(map(len, model.config.hf_prune["removed_layers"].values())) == [1, 3]

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from hf_prune import ConfigError, Pruner, PruningConfig, condense
 from hf_prune.measure.sparsity import original_blocks
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 from hf_prune.settings.config import NORMALIZATIONS, REDUCTIONS, SCOPES
 
 pytestmark = pytest.mark.slow
@@ -164,7 +164,7 @@ def empty_at_random(model: PreTrainedModel, draw: random.Random, family: str) ->
     if draw.random() < 0.3:
         prune_randomly(model, seed=draw.randrange(1000))
     for block in find_blocks(model):
-        units = block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons
+        units = block.num_units
         gone = draw.sample(range(units), draw.choice((0, 0, 1, units // 2, units)) if units else 0)
         zero_units(block, gone, draw.choice(("in", "out", "query")) if _rows_are_its_own(block) else "out")
         for part in block.projections:
@@ -175,7 +175,7 @@ def empty_at_random(model: PreTrainedModel, draw: random.Random, family: str) ->
 
 
 def _rows_are_its_own(block: Any) -> bool:
-    return not isinstance(block, AttentionBlock) or block.heads_per_group == 1
+    return block.kind == "feed_forward" or block.units_per_group == 1
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prune import convert_v4_pruned_heads
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 
 #: Which heads transformers 4 was told to prune, by layer.
 PRUNED = {0: [1, 2], 1: [0, 1, 2, 3], 2: [3]}
@@ -69,7 +69,7 @@ def save(folder: Path, model: PreTrainedModel, state: dict[str, Tensor], form: s
 def masked(model: PreTrainedModel) -> Tensor:
     """What a model gives with the pruned heads' columns zeroed: in transformers 4 a pruned head adds nothing, not even its bias."""
     for block in find_blocks(model):
-        if isinstance(block, AttentionBlock) and "decoder" not in block.name:
+        if block.kind == "attention" and "decoder" not in block.name:
             models.zero_units(block, PRUNED[int(block.layer.rpartition(".")[2])], "out")
     return logits(model)
 
@@ -94,7 +94,7 @@ def test_pruned_heads(family: str, head: str, form: str, tmp_path: Path) -> None
     converted = convert_v4_pruned_heads(tmp_path / "v4")
     assert type(converted) is type(model)
     assert float((logits(converted) - wanted).abs().max()) <= 1e-5
-    assert [block.num_heads for block in find_blocks(converted) if isinstance(block, AttentionBlock)][:3] == [2, 0, 3]
+    assert [block.num_units for block in find_blocks(converted) if block.kind == "attention"][:3] == [2, 0, 3]
     assert "pruned_heads" not in converted.config.to_dict()
     converted.save_pretrained(tmp_path / "v5")
     loaded = type(model).from_pretrained(tmp_path / "v5")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hf_prune import PruningCallback, PruningConfig, PruningRule, condense, condense_plan
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 
 
 def condensed(family: str = "bert", head: str | None = None, **config: Any) -> PreTrainedModel:
@@ -113,7 +113,7 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout_rate")
     config = models.FAMILIES[family]()
     model = condensed(family, **{name: 0.0 for name in names if hasattr(config, name)}).train()
-    assert any(block.num_heads == 0 for block in find_blocks(model) if isinstance(block, AttentionBlock))
+    assert any(block.num_units == 0 for block in find_blocks(model) if block.kind == "attention")
     batch = {**models.ragged_batch(model), "labels": torch.tensor([0, 1, 1, 0])}
     gradients: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
@@ -134,8 +134,8 @@ def test_static_cache(family: str) -> None:
     model = models.tiny(family, models.GENERATORS[family])
     models.prune_randomly(model)
     for block in find_blocks(model):
-        if isinstance(block, AttentionBlock) and block.layer.endswith(".0"):
-            models.zero_units(block, list(range(block.num_heads)), "out")
+        if block.kind == "attention" and block.layer.endswith(".0"):
+            models.zero_units(block, list(range(block.num_units)), "out")
     inputs = {"input_ids": torch.tensor([[7, 8, 9], [0, 6, 4]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
     settings = {
         "max_new_tokens": 6,
@@ -147,7 +147,7 @@ def test_static_cache(family: str) -> None:
     settings |= {"cache_implementation": "static", "disable_compile": True}
     before = model.generate(**inputs, **settings)
     after = condense(model).generate(**inputs, **settings)
-    assert find_blocks(model)[0].num_heads == 0  # type: ignore[union-attr]
+    assert find_blocks(model)[0].num_units == 0
     assert before.sequences.equal(after.sequences)
     assert max(float((one - other).abs().max()) for one, other in zip(before.logits, after.logits)) <= 1e-5
 
@@ -163,7 +163,7 @@ def test_cross_attention_to_states_from_elsewhere(family: str, which: str) -> No
     model = models.randomize(getattr(transformers, cls)(config)).eval()
     heads = [0, 1, 2, 3] if which == "all" else [1, 2]
     for block in find_blocks(model):
-        if isinstance(block, AttentionBlock) and block.layer.endswith((".0", ".2")):
+        if block.kind == "attention" and block.layer.endswith((".0", ".2")):
             models.zero_units(block, heads, "in")
     ids, states = torch.tensor([[7, 8, 9, 10], [5, 6, 4, 3]]), torch.randn(2, 5, 32)
     others = {"encoder_hidden_states": states, "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
@@ -177,7 +177,7 @@ def test_cross_attention_to_states_from_elsewhere(family: str, which: str) -> No
 
     before = steps()
     condense(model)
-    crosses = [block for block in find_blocks(model) if isinstance(block, AttentionBlock)]
-    assert {block.num_heads for block in crosses} == {4 - len(heads), 4}
+    crosses = [block for block in find_blocks(model) if block.kind == "attention"]
+    assert {block.num_units for block in crosses} == {4 - len(heads), 4}
     for wanted, given in zip(before, steps()):
         torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)

@@ -19,21 +19,27 @@ from hf_prune.settings.errors import ConfigError
 from hf_prune.settings.patterns import Pattern, parse_pattern
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2**20))
-def test_view_sums_blocks_and_spreads_units(height: int, width: int, rows: int, columns: int, skip: int, seed: int) -> None:
+def test_view_sums_blocks_and_spreads_units(
+    apart: bool, height: int, width: int, rows: int, columns: int, skip: int, seed: int
+) -> None:
+    """Its rows may follow each other or lie `apart`, in any order."""
     torch.manual_seed(seed)
-    matrix = torch.randn(skip + rows * height, columns * width)
-    masked = nn.Parameter(matrix.clone())
-    view = View(Target("w", "m", masked), height, width, skip, matrix.shape[0])
+    order = torch.randperm(skip + rows * height) if apart else torch.arange(skip + rows * height)
+    whole = torch.randn(len(order), columns * width)
+    masked = nn.Parameter(whole.clone())
+    view = View(Target("w", "m", masked), height, width, order[skip:] if apart else slice(skip, None))
     kept = torch.rand(rows * columns) < 0.5
-    sums = UnitGroup("m", (view,)).reduce(lambda target: matrix, "sum")
+    sums = UnitGroup("m", (view,)).reduce(lambda target: whole, "sum")
     view.apply(kept)
-    assert torch.equal(masked[:skip], matrix[:skip])
+    matrix, result = whole[order], masked[order]
+    assert torch.equal(result[:skip], matrix[:skip])
     for unit in range(rows * columns):
         top, left = skip + unit // columns * height, unit % columns * width
         block = matrix[top : top + height, left : left + width]
         assert sums[unit] == pytest.approx(float(block.sum()), abs=1e-5)
-        assert torch.equal(masked[top : top + height, left : left + width], block * kept[unit])
+        assert torch.equal(result[top : top + height, left : left + width], block * kept[unit])
 
 
 @pytest.mark.parametrize(

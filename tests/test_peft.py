@@ -249,7 +249,7 @@ def test_condense_refuses_an_attached_pruner_and_other_adapters() -> None:
     with pytest.raises(RuntimeError, match="attached"):
         Pruner(model.get_base_model(), config("head", criterion="magnitude"), 1)
     pruner.release()
-    with pytest.raises(ValueError, match=r"self_attn.v_proj: .*DoraLinearVariant.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"self_attn.q_proj: .*DoraLinearVariant.*merge_and_unload"):
         condense(adapted(use_dora=True))
 
 

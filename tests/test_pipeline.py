@@ -29,7 +29,7 @@ from transformers import (
 
 from hf_prune import ConfigError, PruningConfig, condense, condense_plan
 from hf_prune.condense import drop_layers
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 from hf_prune.pruning import recover
 from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, described, neuron_sparsity
 from hf_prune.training.stage import set_dropout
@@ -107,7 +107,7 @@ def test_every_stage_is_smaller_and_counted(finished: tuple[Path, PipelineResult
         left = sum(int((p != 0).sum()) for name, p in model.named_parameters() if name in weights)
         assert row.sparsity == pytest.approx(1 - left / sum(weights.values()))
         assert row.parameters == sum(p.numel() for p in model.parameters())
-        assert row.heads == [block.num_heads for block in find_blocks(model) if isinstance(block, AttentionBlock)]
+        assert row.heads == [block.num_units for block in find_blocks(model) if block.kind == "attention"]
     by_name = {row.name: row for row in result.rows}
     assert by_name["fine-tune"].sparsity == 0
     assert sum(by_name["attention"].heads) < sum(by_name["fine-tune"].heads)
@@ -286,7 +286,7 @@ def test_a_head_with_a_living_block_comes_back_whole_and_a_dead_one_goes() -> No
         attention.self.query.weight[2 * size : 3 * size] = 0  # head 2 has no queries: it attends evenly
         attention.output.dense.weight[:, 3 * size :] = 0  # head 3 is not read
     recover(model, before.state_dict())
-    (dead,) = (plan.dead for plan in condense_plan(model).blocks if isinstance(plan.block, AttentionBlock))
+    (dead,) = (plan.dead for plan in condense_plan(model).blocks if plan.block.kind == "attention")
     assert dead.tolist() == [True, False, False, True]
     rows = torch.ones(4 * size, dtype=torch.bool)
     rows[:size] = rows[3 * size :] = False

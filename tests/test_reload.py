@@ -25,7 +25,7 @@ from hf_prune.condense.refusal import NEEDED_OR_REMOTE
 from hf_prune.hooks import install_reload_hook
 from hf_prune.hub import MODELING, modeling_source
 from hf_prune.measure.sparsity import sparsity_report, stock_twin, total_sparsity
-from hf_prune.model import FeedForwardBlock, find_blocks
+from hf_prune.model import find_blocks
 
 # What a user's process does with every checkpoint in a folder: load it in one way, compare with what the model computed before it
 # was saved, save it again. It prints a JSON report.
@@ -122,11 +122,11 @@ def test_an_ordinary_model_condensed_again(family: str, tmp_path: Path) -> None:
     original = model.config.hf_prune["original"]
 
     model = auto.from_pretrained(tmp_path / "even")
-    block = next(block for block in find_blocks(model) if isinstance(block, FeedForwardBlock))
+    block = next(block for block in find_blocks(model) if block.kind == "feed_forward")
     models.zero_units(block, [3, 4], "out")
     condense(model).save_pretrained(tmp_path / "uneven")
     assert model.config.hf_prune["original"] == original
-    assert model.config.hf_prune["layers"] == {block.layer: {block.spec.up.path: {"intermediate_size": 28}}}
+    assert model.config.hf_prune["layers"] == {block.layer: {block.key: {"intermediate_size": 28}}}
     assert (tmp_path / "uneven" / f"{MODELING}.py").exists()
     loaded = auto.from_pretrained(tmp_path / "uneven")
     weights = [sparsity_report(each).modules for each in (models.tiny(family), loaded)]
@@ -135,7 +135,7 @@ def test_an_ordinary_model_condensed_again(family: str, tmp_path: Path) -> None:
     assert same_outputs(loaded, model)
 
     for other in find_blocks(loaded):
-        if isinstance(other, FeedForwardBlock) and other.num_neurons == 30:
+        if other.kind == "feed_forward" and other.num_units == 30:
             models.zero_units(other, [0, 1], "out")
     condense(loaded).save_pretrained(tmp_path / "even again")
     config = json.loads((tmp_path / "even again" / "config.json").read_text())
@@ -157,7 +157,7 @@ def same_outputs(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 def test_layers_agree_but_the_config_cannot_say_it(family: str, cause: str, tmp_path: Path) -> None:
     model = models.tiny(family)
     for block in find_blocks(model):
-        if isinstance(block, FeedForwardBlock):
+        if block.kind == "feed_forward":
             models.zero_units(block, list(range(40 if cause == "no neurons" else 10)), "out")
         elif cause == "heads":  # Llama's heads have to divide its hidden size
             models.zero_units(block, list(range(2)), "out")

@@ -23,7 +23,7 @@ from script_cases import EXAMPLES, WORDS, example
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_prune import PruningConfig, PruningRule
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -185,11 +185,11 @@ def test_answers_with_half_of_the_heads_and_neurons(squad: Path, tmp_path: Path)
         assert metrics[f"eval_{name}"] == metrics[f"condensed_{name}"] == metrics[f"reloaded_{name}"]
     assert metrics["reloaded_loss"] == metrics["condensed_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
     condensed = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out" / "condensed")
-    heads = [block.num_heads for block in find_blocks(condensed) if isinstance(block, AttentionBlock)]
+    heads = [block.num_units for block in find_blocks(condensed) if block.kind == "attention"]
     before = [
-        block.num_heads
+        block.num_units
         for block in find_blocks(AutoModelForQuestionAnswering.from_pretrained(squad / "start"))
-        if isinstance(block, AttentionBlock)
+        if block.kind == "attention"
     ]
     assert sum(heads) == sum(before) / 2
 

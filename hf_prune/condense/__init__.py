@@ -16,15 +16,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model import AttentionBlock, Projection, spec_for
+from ..model import spec_for
 from ..model.attached import is_attached
 from ..model.blocks import base_layer, layer_lists
-from ..model.lora import adapter_of
 from ..model.wrappers import bare_model, transformers_model
 from .layers import layer_counts, outline, removable, remove_layers, without_inputs
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units, without_layers
 from .refusal import needs_hf_prune
-from .resize import add_bias, block_key, inputs_of, keep_units, output_of, set_own_heads, shrink
+from .resize import add_bias, keep_units, set_own_heads, shrink
 from .snapshot import all_or_nothing, own_configs
 from .stock import stock_config, write_sizes
 from .verify import compare, observe, sample_batch
@@ -32,7 +31,6 @@ from .verify import compare, observe, sample_batch
 __all__ = [
     "BlockPlan",
     "CondensePlan",
-    "block_key",
     "condense",
     "condense_plan",
     "dead_units",
@@ -104,7 +102,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
             for block in plan.changed:
                 fold(block)
                 if block.dead.any():
-                    keep_units(block.block, block.kept, block.key_values)
+                    keep_units(block.block, block.kept, block.groups)
                     set_own_heads(block.block, block.heads)
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
@@ -140,11 +138,11 @@ def drop_layers(model: PreTrainedModel) -> list[str]:
     spec = spec_for(model.config.model_type)
     heads: dict[str, int] = {}
     for plan in condense_plan(model).blocks:
-        if isinstance(plan.block, AttentionBlock):
+        if plan.block.kind == "attention":
             heads[plan.block.layer] = heads.get(plan.block.layer, 0) + len(plan.kept)
     removed: dict[str, list[int]] = {}
     for path in layer_counts(spec):
-        for layers in layer_lists(model.base_model, path).values():
+        for layers in layer_lists(model, path).values():
             empty = [heads.get(f"{path}.{index}") == 0 for index in range(len(layers))]
             constants = [torch.zeros(()) if gone else None for gone in empty]
             if all(empty):
@@ -163,7 +161,7 @@ def drop_layers(model: PreTrainedModel) -> list[str]:
 def fold(plan: BlockPlan) -> None:
     """Add what the dead units contribute whatever the input to the output bias, in float32 at least."""
     if plan.shift.any():
-        output = base_layer(output_of(plan.block).module)
+        output = plan.block.output.layer
         add_bias(output)
         bias = output.bias
         shifted = (bias.to(plan.shift.dtype) + plan.shift).to(bias.dtype)
@@ -173,8 +171,7 @@ def fold(plan: BlockPlan) -> None:
 @contextmanager
 def _zeros_held(plan: CondensePlan) -> Iterator[None]:
     """Weights that are zero together with their LoRA adapter stay so when both are cut, however the smaller product is rounded."""
-    parts = {part.module: part.name for part in _parts(plan)}
-    adapters = [adapter for module, name in parts.items() if (adapter := adapter_of(name, module)) is not None]
+    adapters = [adapter for block in plan.changed for adapter in block.adapters]
     for adapter in adapters:
         adapter.keep_exact()
         base_layer(adapter.layer).zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
@@ -183,8 +180,3 @@ def _zeros_held(plan: CondensePlan) -> Iterator[None]:
         layer = base_layer(adapter.layer)
         layer.weight.data = torch.where(layer.zeros, -adapter.delta(), layer.weight.data)
         del layer.zeros
-
-
-def _parts(plan: CondensePlan) -> list[Projection]:
-    """The projections that lose something."""
-    return [part for block in plan.changed for part in (*inputs_of(block.block), output_of(block.block))]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model import SPECS, ArchitectureSpec
-from ..model.blocks import layer_lists
+from ..model.blocks import body, layer_lists
 from ..settings.errors import ConfigError
 
 
@@ -77,7 +77,7 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
         removed: indices by the path of the list.
     """
     for path, indices in removed.items():
-        layers = layer_lists(model.base_model, path)[path]
+        layers = layer_lists(model, path)[path]
         for index in reversed(indices):
             del layers[index]
         for number, layer in enumerate(layers):
@@ -106,7 +106,8 @@ def name_decoder_depth(config: Any, spec: ArchitectureSpec) -> None:
 
 def owner_of(model: PreTrainedModel, path: str) -> nn.Module:
     """The module that has the list of layers at `path`."""
-    return model.base_model.get_submodule(path.rpartition(".")[0])
+    owner: nn.Module = body(model).get_submodule(path.rpartition(".")[0])
+    return owner
 
 
 def without_inputs(outputs: dict[str, Tensor], removed: dict[str, list[int]]) -> dict[str, Tensor]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..model import AttentionBlock, Block, Projection, find_blocks, spec_for
+from ..model import Block, Projection, find_blocks, spec_for
 from ..model.loading import load_whole, readable
 from ..settings.errors import ConfigError
-from .resize import block_key, inputs_of, output_of, stock_sizes
 from .stock import write_sizes
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def converted(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: A
     layers: dict[str, dict[str, Any]] = {}
     for block in blocks:
         if sizes := _sizes(block, shapes, pruned):
-            layers.setdefault(block.layer, {})[block_key(block)] = sizes
+            layers.setdefault(block.layer, {})[block.key] = sizes
     if layers:
         config.hf_prune = {"version": 1, "layers": layers}
     model = load_whole(cls, pretrained_model_name_or_path, config=config, **kwargs)
@@ -93,7 +93,7 @@ def _pruned_heads(entry: Any) -> dict[int, list[int]]:
     return {int(layer): heads for layer, heads in entry.items()}
 
 
-def _names(parts: list[Projection]) -> set[str]:
+def _names(parts: Iterable[Projection]) -> set[str]:
     return {f"{part.name}.{name}" for part in parts for name in ("weight", "bias")}
 
 
@@ -103,8 +103,8 @@ def _check_shapes(blocks: list[Block], shapes: Shapes, stock: Shapes, missing: s
     Raises:
         ValueError: names the tensor.
     """
-    inputs = {name for block in blocks for name in _names(inputs_of(block))}
-    outputs = {f"{output_of(block).name}.weight" for block in blocks}
+    inputs = {name for block in blocks for name in _names(block.inputs)}
+    outputs = {f"{block.output.name}.weight" for block in blocks}
     conv1d = {f"{part.name}.weight" for block in blocks for part in block.projections if isinstance(part.module, Conv1D)}
     for name, shape in sorted(shapes.items()):
         changed = [axis for axis, (size, own) in enumerate(zip(shape, stock[name])) if size != own]
@@ -123,24 +123,20 @@ def _check_shapes(blocks: list[Block], shapes: Shapes, stock: Shapes, missing: s
 
 def _sizes(block: Block, shapes: Shapes, pruned: dict[int, list[int]]) -> dict[str, Any]:
     """The entry of a block in `config.hf_prune`, empty if it has its stock size."""
-    output = output_of(block)
-    shape = shapes.get(f"{output.name}.weight")
+    shape = shapes.get(f"{block.output.name}.weight")
     if shape is None:
         return {}
-    features, width = shape[0 if isinstance(output.module, Conv1D) else 1], getattr(block, "head_size", 1)
+    features, width = shape[0 if isinstance(block.output.module, Conv1D) else 1], block.unit_width
     if features % width:
-        raise ValueError(f"{output.name}.weight has {features} inputs in the checkpoint; whole heads are {width} wide.")
-    sizes: dict[str, Any] = dict.fromkeys(stock_sizes(block), features // width)
-    if isinstance(block, AttentionBlock):
-        if "num_key_value_heads" in sizes:
-            key = shapes.get(f"{block.key.name}.weight")
-            sizes["num_key_value_heads"] = block.num_key_value_heads if key is None else key[0] // width
-        if block.spec.position_bias:
-            gone = pruned.get(int(block.layer.rpartition(".")[2]), [])
-            sizes["heads"] = [head for head in range(block.num_heads) if head not in gone]
-            if len(sizes["heads"]) != features // width:
-                raise ValueError(
-                    f"{block.name} has {features // width} of {block.num_heads} heads in the checkpoint, but config.pruned_heads "
-                    f"lists {gone!r} for this layer; which heads are left has to be known, for they share a position bias."
-                )
+        raise ValueError(f"{block.output.name}.weight has {features} inputs in the checkpoint; whole heads are {width} wide.")
+    units, shared = features // width, shapes.get(f"{block.inputs[-1].name}.weight")
+    sizes: dict[str, Any] = dict(zip(block.sizes, (units, block.num_groups if shared is None else shared[0] // width)))
+    if block.own_units is not None:
+        gone = pruned.get(int(block.layer.rpartition(".")[2]), [])
+        sizes["heads"] = [head for head in block.own_units if head not in gone]
+        if len(sizes["heads"]) != units:
+            raise ValueError(
+                f"{block.name} has {units} of {block.num_units} heads in the checkpoint, but config.pruned_heads "
+                f"lists {gone!r} for this layer; which heads are left has to be known, for they share a position bias."
+            )
     return sizes

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model import AttentionBlock, Block, FeedForwardBlock, Projection, find_blocks, spec_for
-from ..model.blocks import base_layer, computed_part, layer_lists
-from ..model.lora import adapter_of
+from ..model import Block, Projection, find_blocks, spec_for
+from ..model.blocks import body, has_bias, layer_lists, out_features
+from ..model.lora import Adapter
+from ..model.targets import BlockWeights, computed_part
 from ..model.wrappers import transformers_model
 from ..settings.errors import ConfigError
 from .layers import depths, outline, removable
-from .resize import block_key, has_bias, inputs_of, output_of, own_heads, stock_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,29 +25,33 @@ class BlockPlan:
     Attributes:
         block: the block.
         dead: which heads or neurons would go, `[units]`.
-        key_values: indices of the key and value heads that the heads that stay would read, see `keep_units`; None for neurons.
+        groups: indices of the key and value heads that the heads that stay would read, see `keep_units`; of neurons
+            those that stay.
         shift: what is to be added to the output bias, `[hidden]`, in float32 at least: what the dead units contribute whatever the
             input, and what removed layers after this block do.
+        bias: what the output projection adds now, `[hidden]`.
         adds_bias: the output projection gets a bias for `shift`, which it has not yet.
         heads: the numbers that the heads that stay have in the stock model, where the config has to name them.
         masked: how many heads are dead but have to stay, because others share their key and value head.
         left_out: why the block stays as it is, whatever is dead; `""` if it need not.
+        adapters: the LoRA adapters of its projections.
     """
 
     block: Block
     dead: Tensor
-    key_values: Tensor | None
+    groups: Tensor
     shift: Tensor
+    bias: Tensor
     adds_bias: bool
     heads: list[int] | None = None
     masked: int = 0
     left_out: str = ""
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def sizes(self) -> dict[str, Any]:
         """What the config says about the block afterwards, see `resize.py`."""
-        counts = (len(self.kept), len(self.kept if self.key_values is None else self.key_values))
-        sizes: dict[str, Any] = dict(zip(stock_sizes(self.block), counts))
+        sizes: dict[str, Any] = dict(zip(self.block.sizes, (len(self.kept), len(self.groups))))
         if self.heads is not None:
             sizes["heads"] = self.heads
         return sizes | ({"output_bias": True} if self.adds_bias else {})
@@ -60,18 +64,18 @@ class BlockPlan:
     @property
     def dead_features(self) -> Tensor:
         """Which of the block's features belong to dead units, `[features]`."""
-        return self.dead.repeat_interleave(self.block.head_size if isinstance(self.block, AttentionBlock) else 1)
+        return self.dead.repeat_interleave(self.block.unit_width)
 
     @property
     def parameters(self) -> int:
         """How many parameters would go."""
-        width = self.block.head_size if isinstance(self.block, AttentionBlock) else 1
-        gone = int(self.dead.sum())
-        total = gone * width * matrix(output_of(self.block)).shape[0] - len(self.shift) * self.adds_bias
-        for part in inputs_of(self.block):
-            if self.key_values is not None and isinstance(self.block, AttentionBlock) and part is not self.block.query:
-                gone = self.block.num_key_value_heads - len(self.key_values)
-            total += gone * width * (matrix(part).shape[1] + has_bias(part.module))
+        block = self.block
+        units, groups = block.num_units - len(self.kept), block.num_groups - len(self.groups)
+        total = units * block.unit_width * out_features(block.output.layer) - len(self.shift) * self.adds_bias
+        for part in block.inputs:
+            gone = units if part is block.inputs[0] else groups
+            inputs = part.layer.weight.shape[0 if isinstance(part.layer, Conv1D) else 1]
+            total += gone * block.unit_width * (inputs + has_bias(part.layer))
         return total
 
 
@@ -111,7 +115,7 @@ class CondensePlan:
         for plan in self.changed:
             if plan.dead.any() or plan.adds_bias:
                 parts = layers.setdefault(plan.block.layer, {})
-                key = block_key(plan.block)
+                key = plan.block.key
                 parts[key] = parts.get(key, {}) | plan.sizes
         gone = {path: list(indices) for path, indices in before.get("removed_layers", {}).items()}
         for path, indices in self.removed.items():
@@ -128,8 +132,8 @@ class CondensePlan:
         rows = [
             {
                 "layer": plan.block.layer,
-                "block": block_key(plan.block),
-                "unit": "heads" if isinstance(plan.block, AttentionBlock) else "neurons",
+                "block": plan.block.key,
+                "unit": f"{plan.block.unit}s",
                 "before": len(plan.dead),
                 "after": len(plan.kept),
                 "masked": plan.masked,
@@ -180,24 +184,48 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
     model = transformers_model(model)
     found = find_blocks(model)
     for block in found:
-        for part in (*inputs_of(block), output_of(block)):
+        for part in block.projections:
             _check_plain(part)
     plans = [plan_block(block, multiple) for block in found]
     removed = _without_layers(model, plans)
     sizes = {}
     for name in (f"{path}.{index}" for path, indices in removed.items() for index in indices):
-        layer = getattr(model, "base_model", model).get_submodule(name)
+        layer = body(model).get_submodule(name)
         counted = sum(plan.parameters for plan in plans if plan.block.layer == name)
         sizes[name] = sum(parameter.numel() for parameter in layer.parameters()) - counted
     return CondensePlan(tuple(plans), removed, sizes)
 
 
 def plan_block(block: Block, multiple: int) -> BlockPlan:
-    dead, reason = dead_units(block), computed_part([*inputs_of(block), output_of(block)])
-    if reason:
-        dead = torch.zeros_like(dead)
-    plan = _attention(block, dead) if isinstance(block, AttentionBlock) else _ffn(block, dead, multiple)
-    return replace(plan, left_out=reason)
+    weights, reason = BlockWeights(block), computed_part(block.projections)
+    dead = torch.zeros(block.num_units, dtype=torch.bool) if reason else dead_units(block, weights)
+    if block.unit_width == 1:  # the sizes of matrices are what is to be even; a head is wide enough
+        dead[dead.nonzero().flatten()[: -int((~dead).sum()) % multiple]] = False
+    kept, groups = regroup(dead, block.units_per_group)
+    gone = torch.ones_like(dead)
+    gone[kept] = False
+    shift, own = _shift(block, weights, gone), block.own_units
+    return BlockPlan(
+        block=block,
+        dead=gone,
+        groups=groups,
+        shift=shift,
+        bias=weights.bias(block.output),
+        adds_bias=bool(shift.any()) and not has_bias(block.output.layer),
+        heads=None if own is None else [own[unit] for unit in kept.tolist()],
+        masked=int(dead.sum() - gone.sum()),
+        left_out=reason,
+        adapters=weights.adapters,
+    )
+
+
+def _shift(block: Block, weights: BlockWeights, gone: Tensor) -> Tensor:
+    """What the units that go add to the block's output, `[hidden]`, in float32 at least."""
+    matrix = weights.weight(block.output)
+    constant = _fixed_features(block, weights)[0]  # meaningless for features of living units, and for those that are not read
+    features = gone.repeat_interleave(block.unit_width).to(matrix.device)
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    return matrix[:, features].to(wide) @ constant[features].to(wide)
 
 
 def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[int]]:
@@ -205,7 +233,7 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
     config: Any = model.config
     spec, removed = spec_for(config.model_type), {}
     for path in depths(model, spec):
-        layers = [layer for layers in layer_lists(getattr(model, "base_model", model), path).values() for layer in layers]
+        layers = [layer for layers in layer_lists(model, path).values() for layer in layers]
         members = [[i for i, plan in enumerate(plans) if plan.block.layer == f"{path}.{index}"] for index in range(len(layers))]
         crosses = bool(getattr(config, "is_encoder_decoder", False))
         constants = [_constant([plans[i] for i in places], crosses) for places in members]
@@ -218,7 +246,7 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
             constant = constants[index]
             if constant is not None and constant.any():
                 shift = plans[keeper].shift + constant.to(plans[keeper].shift)
-                lacks = not has_bias(output_of(plans[keeper].block).module)
+                lacks = not has_bias(plans[keeper].block.output.layer)
                 plans[keeper] = replace(plans[keeper], shift=shift, adds_bias=lacks)
             for i in places:
                 plans[i] = replace(plans[i], shift=torch.zeros_like(plans[i].shift), adds_bias=False)
@@ -234,8 +262,8 @@ def _constant(plans: list[BlockPlan], crosses: bool) -> Tensor | None:
     """
     if not plans or any(len(plan.kept) for plan in plans):
         return None
-    terms = [bias(output_of(plan.block)).to(plan.shift) + plan.shift.to(plans[0].shift) for plan in plans]
-    attentions = [term for plan, term in zip(plans, terms) if isinstance(plan.block, AttentionBlock)]
+    terms = [plan.bias.to(plan.shift) + plan.shift.to(plans[0].shift) for plan in plans]
+    attentions = [term for plan, term in zip(plans, terms) if plan.block.kind == "attention"]
     if not crosses and any(bool(term.any()) for term in attentions[1:]):
         return None
     return torch.stack(terms).sum(0)
@@ -282,25 +310,30 @@ def _reason(row: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def dead_units(block: Block) -> Tensor:
-    """Which heads or neurons add the same to the output for every input, `[units]`; see [`condense_plan`]."""
-    if isinstance(block, FeedForwardBlock):
-        return (_zero_columns(block.down) | _values(block)[1]).cpu()
-    silent = _zero_rows(block.value).view(block.num_key_value_heads, block.head_size).all(1)
-    unread = _zero_columns(block.output).view(block.num_heads, block.head_size).all(1)
-    return (unread | silent.repeat_interleave(block.heads_per_group)).cpu()
+def dead_units(block: Block, weights: BlockWeights | None = None) -> Tensor:
+    """Which heads or neurons add the same to the output for every input, `[units]`; see [`condense_plan`].
+
+    Args:
+        block: the block.
+        weights: its weights, if they have been read already.
+    """
+    weights = weights or BlockWeights(block)
+    unread = (weights.weight(block.output) == 0).all(0).view(block.num_units, block.unit_width).all(1)
+    return (unread | _fixed_features(block, weights)[1]).cpu()
 
 
-def _attention(block: AttentionBlock, dead: Tensor) -> BlockPlan:
-    per_group = block.heads_per_group
-    constant = bias(block.value).view(block.num_key_value_heads, block.head_size).repeat_interleave(per_group, 0)
-    kept, key_values = regroup(dead, per_group)
-    gone = torch.ones_like(dead)
-    gone[kept] = False
-    shift, adds_bias = _shift(block, gone.repeat_interleave(block.head_size), constant.flatten())
-    numbers = [own_heads(block)[head] for head in kept.tolist()]
-    named = numbers if block.spec.position_bias else None
-    return BlockPlan(block, gone, key_values, shift, adds_bias, named, masked=int(dead.sum() - gone.sum()))
+def _fixed_features(block: Block, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+    """What features are if their rows are zero, `[features]`, and which units are just that for every input, `[units]`."""
+    values = {role: (weights.bias(part), (weights.weight(part) == 0).all(1)) for role, part in block.makers.items()}
+    if "value" in values:  # attention weights sum to one
+        value, zero = (rows.view(block.num_groups, block.unit_width) for rows in values["value"])
+        return value.repeat_interleave(block.units_per_group, 0).flatten(), zero.all(1).repeat_interleave(block.units_per_group)
+    up, up_zero = values["up"]
+    if "gate" not in values:
+        return block.activation(up), up_zero
+    gate, gate_zero = block.activation(values["gate"][0]), values["gate"][1]
+    # a product is constant when both factors are, or when one of them is zero
+    return gate * up, (up_zero & gate_zero) | (up_zero & (up == 0)) | (gate_zero & (gate == 0))
 
 
 def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
@@ -328,64 +361,8 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     return heads, groups
 
 
-def _ffn(block: FeedForwardBlock, dead: Tensor, multiple: int) -> BlockPlan:
-    alive = int((~dead).sum())
-    dead[dead.nonzero().flatten()[: -alive % multiple]] = False
-    return BlockPlan(block, dead, None, *_shift(block, dead, _values(block)[0]))
-
-
-def _values(block: FeedForwardBlock) -> tuple[Tensor, Tensor]:
-    """What neurons give when their rows are zero, and which give just that for every input, `[neurons]` each."""
-    up_bias, up_zero = bias(block.up), _zero_rows(block.up)
-    if block.gate is None:
-        return block.activation(up_bias), up_zero
-    gated, gate_zero = block.activation(bias(block.gate)), _zero_rows(block.gate)
-    # a product is constant when both factors are, or when one of them is zero
-    return gated * up_bias, (up_zero & gate_zero) | (up_zero & (up_bias == 0)) | (gate_zero & (gated == 0))
-
-
-def _shift(block: Block, dead: Tensor, constant: Tensor) -> tuple[Tensor, bool]:
-    """What dead features add to the block's output, `[hidden]`, and whether the output projection lacks a bias to hold it.
-
-    Args:
-        block: the block.
-        dead: which features go, `[features]`.
-        constant: their values, meaningless for others and for those that are not read, `[features]`.
-    """
-    output = output_of(block)
-    dead, wide = dead.to(constant.device), torch.promote_types(constant.dtype, torch.float32)
-    shift = matrix(output)[:, dead].to(wide) @ constant[dead].to(wide)
-    return shift, bool(shift.any()) and not has_bias(output.module)
-
-
-def matrix(part: Projection) -> Tensor:
-    """The part's weight as `[out, in]`; under LoRA the merged one."""
-    layer, adapter = base_layer(part.module), adapter_of(part.name, part.module)
-    weight: Tensor = layer.weight.detach() if adapter is None else adapter.merged()
-    return (weight.T if isinstance(layer, Conv1D) else weight)[part.start : part.stop]
-
-
-def bias(part: Projection) -> Tensor:
-    """The part's bias, zeros if it has none, `[out]`; under LoRA the merged one."""
-    if not has_bias(part.module):
-        return matrix(part).new_zeros(part.stop - part.start)
-    layer, adapter = base_layer(part.module), adapter_of(part.name, part.module)
-    total: Tensor = layer.bias.detach()
-    if adapter is not None and has_bias(adapter.lora_B):
-        total = total + adapter.lora_B.get_parameter("bias").detach() * adapter.layer.scaling[adapter.name]
-    return total[part.start : part.stop]
-
-
-def _zero_rows(part: Projection) -> Tensor:
-    return (matrix(part) == 0).all(1)
-
-
-def _zero_columns(part: Projection) -> Tensor:
-    return (matrix(part) == 0).all(0)
-
-
 def _check_plain(part: Projection) -> None:
-    module = base_layer(part.module)
+    module = part.layer
     if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
         raise ValueError(
             f"{part.name} is a {type(module).__name__}; condensing rewrites plain floating-point Linear and Conv1D layers. "

@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..model import ArchitectureSpec, AttentionBlock, AttentionSpec, Block, FeedForwardBlock, Projection, blocks
-from ..model.blocks import Adapted, adapted, base_layer, is_adapted, layer_lists, out_features
+from ..model import ArchitectureSpec, AttentionSpec, Block, Part, blocks
+from ..model.blocks import Adapted, adapted, base_layer, has_bias, is_adapted, layer_lists, out_features
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -61,16 +61,16 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
         ValueError: the entry is malformed or asks for what the stock model does not have; nothing was changed.
     """
     entry = model.config.hf_prune
-    lists = {path: layer_lists(model.base_model, path) for path in spec.layers}
+    lists = {path: layer_lists(model, path) for path in spec.layers}
     found = read_sizes(entry, list(blocks(model, spec)), [path for path, found in lists.items() if not found])
     check_original(entry.get("original", {}), [attribute for widths in spec.widths for attribute in widths.values()])
     check_removed(entry.get("removed_layers", {}), {path: sum(map(len, found.values())) for path, found in lists.items()})
     for block, sizes in found:
         if sizes.get("output_bias"):
-            add_bias(output_of(block).module)
-        stock = stock_sizes(block)
+            add_bias(block.output.layer)
+        stock = block.sizes
         if any(sizes[name] != size for name, size in stock.items()):
-            keep_units(block, *(torch.arange(sizes[name]) for name in stock))
+            keep_units(block, *(torch.arange(sizes[name], device="cpu") for name in stock))
             set_own_heads(block, sizes.get("heads"))
 
 
@@ -87,7 +87,7 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
     """
     known: dict[str, dict[str, Block]] = {}
     for block in stock:
-        known.setdefault(block.layer, {})[block_key(block)] = block
+        known.setdefault(block.layer, {})[block.key] = block
 
     where = "config.hf_prune"
     check_keys(where, entry, ("version", "layers", "removed_layers", "original"))
@@ -145,9 +145,9 @@ def check_sizes(field: str, sizes: Any, block: Block) -> None:
     Raises:
         ValueError: they are not those of a block of this kind, or larger than it is.
     """
-    stock = stock_sizes(block)
-    shares_bias = isinstance(block, AttentionBlock) and block.spec.position_bias
-    check_keys(field, sizes, (*stock, *(["heads"] if shares_bias else []), "output_bias"))
+    stock = block.sizes
+    own = block.own_units
+    check_keys(field, sizes, (*stock, *(["heads"] if own is not None else []), "output_bias"))
     for name, limit in stock.items():
         size = sizes.get(name)
         if type(size) is not int or not 0 <= size <= limit:
@@ -161,11 +161,11 @@ def check_sizes(field: str, sizes: Any, block: Block) -> None:
         )
     if type(sizes.get("output_bias", True)) is not bool:
         raise ValueError(f"{field}['output_bias'] is {reprlib.repr(sizes['output_bias'])}; allowed: true or false.")
-    if shares_bias:
-        heads, allowed = sizes.get("heads"), own_heads(block)
+    if own is not None:
+        heads = sizes.get("heads")
         numbers = isinstance(heads, list) and all(type(head) is int for head in heads)
-        if not numbers or len(heads) != queries or heads != sorted(set(heads) & set(allowed)):
-            raise ValueError(f"{field}['heads'] is {reprlib.repr(heads)}; allowed: {queries} of {allowed}, ascending.")
+        if not numbers or len(heads) != queries or heads != sorted(set(heads) & set(own)):
+            raise ValueError(f"{field}['heads'] is {reprlib.repr(heads)}; allowed: {queries} of {own}, ascending.")
 
 
 def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
@@ -183,74 +183,38 @@ def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
             raise ValueError(f"{field} has an unknown key {reprlib.repr(key)}; allowed: {', '.join(allowed)}.{hint}")
 
 
-def block_key(block: Block) -> str:
-    """A block's name inside its layer."""
-    return block.spec.module if isinstance(block, AttentionBlock) else block.spec.up.path
-
-
-def stock_sizes(block: Block) -> dict[str, int]:
-    """The sizes that a block has, as they are called in the config entry; first its number of heads or neurons."""
-    if isinstance(block, FeedForwardBlock):
-        return {"intermediate_size": block.num_neurons}
-    sizes = {"num_attention_heads": block.num_heads}
-    if "groups" in block.spec.sizes.values():
-        sizes["num_key_value_heads"] = block.num_key_value_heads
-    return sizes
-
-
-def own_heads(block: Any) -> list[int]:
-    """The numbers that an attention block's heads have in the stock model."""
-    return list(getattr(block.module, "own_heads", range(block.num_heads)))
-
-
-def inputs_of(block: Block) -> list[Projection]:
-    """The projections whose output rows belong to the block's heads or neurons."""
-    if isinstance(block, AttentionBlock):
-        return [block.query, block.key, block.value, *block.extra]
-    return [block.up] if block.gate is None else [block.up, block.gate]
-
-
-def output_of(block: Block) -> Projection:
-    """The projection whose input columns belong to the block's heads or neurons."""
-    return block.output if isinstance(block, AttentionBlock) else block.down
-
-
-def unit_features(block: Block, units: Tensor) -> Tensor:
-    """The features (rows of input projections, columns of the output projection) of some heads or neurons, `[n] → [n·width]`."""
-    width = block.head_size if isinstance(block, AttentionBlock) else 1
-    return (units[:, None] * width + torch.arange(width)).flatten()
-
-
-def keep_units(block: Block, units: Tensor, key_values: Tensor | None = None) -> None:
+def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> None:
     """Keep only these heads or neurons of a block.
 
     Args:
         block: the block.
-        units: indices of query heads or neurons, ascending, `[n]` on the CPU.
-        key_values: indices of the key and value heads that they read, in equal shares, `[m]`; one that is named twice is
-            doubled. Default: head `i` reads key and value head `i`.
+        units: indices of heads or neurons, ascending, `[n]` on the CPU.
+        groups: indices of the key and value heads that they read, in equal shares, `[m]`; one that is named twice is doubled.
+            Default: unit `i` reads group `i`.
     """
-    features = unit_features(block, units)
-    shared = features if key_values is None else unit_features(block, key_values)
-    rows: dict[Any, list[Tensor]] = {}
-    for projection in sorted(inputs_of(block), key=lambda projection: projection.start):
-        reads = isinstance(block, AttentionBlock) and projection is not block.query
-        rows.setdefault(projection.module, []).append(projection.start + (shared if reads else features))
-    for module, parts in rows.items():  # one part for each of the projections that are packed into the module
-        keep_features(module, torch.cat(parts), outputs=True)
-    keep_features(output_of(block).module, features, outputs=False)
-    if isinstance(block, AttentionBlock):
-        per_group = len(units) // max(len(units if key_values is None else key_values), 1)
-        for attribute, meaning in block.spec.sizes.items():
-            size = {"heads": len(units), "width": len(features), "groups": max(per_group, 1)}[meaning]
-            set_attribute(block.module, attribute, size)
+    groups = units if groups is None else groups
+    features, shared = block.features(units), block.features(groups)
+    modules: dict[Any, dict[Part, Tensor]] = {}
+    for part in block.inputs:
+        kept = features if part is block.inputs[0] else shared
+        modules.setdefault(part.module, {})[part.part] = part.rows[kept]
+    for module, parts in modules.items():  # one part for each of the projections that are packed into the module
+        rows = torch.empty(sum(map(len, parts.values())), dtype=torch.long, device="cpu")
+        for share, kept in parts.items():
+            rows[share.rows(len(rows), block.unit_width)] = kept
+        keep_features(module, rows, outputs=True)
+    keep_features(block.output.module, features, outputs=False)
+    if block.module is not None:
+        sizes = {"heads": len(units), "width": len(features), "groups": max(len(units) // max(len(groups), 1), 1)}
+        for attribute, meaning in block.attributes.items():
+            set_attribute(block.module, attribute, sizes[meaning])
         adapt_forward(block, len(units))
 
 
-def adapt_forward(block: AttentionBlock, heads: int) -> None:
+def adapt_forward(block: Block, heads: int) -> None:
     """Give an attention module the `forward` it needs with that many heads left, where the stock one would fail."""
-    module: Any = block.module
-    mixins: tuple[type, ...] = (OwnHeads,) if block.spec.position_bias else ()
+    module = block.module
+    mixins: tuple[type, ...] = () if block.own_units is None else (OwnHeads,)
     if heads == 0:
         mixins += (NoHeads,)
     if mixins:
@@ -260,7 +224,7 @@ def adapt_forward(block: AttentionBlock, heads: int) -> None:
 
 def set_own_heads(block: Block, heads: list[int] | None) -> None:
     """Note which heads of the stock model an attention module has left; None: it need not know."""
-    if isinstance(block, AttentionBlock) and heads is not None:
+    if heads is not None:
         set_attribute(block.module, "own_heads", heads)
 
 
@@ -269,11 +233,6 @@ def add_bias(module: nn.Module) -> None:
     if not has_bias(module):
         layer = base_layer(module)
         layer.bias = nn.Parameter(layer.weight.detach().new_zeros(out_features(layer)), requires_grad=layer.weight.requires_grad)
-
-
-def has_bias(module: Any) -> bool:
-    """Whether a projection has a bias."""
-    return module.bias is not None
 
 
 def set_attribute(module: Any, name: str, value: Any) -> None:

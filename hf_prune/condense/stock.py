@@ -16,10 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..model import ArchitectureSpec, AttentionBlock, Block, blocks
-from ..model.blocks import base_layer, layer_lists
+from ..model import ArchitectureSpec, Block, blocks
+from ..model.blocks import has_bias, layer_lists
 from .layers import layer_counts, name_decoder_depth
-from .resize import block_key, has_bias, inputs_of, output_of, stock_sizes
 
 
 def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -49,21 +48,20 @@ def sizes_in_config(model: nn.Module, spec: ArchitectureSpec, changed: set[str])
 
     Empty if two blocks differ, or one has no unit left.
     """
-    wanted = changed | ({"head_dim"} if "num_attention_heads" in changed else set())
     found: dict[str, set[int]] = {}
     for path, widths in zip(spec.layers, spec.widths):
-        lists = layer_lists(getattr(model, "base_model", model), path)
+        lists = layer_lists(model, path)
         for block in blocks(model, spec):
             if block.layer.rpartition(".")[0] in lists:
-                for name, size in _sizes(block).items():
-                    if name in wanted and name in widths:
+                for name, size in _sizes(block).items() if changed & block.sizes.keys() else ():
+                    if (name in changed or name not in block.sizes) and name in widths:
                         found.setdefault(widths[name], set()).add(size)
     sizes = [(attribute, min(values)) for attribute, values in found.items() if len(values) == 1]
     return dict(sizes) if len(sizes) == len(found) and all(size for _, size in sizes) else {}
 
 
 def _sizes(block: Block) -> dict[str, int]:
-    return stock_sizes(block) | ({"head_dim": block.head_size} if isinstance(block, AttentionBlock) else {})
+    return block.sizes | ({} if block.module is None else {"head_dim": block.unit_width})
 
 
 def _makes(config: PreTrainedConfig, model: PreTrainedModel, spec: ArchitectureSpec) -> bool:
@@ -79,9 +77,8 @@ def _makes(config: PreTrainedConfig, model: PreTrainedModel, spec: ArchitectureS
 
 def _outline(block: Block) -> Hashable:
     """All that condensing changes in a block."""
-    layers = [base_layer(part.module) for part in (*inputs_of(block), output_of(block))]
-    shapes = tuple((tuple(layer.weight.shape), has_bias(layer)) for layer in layers)
-    return block.layer, block_key(block), tuple(_sizes(block).items()), shapes
+    shapes = tuple((tuple(part.layer.weight.shape), has_bias(part.layer)) for part in block.projections)
+    return block.layer, block.key, tuple(_sizes(block).items()), shapes
 
 
 def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:

@@ -25,8 +25,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compat import without_peft
 from ..settings.errors import ConfigError
-from .models import base_model, forward_arguments, select, teacher_arguments
+from .models import forward_arguments, select, teacher_arguments
 
 LOGITS, INDICES, LOST_MASS = COLUMNS = ("teacher_logits", "teacher_indices", "teacher_lost_mass")
 
@@ -184,7 +185,7 @@ def _teacher_columns(rows: list[Row], teacher: PreTrainedModel, collator: Collat
         raise ConfigError("top_k", top_k, f"must fit logits of each token, 1 to their number; these are {list(logits.shape)}.")
     if not per_token:
         return {LOGITS: list(logits.numpy())}
-    column = "labels" if base_model(teacher).config.is_encoder_decoder and not answers else "input_ids"
+    column = "labels" if without_peft(teacher).config.is_encoder_decoder and not answers else "input_ids"
     spans = [line[start : start + len(row[column])] for row, line, start in zip(rows, logits, row_starts(rows, batch, column))]
     if top_k is None:
         return {LOGITS: [span.numpy() for span in spans]}
@@ -203,7 +204,7 @@ def _fingerprint(dataset: Dataset, teacher: PreTrainedModel, collator: Collator,
     Batches are digested, not the collator: objects such as tokenizers change their pickles when they are used.
     """
     digest = hashlib.sha256(f"1 {type(teacher).__name__} {top_k} {batch_size}".encode())
-    config = {name: value for name, value in base_model(teacher).config.to_dict().items() if name not in IGNORED_FIELDS}
+    config = {name: value for name, value in without_peft(teacher).config.to_dict().items() if name not in IGNORED_FIELDS}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         _digest_tensor(digest, name, tensor)

@@ -12,20 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..compat import auto_classes
+from ..compat import auto_classes, without_peft
 from ..settings.errors import ConfigError
 
 _TARGETS = ("labels", "start_positions", "end_positions")
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the task loss compares each position with the next label, as causal language models do."""
-    return type(base_model(model)).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return type(without_peft(model)).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def is_language_model(model: PreTrainedModel) -> bool:
@@ -35,18 +30,18 @@ def is_language_model(model: PreTrainedModel) -> bool:
 
 def forward_arguments(model: nn.Module) -> set[str]:
     """The names of the arguments of a model's `forward`."""
-    return set(inspect.signature(base_model(model).forward).parameters)
+    return set(inspect.signature(without_peft(model).forward).parameters)
 
 
 def teacher_arguments(model: nn.Module) -> set[str]:
     """The inputs that a teacher needs to give logits. A decoder makes its inputs from the labels."""
-    targets = () if base_model(model).config.is_encoder_decoder else _TARGETS
+    targets = () if without_peft(model).config.is_encoder_decoder else _TARGETS
     return forward_arguments(model) - set(targets)
 
 
 def load_teacher(path: str | os.PathLike[str], student: nn.Module) -> PreTrainedModel:
     """Load a teacher for the student's task, through the Auto class that the student's class belongs to."""
-    model = base_model(student)
+    model = without_peft(student)
     for auto, classes in auto_classes(model.config.model_type):
         if auto != "AutoModelForPreTraining" and type(model).__name__ in classes:
             loaded: PreTrainedModel = getattr(modeling_auto, auto).from_pretrained(path)
@@ -68,7 +63,7 @@ def final_classifier(model: nn.Module) -> nn.Linear:
     Raises:
         ConfigError: there is none, or it is tied to embeddings, as in language models.
     """
-    plain: PreTrainedModel = base_model(model)
+    plain: PreTrainedModel = without_peft(model)
     prefix = f"{plain.base_model_prefix}."
     candidates = [
         module

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat import without_peft
 from ..settings.errors import ConfigError
 from .cache import INDICES
 from .config import DistillationConfig
 from .items import Items
 from .layers import Pairs, closest_layers, layer_pairs
 from .losses import attention_loss, distances, hidden_loss, logits_loss, pooled_weights, token_weights, without_padding
-from .models import base_model, depths, final_classifier, is_language_model
+from .models import depths, final_classifier, is_language_model
 
 ANSWERS = ("start_logits", "end_logits")
 
@@ -77,7 +78,7 @@ class Objective:
             self.projections: nn.Module = Projections({})
             return
         _check_teacher(student, teacher)
-        own, other = student.config, base_model(teacher).config
+        own, other = student.config, without_peft(teacher).config
         if settings.alpha_hidden_layers or settings.alpha_attention:
             self.pairs = _mapped_layers(settings, depths(own), depths(other))
         names = [f"hidden_layers_{stack}" for stack in self.pairs] if settings.alpha_hidden_layers else []
@@ -232,9 +233,9 @@ class Objective:
 
 
 def _check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    if base_model(teacher) is student:
+    if without_peft(teacher) is student:
         raise ValueError("teacher: must be another model than the student; pass a copy (copy.deepcopy(model)).")
-    own, other = student.config, base_model(teacher).config
+    own, other = student.config, without_peft(teacher).config
     if is_language_model(student):
         return
     if own.num_labels != other.num_labels:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..compat import without_peft
 from ..settings.errors import ConfigError
 from .cache import COLUMNS, INDICES, LOGITS, TeacherLogitsCollator
 from .config import DistillationConfig
 from .items import items_of
-from .models import base_model, is_language_model, load_teacher, recorded_inputs, select, shifts_labels, teacher_arguments
+from .models import is_language_model, load_teacher, recorded_inputs, select, shifts_labels, teacher_arguments
 from .objective import ANSWERS, Objective, Seen
 
 STATE_NAME = "distillation.safetensors"
@@ -69,7 +70,7 @@ class DistillationTrainer(Trainer):
             of_labels = student.config.is_encoder_decoder and is_language_model(student)
             self.data_collator = TeacherLogitsCollator(self.data_collator, "labels" if of_labels else "input_ids")
         else:
-            self._objective.prepare(base_model(teacher))
+            self._objective.prepare(without_peft(teacher))
             self._teacher_arguments = teacher_arguments(teacher)
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False), evaluation_mode=True)
             self.teacher.to(self.args.device).eval()
@@ -200,7 +201,7 @@ class DistillationTrainer(Trainer):
     @property
     def _student(self) -> PreTrainedModel:
         """The student, out of its wrappers."""
-        model: PreTrainedModel = base_model(self.accelerator.unwrap_model(self.model))
+        model: PreTrainedModel = without_peft(self.accelerator.unwrap_model(self.model))
         return model
 
     @property

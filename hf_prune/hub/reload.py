@@ -15,10 +15,10 @@ its config says, because all layers agree, is an ordinary one (`condense/stock.p
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import logging
 import os
-import pprint
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,11 +153,28 @@ def modeling_source(model_type: str) -> str:
     parts = [
         _HEADER + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items())),
         *definitions,
-        "SPEC = " + pprint.pformat(spec_for(model_type), width=120, sort_dicts=False),
+        "SPEC = " + _expression(spec_for(model_type)),
         _MIXIN,
         "\n".join(_CLASS.format(name=name) for name in classes if hasattr(transformers, name)),
     ]
     return "\n\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _expression(value: Any, indent: str = "") -> str:
+    """A spec, or a value in one, as source text without what is default, in lines of 120 characters where it can be."""
+    if dataclasses.is_dataclass(value):
+        named = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
+        defaults = {each.name: each.default for each in dataclasses.fields(value)}
+        start, items, end = f"{type(value).__name__}(", [(f"{name}=", own) for name, own in named if own != defaults[name]], ")"
+    elif isinstance(value, tuple) and value:
+        start, items, end = "(", [("", item) for item in value], ",)"
+    else:
+        return repr(value)
+    line = start + ", ".join(name + _expression(item) for name, item in items) + end
+    if len(indent) + len(line) <= 120:
+        return line
+    inner = f"{indent}    "
+    return start + "".join(f"\n{inner}{name}{_expression(item, inner)}," for name, item in items) + f"\n{indent}{end[-1]}"
 
 
 def _definitions(source: str, imports: dict[str, set[str]]) -> list[str]:
@@ -168,7 +185,7 @@ def _definitions(source: str, imports: dict[str, set[str]]) -> list[str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module not in (None, "__future__"):
             imports.setdefault(str(node.module), set()).update(alias.name for alias in node.names)
-        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign)) and getattr(node, "name", "") != "find_blocks":
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign)):
             first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
             definitions.append("\n".join(lines[first - 1 : node.end_lineno]))
     return definitions

@@ -12,8 +12,8 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..condense import block_key, dead_units, stock_config
-from ..model import AttentionBlock, Block, find_blocks, spec_for
+from ..condense import dead_units, stock_config
+from ..model import Block, find_blocks, spec_for
 from ..model.families import SPECS
 from ..model.passes import count_nonzero
 from ..model.targets import Target, Weight, body_weights
@@ -158,8 +158,7 @@ def print_sparsity(model: Any) -> None:
 
 
 def _block_size(block: Block) -> BlockSize:
-    kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
-    return BlockSize(block.name, kind, units, alive=units - int(dead_units(block).sum()))
+    return BlockSize(block.name, f"{block.unit}s", block.num_units, alive=block.num_units - int(dead_units(block).sum()))
 
 
 def stock_twin(model: Any, device: str = "cpu") -> PreTrainedModel:
@@ -185,15 +184,14 @@ def original_blocks(model: Any) -> tuple[BlockSize, ...]:
     if model.config.model_type not in SPECS:
         return ()
     removed = (getattr(model.config, "hf_prune", None) or {}).get("removed_layers", {})
-    alive = {(block.layer, block_key(block)): _block_size(block).alive for block in find_blocks(model)}
+    alive = {(block.layer, block.key): _block_size(block).alive for block in find_blocks(model)}
     sizes = []
     for block in find_blocks(stock_twin(model, "meta")):
         path, _, number = block.layer.rpartition(".")
         gone = removed.get(path, [])
         now = f"{path}.{int(number) - sum(index < int(number) for index in gone)}"
-        left = 0 if int(number) in gone else alive[now, block_key(block)]
-        kind, units = ("heads", block.num_heads) if isinstance(block, AttentionBlock) else ("neurons", block.num_neurons)
-        sizes.append(BlockSize(block.name, kind, units, left))
+        left = 0 if int(number) in gone else alive[now, block.key]
+        sizes.append(BlockSize(block.name, f"{block.unit}s", block.num_units, left))
     return tuple(sizes)
 
 

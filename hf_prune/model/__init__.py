@@ -2,7 +2,8 @@
 
 An [`ArchitectureSpec`] names, relative to a transformer layer, the projections of its attention and feed-forward blocks, and the
 attributes a module keeps about its own size. Everything that knows about heads and neurons (patterns, condensing, reloading)
-reads these specs and has no other knowledge of a family. `blocks(model)` finds the real modules in a model.
+reads these specs and has no other knowledge of a family. `find_blocks(model)` gives the real modules of a model as [`Block`]s,
+which know their units: how many there are, which rows and columns belong to them, and what the config calls their number.
 
 To add a family, write one `ArchitectureSpec` and pass it to `register_architecture`, in every process that condenses or loads:
 
@@ -24,24 +25,24 @@ To add a family, write one `ArchitectureSpec` and pass it to `register_architect
         )
     )
 
-`condense` then shows whether the spec tells everything: it compares outputs, and puts the model back if they differ.
+What the spec names and the model does not have is an error. `condense` shows whether the spec tells everything: it compares
+outputs, and puts the model back if they differ.
 
 A condensed model of a family that transformers itself has loads with `trust_remote_code=True` too, since its spec is written into
 the modelling file of the checkpoint. One whose classes are your own loads with these after `import hf_prune` and
 `register_architecture`; no modelling file is written for it, because that file could not hold your classes.
 """
 
-from .blocks import AttentionBlock, Block, FeedForwardBlock, Projection, blocks, find_blocks
+from .blocks import Block, Projection, blocks
 from .families import SPECS, register_architecture, spec_for
+from .resolve import find_blocks
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 
 __all__ = [
     "SPECS",
     "ArchitectureSpec",
-    "AttentionBlock",
     "AttentionSpec",
     "Block",
-    "FeedForwardBlock",
     "FeedForwardSpec",
     "Part",
     "Projection",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .families import spec_for
-from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
-from .wrappers import transformers_models
+from .spec import ArchitectureSpec, Part
 
 
 def active_copy(module: Any) -> Any:
@@ -59,20 +58,6 @@ def base_layer(module: Any) -> Any:
     return module
 
 
-def computed(module: nn.Module) -> str:
-    """Which of a layer's weight and bias is no parameter but computed from others, in words; `""` if neither is.
-
-    So do `torch.nn.utils.parametrize`, `torch.nn.utils.prune` and weight norm, of which wav2vec2 makes use. Zeros that are written
-    into such a tensor are gone with the next forward.
-    """
-    layer = base_layer(module)
-    for name in ("weight", "bias"):
-        if name not in layer._parameters and getattr(layer, name, None) is not None:
-            sources = [key for key, _ in layer.named_parameters() if any(step.startswith(name) for step in key.split("."))]
-            return f"its {name} is no parameter but computed from {', '.join(sources)}"
-    return ""
-
-
 def out_features(module: nn.Module) -> int:
     """Number of outputs of a Linear or of GPT-2's Conv1D (whose weight is stored `[in, out]`)."""
     layer = base_layer(module)
@@ -80,105 +65,150 @@ def out_features(module: nn.Module) -> int:
     return size
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A projection of a block: the module, its name in the model, and the range of output rows that belongs to it.
+def has_bias(module: Any) -> bool:
+    """Whether a projection has a bias."""
+    return module.bias is not None
 
-    Under PEFT the module is the layer with its adapters, and the name is the one without them.
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A projection of a block.
+
+    Attributes:
+        name: its module's name in the model, without what PEFT adds to it.
+        module: the module, with its adapters.
+        part: what the spec says of it.
+        rows: which outputs of the module belong to it, `[n]` on the CPU.
     """
 
     name: str
     module: nn.Module
-    start: int
-    stop: int
+    part: Part
+    rows: Tensor
+
+    @functools.cached_property
+    def layer(self) -> Any:
+        """The layer of the model under the adapters."""
+        return base_layer(self.module)
+
+    @functools.cached_property
+    def index(self) -> slice | Tensor:
+        """What picks the rows of a matrix: a slice, and so a view, where they follow each other, else `rows`."""
+        start = int(self.rows[0]) if len(self.rows) else 0
+        stop = start + len(self.rows)
+        return slice(start, stop) if self.rows.equal(torch.arange(start, stop, device="cpu")) else self.rows
 
 
-@dataclass(frozen=True)
-class AttentionBlock:
-    """One attention block. `layer` is the layer's name without the task head's prefix; `name` is the block's name in the model."""
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Units side by side: each has `unit_width` rows of every projection in `inputs`, and as many columns of `output`.
 
+    Rows of the first input belong to one unit alone. Those of the others belong to `units_per_group` neighbouring units, which is
+    one but for key and value heads that several query heads share.
+
+    Attributes:
+        kind: what it is to its layer, `"attention"` or `"feed_forward"`.
+        unit: what lives or dies as a whole in it, `"head"` or `"neuron"`; the pattern of that name makes units of them.
+        layer: the layer's name without the task head's prefix.
+        name: the block's name in the model.
+        key: its place in the layer, which is what `config.hf_prune` calls it.
+        roles: its projections by what they do (`query`, `key`, `value`, `up`, `gate`, …), the one out of it last.
+        size_names: what the config calls the number of units, and that of groups if there can be fewer.
+        unit_width: rows of an input, and columns of the output, that a unit has.
+        module: the module whose `forward` splits features into units; None if nothing does.
+        attributes: those of the module that say how many units it has, see `AttentionSpec.sizes`.
+        own_units: the numbers that the units have in the stock model, where the module has to know them.
+        activation: what a neuron applies; None for heads.
+        spec: the record that it was found by.
+    """
+
+    kind: str
+    unit: str
     layer: str
     name: str
-    spec: AttentionSpec
-    module: nn.Module
-    query: Projection
-    key: Projection
-    value: Projection
-    output: Projection
-    head_size: int
-    extra: tuple[Projection, ...] = ()
+    key: str
+    roles: Mapping[str, Projection]
+    size_names: tuple[str, ...]
+    spec: Any
+    unit_width: int = 1
+    module: Any = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    own_units: list[int] | None = None
+    activation: Any = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """The projections of the block that every family has."""
-        return self.query, self.key, self.value, self.output
+        """The inputs, then the output."""
+        return tuple(self.roles.values())
 
     @property
-    def num_heads(self) -> int:
-        """Number of query heads."""
-        return (self.query.stop - self.query.start) // self.head_size
+    def inputs(self) -> tuple[Projection, ...]:
+        """The projections whose rows belong to units."""
+        return self.projections[:-1]
 
     @property
-    def num_key_value_heads(self) -> int:
-        """Number of key and value heads; fewer than query heads under grouped-query attention."""
-        return (self.value.stop - self.value.start) // self.head_size
+    def output(self) -> Projection:
+        """The projection whose columns belong to units."""
+        return self.projections[-1]
 
     @property
-    def heads_per_group(self) -> int:
-        """How many query heads share a key and value head (1 when no head is left)."""
-        return self.num_heads // self.num_key_value_heads if self.num_heads else 1
-
-
-@dataclass(frozen=True)
-class FeedForwardBlock:
-    """One feed-forward block; see [`AttentionBlock`]."""
-
-    layer: str
-    name: str
-    spec: FeedForwardSpec
-    up: Projection
-    down: Projection
-    gate: Projection | None
-    activation: Any
+    def makers(self) -> dict[str, Projection]:
+        """The inputs that make the features, by role; queries and keys only weigh them."""
+        return {role: self.roles[role] for role in ("value", "up", "gate") if role in self.roles}
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
-        """Every projection of the block."""
-        return tuple(projection for projection in (self.up, self.gate, self.down) if projection is not None)
+    def num_units(self) -> int:
+        """Number of heads or neurons."""
+        return len(self.inputs[0].rows) // self.unit_width
 
     @property
-    def num_neurons(self) -> int:
-        """Width of the intermediate layer."""
-        return self.up.stop - self.up.start
+    def num_groups(self) -> int:
+        """Number of groups of units that share rows: key and value heads, fewer than heads under grouped-query attention."""
+        return len(self.inputs[-1].rows) // self.unit_width
+
+    @property
+    def units_per_group(self) -> int:
+        """How many units share rows (1 when no unit is left)."""
+        return self.num_units // self.num_groups if self.num_units else 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that condensing changes, as the config calls them."""
+        return dict(zip(self.size_names, (self.num_units, self.num_groups)))
+
+    def features(self, units: Tensor) -> Tensor:
+        """The rows of an input, or columns of the output, of some units or groups, `[n] → [n·width]`."""
+        return (units[:, None] * self.unit_width + torch.arange(self.unit_width, device="cpu")).flatten()
 
 
-Block = AttentionBlock | FeedForwardBlock
-
-
-def computed_part(parts: Iterable[Projection]) -> str:
-    """Which projection of a block has a weight or bias that is [`computed`], in words; `""` if none has."""
-    found = ((part.name, computed(part.module)) for part in parts)
-    return next((f"of {name}: {reason}" for name, reason in found if reason), "")
-
-
-def _get(root: Any, path: str) -> Any:
+def at_path(root: Any, path: str) -> Any:
     """The attribute at a dotted path, or None."""
     for step in path.split("."):
         root = active_copy(getattr(root, step, None))
     return root
 
 
-def _projection(layer: nn.Module, layer_name: str, part: Part) -> Projection:
-    module = _get(layer, part.path)
+def _projection(layer: nn.Module, layer_name: str, part: Part, width: int = 1) -> Projection:
+    module = at_path(layer, part.path)
     if module is None:
         raise ValueError(f"{layer_name} has no {part.path}, which the architecture spec of its family names.")
-    size = out_features(module) // part.parts
-    return Projection(f"{layer_name}.{part.path}", module, part.index * size, (part.index + 1) * size)
+    return Projection(f"{layer_name}.{part.path}", module, part, part.rows(out_features(module), width))
 
 
-def layer_lists(base: nn.Module, path: str) -> dict[str, Any]:
-    """The module lists of a base model that a path of `ArchitectureSpec.layers` names, by their names; empty if it has none."""
-    found = {"": base}
+def body(model: Any) -> Any:
+    """What a task head of transformers holds: the bare model, which a model without a task head is itself."""
+    return getattr(model, "base_model", model)
+
+
+def body_prefix(model: nn.Module) -> str:
+    """What the names of the modules of a model's body begin with, `""` for a bare model."""
+    inner = body(model)
+    return next((f"{name}." for name, module in model.named_modules() if module is inner and name), "")
+
+
+def layer_lists(model: Any, path: str) -> dict[str, Any]:
+    """The module lists of a model's body that a path of `ArchitectureSpec.layers` names, by their names; empty if it has none."""
+    found = {"": body(model)}
     for step in path.split("."):
         found = {
             f"{name}.{key}" if name else key: child
@@ -186,61 +216,63 @@ def layer_lists(base: nn.Module, path: str) -> dict[str, Any]:
             for key, child in module.named_children()
             if step in ("*", key)
         }
-    return found
+    return {name: module for name, module in found.items() if isinstance(module, (nn.ModuleList, nn.Sequential))}
 
 
 def blocks(model: nn.Module, spec: ArchitectureSpec, prefix: str = "") -> Iterator[Block]:
     """Yield every block of a transformers model that `spec` describes, layer by layer; adapters in it are seen through.
 
     Args:
-        model: the model.
+        model: the model; of what the spec names, what it lacks is passed over.
         spec: its family's.
         prefix: what the blocks' names begin with, for a model inside another.
 
     Raises:
         ValueError: a block lacks a projection.
     """
-    base: Any = getattr(model, "base_model", model)
-    prefix += next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+    prefix += body_prefix(model)
     for path in spec.layers:
-        for short, layer in (
-            (f"{list_name}.{index}", layer)
-            for list_name, layers in layer_lists(base, path).items()
-            for index, layer in enumerate(layers)
-        ):
-            full = prefix + short
-            for attention in spec.attentions:
-                if (module := _get(layer, attention.module)) is not None:
-                    query, key, value, output = (
-                        _projection(layer, full, part)
-                        for part in (attention.query, attention.key, attention.value, attention.output)
-                    )
-                    head_size = getattr(module, attention.head_size)
-                    name = f"{full}.{attention.module}"
-                    there = [part for part in attention.extra if _get(layer, part.path) is not None]
-                    extra = tuple(_projection(layer, full, part) for part in there)
-                    yield AttentionBlock(short, name, attention, module, query, key, value, output, head_size, extra)
-            for ffn in spec.feed_forwards:
-                if _get(layer, ffn.up.path) is not None:
-                    yield FeedForwardBlock(
-                        layer=short,
-                        name=f"{full}.{ffn.up.path}",
-                        spec=ffn,
-                        up=_projection(layer, full, ffn.up),
-                        down=_projection(layer, full, ffn.down),
-                        gate=_projection(layer, full, ffn.gate) if ffn.gate else None,
-                        activation=_get(layer, ffn.activation),
-                    )
+        for list_name, layers in layer_lists(model, path).items():
+            for index, layer in enumerate(layers):
+                yield from _blocks_of(layer, f"{list_name}.{index}", prefix, spec)
 
 
-def find_blocks(model: Any) -> list[Block]:
-    """The blocks of the transformers models in a model (of one, if it is one), by their `config.model_type`.
-
-    Raises:
-        ValueError: a family has no spec, or a model is not what its spec describes.
-    """
-    found: list[Block] = []
-    for name, one in (transformers_models(model) or {"": model}).items():
-        model_type = getattr(getattr(one, "config", None), "model_type", None)
-        found += blocks(one, spec_for(str(model_type)), f"{name}." if name else "")
-    return found
+def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec) -> Iterator[Block]:
+    """The blocks of one layer; `short`: its name in the body."""
+    full = prefix + short
+    for attention in spec.attentions:
+        if (module := at_path(layer, attention.module)) is not None:
+            parts = {"query": attention.query, "key": attention.key, "value": attention.value}
+            parts |= {part.path.rpartition(".")[2]: part for part in attention.extra if at_path(layer, part.path) is not None}
+            parts["output"] = attention.output
+            width = getattr(module, attention.head_size)
+            roles = {role: _projection(layer, full, part, width) for role, part in parts.items()}
+            heads = range(len(roles["query"].rows) // width)
+            yield Block(
+                kind="attention",
+                unit="head",
+                layer=short,
+                name=f"{full}.{attention.module}",
+                key=attention.module,
+                roles=roles,
+                size_names=("num_attention_heads", *(["num_key_value_heads"] if "groups" in attention.sizes.values() else [])),
+                spec=attention,
+                unit_width=width,
+                module=module,
+                attributes=attention.sizes,
+                own_units=list(getattr(module, "own_heads", heads)) if attention.position_bias else None,
+            )
+    for ffn in spec.feed_forwards:
+        if at_path(layer, ffn.up.path) is not None:
+            parts = {"up": ffn.up, **({"gate": ffn.gate} if ffn.gate else {}), "down": ffn.down}
+            yield Block(
+                kind="feed_forward",
+                unit="neuron",
+                layer=short,
+                name=f"{full}.{ffn.up.path}",
+                key=ffn.up.path,
+                roles={role: _projection(layer, full, part) for role, part in parts.items()},
+                size_names=("intermediate_size",),
+                spec=ffn,
+                activation=at_path(layer, ffn.activation),
+            )

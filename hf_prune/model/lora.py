@@ -61,6 +61,12 @@ class Adapter:
         weight: Tensor = base_layer(self.layer).weight.detach()
         return (weight + self.delta()).to(weight.dtype)
 
+    def merged_bias(self) -> Tensor:
+        """The layer's bias, with that of the adapter if it has one (`lora_bias`), as `merge_and_unload` leaves it, `[out]`."""
+        bias: Tensor = base_layer(self.layer).bias.detach()
+        own: Tensor | None = getattr(self.lora_B, "bias", None)
+        return bias if own is None else bias + own.detach() * self.layer.scaling[self.name]
+
     def gradient(self) -> Tensor:
         """The gradient of the merged weight, estimated from those of A and B, in the weight's shape; zero where they have none.
 

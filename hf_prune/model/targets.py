@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..settings.errors import ConfigError, closest
 from . import SPECS, ArchitectureSpec
-from .blocks import active_copy, base_layer, computed, is_adapted
+from .blocks import Block, Projection, active_copy, base_layer, body_prefix, is_adapted
 from .lora import Adapter, adapter_of
 from .passes import keep_
 from .sharding import placed_like, whole
@@ -26,6 +26,26 @@ from .wrappers import bare_model, contents, listed, transformers_models
 PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 
 ModuleNames = str | list[str] | None
+
+
+def computed(module: nn.Module) -> str:
+    """Which of a layer's weight and bias is no parameter but computed from others, in words; `""` if neither is.
+
+    So do `torch.nn.utils.parametrize`, `torch.nn.utils.prune` and weight norm, of which wav2vec2 makes use. Zeros that are written
+    into such a tensor are gone with the next forward.
+    """
+    layer = base_layer(module)
+    for name in ("weight", "bias"):
+        if name not in layer._parameters and getattr(layer, name, None) is not None:
+            sources = [key for key, _ in layer.named_parameters() if any(step.startswith(name) for step in key.split("."))]
+            return f"its {name} is no parameter but computed from {', '.join(sources)}"
+    return ""
+
+
+def computed_part(parts: Iterable[Projection]) -> str:
+    """Which projection of a block has a weight or bias that is [`computed`], in words; `""` if none has."""
+    found = ((part.name, computed(part.module)) for part in parts)
+    return next((f"of {name}: {reason}" for name, reason in found if reason), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +143,48 @@ def weight_target(name: str, module: nn.Module, kernel_first: bool = False) -> T
     Raises:
         ValueError: the layer has an adapter other than a plain LoRA one.
     """
-    layer = base_layer(module)
-    weight = layer.get_parameter("weight")
+    layer: Any = base_layer(module)
     transposed, adapter = isinstance(layer, Conv1D), adapter_of(name, module)
-    return Target(f"{name}.weight", name, weight, transposed, kernel_first and weight.ndim > 2, adapter)
+    return Target(f"{name}.weight", name, layer.weight, transposed, kernel_first and layer.weight.ndim > 2, adapter)
 
 
 def bias_target(name: str, module: nn.Module) -> Target | None:
     """The bias of a layer, if it has one."""
     return Target(f"{name}.bias", name, module.get_parameter("bias")) if module.bias is not None else None
+
+
+class BlockWeights:
+    """The weights and biases that a block computes with: under LoRA the merged ones, each merged once.
+
+    Args:
+        block: the block.
+
+    Raises:
+        ValueError: a layer has an adapter other than a plain LoRA one.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._targets = {part.module: weight_target(part.name, part.module) for part in block.projections}
+        self._matrices: dict[nn.Module, Tensor] = {}
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters of its layers."""
+        return tuple(target.adapter for target in self._targets.values() if target.adapter is not None)
+
+    def weight(self, part: Projection) -> Tensor:
+        """The weight of a projection, `[rows, in]`."""
+        if part.module not in self._matrices:
+            self._matrices[part.module] = self._targets[part.module].weight()
+        return self._matrices[part.module][part.index]
+
+    def bias(self, part: Projection) -> Tensor:
+        """The bias of a projection, `[rows]`; zeros if it has none."""
+        if part.layer.bias is None:
+            return self.weight(part).new_zeros(len(part.rows))
+        adapter = self._targets[part.module].adapter
+        bias: Tensor = part.layer.bias.detach() if adapter is None else adapter.merged_bias()
+        return bias[part.index]
 
 
 def named_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -226,13 +279,8 @@ def prunable_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def body_prefixes(model: Any) -> tuple[str, ...]:
     """What the names of the modules of a model's body begin with, for `str.startswith`: the body is what a task head, or a wrapper,
     holds, `("",)` when the model is a bare body. A wrapper of several transformers models has several."""
-    prefixes = []
     inside: Mapping[str, nn.Module] = transformers_models(model) or {"": contents(bare_model(model))}
-    for name, one in inside.items():
-        base = getattr(one, "base_model", one)
-        inner = next((key for key, module in one.named_modules() if module is base), "")
-        prefixes.append("".join(f"{part}." for part in (name, inner) if part))
-    return tuple(prefixes)
+    return tuple(f"{name}.{body_prefix(one)}" if name else body_prefix(one) for name, one in inside.items())
 
 
 def selector(model: Any, names: ModuleNames, exclude: ModuleNames, field: str) -> Callable[[str], bool]:

@@ -8,7 +8,7 @@ Criteria, allocation and masks know units only; which units a pattern makes is t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -20,31 +20,44 @@ from .targets import Target, bias_target, weight_target
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A grid of `height`×`width` blocks over rows `start:stop` of a target's matrix; block number = unit number, row by row."""
+    """A grid of `height`×`width` blocks over a target's matrix; block number = unit number, row by row.
+
+    Attributes:
+        target: the parameter.
+        height, width: of a block.
+        rows: those of the matrix that the grid lies over, by default all. Neighbours may lie apart, as the rows of a head do in a
+            packed projection; a slice is masked in place, through a view.
+    """
 
     target: Target
     height: int
     width: int
-    start: int
-    stop: int
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
         """`(block rows, height, block columns, width)`."""
-        return (self.stop - self.start) // self.height, self.height, self.target.shape[1] // self.width, self.width
+        return self.num_rows // self.height, self.height, self.target.shape[1] // self.width, self.width
+
+    @cached_property
+    def num_rows(self) -> int:
+        """How many rows the grid lies over."""
+        if isinstance(self.rows, slice):
+            return len(range(*self.rows.indices(self.target.shape[0])))
+        return len(self.rows)
 
     def gather(self, matrix: Tensor) -> Tensor:
         """The elements of each block. `matrix`: `[out, in]` of the whole target, or `[out, 1]`. Returns `[rows, h, columns, w]`."""
         rows, height, columns, width = self.grid
         if matrix.shape[1] == 1:
             columns = width = 1
-        return matrix[self.start : self.stop].reshape(rows, height, columns, width)
+        return matrix[self.rows].reshape(rows, height, columns, width)
 
     def spread(self, kept: Tensor) -> Tensor:
         """From units to elements. `kept`: bool `[units]`. Returns bool `[out, in]`, True in rows that are not the view's."""
         rows, height, columns, width = self.grid
         matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
-        matrix[self.start : self.stop] = kept.view(rows, 1, columns, 1).expand(self.grid).reshape(rows * height, columns * width)
+        matrix[self.rows] = kept.view(rows, 1, columns, 1).expand(self.grid).reshape(rows * height, columns * width)
         return matrix
 
     @property
@@ -63,18 +76,18 @@ class View:
             return ()
         if self.owns_rows:
             targets = (weight_target(f"{name}.lora_B", adapter.lora_B), bias_target(f"{name}.lora_B", adapter.lora_B))
-            return tuple(View(target, self.height, target.shape[1], self.start, self.stop) for target in targets if target)
+            return tuple(View(target, self.height, target.shape[1], self.rows) for target in targets if target)
         if self.height == self.target.shape[0]:
             target = weight_target(f"{name}.lora_A", adapter.lora_A)
-            return (View(target, target.shape[0], self.width, 0, target.shape[0]),)
+            return (View(target, target.shape[0], self.width),)
         return ()
 
     @torch.no_grad()
     def apply(self, kept: Tensor, gradients: bool = False) -> None:
         """Zero the blocks of units that are not kept, in place, in the target or in its gradient.
 
-        Nothing of the size of the parameter is made, except for convolutions, shards and under LoRA: `kept` is broadcast over the
-        blocks.
+        Nothing of the size of the parameter is made, except for convolutions, shards, rows that lie apart, and under LoRA: `kept`
+        is broadcast over the blocks.
 
         Args:
             kept: bool `[units]`.
@@ -84,13 +97,14 @@ class View:
             view.apply(kept, gradients)
         rows, _, columns, _ = self.grid
         factors, parameter = kept.view(rows, 1, columns, 1), self.target.parameter
-        in_blocks = parameter.ndim <= 2 and not is_sharded(parameter)
+        in_blocks = parameter.ndim <= 2 and not is_sharded(parameter) and isinstance(self.rows, slice)
         if not in_blocks:
-            # The matrix of a convolution may be a copy, that of shards is one: the factors are brought into their shape instead.
+            # The matrix of a convolution may be a copy, that of shards or of rows by their indices is one: the factors are brought
+            # into the parameter's shape instead.
             factors = self.target.from_matrix(self.spread(kept))
 
         def blocks(tensor: Tensor) -> Tensor:
-            return self.target.matrix(tensor)[self.start : self.stop].view(self.grid) if in_blocks else tensor
+            return self.target.matrix(tensor)[self.rows].view(self.grid) if in_blocks else tensor
 
         self.target.mask(factors, blocks, adapted=not self.adapters, gradients=gradients)
 

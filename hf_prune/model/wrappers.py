@@ -15,6 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat import without_peft
 from ..settings.errors import ConfigError
 
 if dist.is_available():
@@ -44,9 +45,7 @@ def bare_model(model: Any) -> nn.Module:
 
 def contents(module: nn.Module) -> nn.Module:
     """What a container that only passes calls on holds: the module in DDP, `torch.compile` or a `PeftModel`. Others as they are."""
-    inner: Any = extract_model_from_parallel(module, keep_torch_compile=False)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner: nn.Module = without_peft(extract_model_from_parallel(module, keep_torch_compile=False))
     return module if inner is module else contents(inner)
 
 

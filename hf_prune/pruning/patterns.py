@@ -1,6 +1,6 @@
 """What is removed together: from a pattern and the modules or blocks it applies to, the groups of units.
 
-Every pattern is a grid of equal blocks over matrices. Nothing else in the library knows what a head or a neuron is.
+Every pattern is a grid of equal blocks over matrices. What rows and columns a head or a neuron has, its block knows.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..model import AttentionBlock, Block, FeedForwardBlock, Projection
-from ..model.blocks import computed_part
-from ..model.targets import Target, bias_target, weight_target
+from ..model import Block, Projection
+from ..model.targets import bias_target, computed_part, weight_target
 from ..model.units import UnitGroup, View
 from ..settings.patterns import Pattern
 
@@ -24,12 +23,12 @@ def build_groups(
     blocks = list(blocks)
     left_out = {block.name: reason for block in blocks if (reason := _obstacle(block))}
     blocks = [block for block in blocks if block.name not in left_out]
-    if pattern.kind == "neuron":
-        groups = [_neuron_group(block) for block in blocks if isinstance(block, FeedForwardBlock)]
-    elif pattern.kind == "auto":
+    if pattern.kind == "auto":
         groups = [group for block in blocks for group in _role_groups(block)]
-    elif pattern.kind in ("head", "kv_group"):
-        groups = [_head_group(block, pattern.kind == "kv_group") for block in blocks if isinstance(block, AttentionBlock)]
+    elif pattern.kind == "kv_group":
+        groups = [_unit_group(block, block.units_per_group) for block in blocks if block.unit == "head"]
+    elif pattern.kind in ("head", "neuron"):
+        groups = [_unit_group(block) for block in blocks if block.unit == pattern.kind]
     elif pattern.kind in ("block", "layer"):
         together: dict[str, list[Block]] = {}
         for block in blocks:
@@ -56,94 +55,75 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
         assert pattern.m
         if target.inputs % pattern.m:
             return None, f"its {target.inputs} inputs are not divisible by {pattern.m}"
-        return UnitGroup(name, (View(target, 1, 1, 0, rows),), n_of_m=(pattern.n, pattern.m)), ""
+        return UnitGroup(name, (View(target, 1, 1),), n_of_m=(pattern.n, pattern.m)), ""
     height, width = pattern.n or rows, pattern.m or columns
     if rows % height or columns % width:
         return None, f"its shape {rows}x{columns} is not divisible by {height}x{width}"
     biases: tuple[View, ...] = ()
     if pattern.m is None and (bias := bias_target(name, module)) is not None:
-        biases = (View(bias, height, 1, 0, rows),)
-    return UnitGroup(name, (View(target, height, width, 0, rows),), biases), ""
+        biases = (View(bias, height, 1),)
+    return UnitGroup(name, (View(target, height, width),), biases), ""
 
 
 def _obstacle(block: Block) -> str:
     """Why a block has no units to prune, or an empty string."""
-    if not (block.num_heads if isinstance(block, AttentionBlock) else block.num_neurons):
-        return "condensing left nothing of it"
-    return computed_part(block.projections)
+    return computed_part(block.projections) if block.num_units else "condensing left nothing of it"
 
 
-def _neuron_group(block: FeedForwardBlock) -> UnitGroup:
-    """The neurons of a feed-forward block: their rows of up and gate, their column of down."""
-    rows = [part for part in (block.up, block.gate) if part is not None]
-    weights = (*(_row_view(part, 1) for part in rows), _column_view(block.down, 1))
-    return UnitGroup(block.name, weights, tuple(bias for part in rows for bias in _biases(part, 1)))
+def _unit_group(block: Block, together: int = 1) -> UnitGroup:
+    """The heads or neurons of a block: their rows of its inputs, their columns of its output.
 
-
-def _head_group(block: AttentionBlock, whole_groups: bool) -> UnitGroup:
-    """The heads of an attention block, or its key and value heads with all the query heads that share them.
-
-    A key and value head that several query heads share belongs to none of them alone, so that a unit of the pattern `head` is then
-    the rows of the query and the columns of the output projection.
+    `together` neighbours are one unit: 1, or as many as share rows. Rows that several units share belong to none of them alone, so
+    that under grouped queries a head alone is its rows of the query and its columns of the output projection.
     """
-    per_group = block.heads_per_group if whole_groups else 1
-    sizes = {block.query: block.head_size * per_group}
-    if whole_groups or block.heads_per_group == 1:
-        sizes |= {block.key: block.head_size, block.value: block.head_size}
-    weights = (*(_row_view(part, size) for part, size in sizes.items()), _column_view(block.output, sizes[block.query]))
-    return UnitGroup(block.name, weights, tuple(bias for part, size in sizes.items() for bias in _biases(part, size)))
+    own, *others = block.inputs
+    heights = {own: block.unit_width * together}
+    if together == block.units_per_group:
+        heights |= dict.fromkeys(others, block.unit_width)
+    weights = (*(_row_view(part, height) for part, height in heights.items()), _column_view(block.output, heights[own]))
+    return UnitGroup(block.name, weights, tuple(bias for part, height in heights.items() for bias in _biases(part, height)))
 
 
 def _role_groups(block: Block) -> list[UnitGroup]:
     """A group for each projection, its blocks shaped by role (Lagunas et al. 2021, https://arxiv.org/abs/2109.04838, section 3.2).
 
-    Attention: square tiles as high as a head, or as long as the matrix where a tile does not divide it. Feed-forward: rows and
-    columns. A head goes with its values or with its columns of the output, never with its queries or keys alone.
+    Square tiles as high as a head, or as long as the matrix where a tile does not divide it; of neurons, which are one row high,
+    whole rows and columns. A head goes with its values or with its columns of the output, never with its queries or keys alone.
     """
-    if isinstance(block, FeedForwardBlock):
-        rows = {name: part for name, part in (("up", block.up), ("gate", block.gate)) if part is not None}
-        return [
-            *(
-                UnitGroup(f"{block.name}.{name}", (_row_view(part, 1),), _biases(part, 1), None, block.name, "rows")
-                for name, part in rows.items()
-            ),
-            UnitGroup(f"{block.name}.down", (_column_view(block.down, 1),), (), None, block.name, "columns"),
-        ]
-    size, shared = block.head_size, block.heads_per_group > 1
-    roles = {"query": block.query, "key": block.key, "value": block.value, "output": block.output}
-    axes = {"value": "" if shared else "rows", "output": "columns"}
-    return [
-        UnitGroup(f"{block.name}.{role}", (_tile_view(part, size),), (), None, block.name, axes.get(role, ""))
-        for role, part in roles.items()
-    ]
+    groups = []
+    for role, part in block.roles.items():
+        silences = role in block.makers and block.units_per_group == 1
+        axis = "columns" if part is block.output else "rows" if silences else ""
+        lines = _column_view(part, 1) if part is block.output else _row_view(part, 1)
+        view = lines if block.unit_width == 1 else _tile_view(part, block.unit_width)
+        biases = _biases(part, 1) if view.height == 1 else ()
+        groups.append(UnitGroup(f"{block.name}.{role}", (view,), biases, None, block.name, axis))
+    return groups
 
 
 def _whole_group(name: str, blocks: Iterable[Block]) -> UnitGroup:
     """Blocks that go as one unit, with everything they add to the residual stream: output biases too."""
-    sizes = [(part, part.stop - part.start) for block in blocks for part in block.projections]
+    sizes = [(part, len(part.rows)) for block in blocks for part in block.projections]
     biases = tuple(bias for part, rows in sizes for bias in _biases(part, rows))
     return UnitGroup(name, tuple(_row_view(part, rows) for part, rows in sizes), biases)
 
 
 def _row_view(part: Projection, height: int) -> View:
     target = weight_target(part.name, part.module)
-    return View(target, height, target.shape[1], part.start, part.stop)
+    return View(target, height, target.shape[1], part.index)
 
 
 def _column_view(part: Projection, width: int) -> View:
     target = weight_target(part.name, part.module)
-    return View(target, target.shape[0], width, 0, target.shape[0])
+    return View(target, target.shape[0], width)
 
 
 def _tile_view(part: Projection, size: int) -> View:
     target = weight_target(part.name, part.module)
-    height, width = (size if length % size == 0 else length for length in (part.stop - part.start, target.shape[1]))
-    return View(target, height, width, part.start, part.stop)
+    height, width = (size if length % size == 0 else length for length in (len(part.rows), target.shape[1]))
+    return View(target, height, width, part.index)
 
 
 def _biases(part: Projection, height: int) -> tuple[View, ...]:
-    return () if part.module.bias is None else (_bias_view(part, height),)
-
-
-def _bias_view(part: Projection, height: int) -> View:
-    return View(Target(f"{part.name}.bias", part.name, part.module.get_parameter("bias")), height, 1, part.start, part.stop)
+    bias = bias_target(part.name, part.module)
+    return () if bias is None else (View(bias, height, 1, part.index),)

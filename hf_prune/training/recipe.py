@@ -36,7 +36,7 @@ from ..files import read_object, write_text
 from ..measure.latency import compare
 from ..measure.sparsity import count_zeros, evaluated
 from ..measure.tables import as_text
-from ..model import AttentionBlock, FeedForwardBlock, find_blocks, spec_for
+from ..model import find_blocks, spec_for
 from ..model.targets import Target, body_prefixes, weight_target
 from ..pruning import recover
 from ..pruning.criteria import CRITERIA
@@ -362,7 +362,7 @@ class Pipeline:
     def _pruning(self, stage: Stage, model: PreTrainedModel) -> PruningConfig | None:
         if stage.neurons_per_head is None:
             return stage.config({})
-        heads = max(block.num_heads for block in find_blocks(self.model) if isinstance(block, AttentionBlock))
+        heads = max(block.num_units for block in find_blocks(self.model) if block.unit == "head")
         return stage.config(neuron_sparsity(model, heads, stage.neurons_per_head))
 
     def _evaluating(self, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
@@ -410,8 +410,8 @@ class Pipeline:
             metrics=metrics,
             parameters=model.num_parameters(),
             latency_ratio=compare(model.cpu(), reference).latency_ratio,
-            heads=[block.num_heads for block in blocks if isinstance(block, AttentionBlock)],
-            neurons=[block.num_neurons for block in blocks if isinstance(block, FeedForwardBlock)],
+            heads=[block.num_units for block in blocks if block.unit == "head"],
+            neurons=[block.num_units for block in blocks if block.unit == "neuron"],
         )
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -470,13 +470,11 @@ def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[s
     found = find_blocks(model)
     left: dict[str, list[float]] = {}
     for block in found:
-        if isinstance(block, AttentionBlock):
-            left.setdefault(block.layer, []).append(block.num_heads / heads)
+        if block.unit == "head":
+            left.setdefault(block.layer, []).append(block.num_units / heads)
     shares = {layer: sum(values) / len(values) for layer, values in left.items()}
     # No layer loses all its neurons here: without heads it may still be needed.
-    return {
-        block.name: min(1 - factor * shares.get(block.layer, 1.0), 0.98) for block in found if isinstance(block, FeedForwardBlock)
-    }
+    return {block.name: min(1 - factor * shares.get(block.layer, 1.0), 0.98) for block in found if block.unit == "neuron"}
 
 
 def _differing(model: PreTrainedModel, other: PreTrainedModel) -> list[str]:

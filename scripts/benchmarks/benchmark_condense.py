@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel
 
 from hf_prune import condense
 from hf_prune.measure.latency import benchmark
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 
 
 class HandmadeLayer(nn.Module):
@@ -70,13 +70,9 @@ class HandmadeBert(nn.Module):
 def mask_half(model: nn.Module) -> None:
     """Zero what half of the heads and neurons of every block put out."""
     for block in find_blocks(model):
-        count, width, part = (
-            (block.num_heads, block.head_size, block.output)
-            if isinstance(block, AttentionBlock)
-            else (block.num_neurons, 1, block.down)
-        )
-        dead = torch.randperm(count)[: count // 2]
-        part.module.get_parameter("weight").unflatten(1, (count, width))[:, dead] = 0
+        dead = torch.randperm(block.num_units)[: block.num_units // 2]
+        weight = block.output.module.get_parameter("weight")
+        weight.unflatten(1, (block.num_units, block.unit_width))[:, dead] = 0
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from torch.export import Dim
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, pipeline
 
 import hf_prune
-from hf_prune.model import AttentionBlock, find_blocks
+from hf_prune.model import find_blocks
 
 SENTENCES = (
     "The company said its profit doubled in the third quarter.",
@@ -40,12 +40,10 @@ def mask_randomly(model: PreTrainedModel, seed: int) -> None:
     """Zero value rows of some heads and up rows of some neurons, and columns of half of these: from none to most of a block."""
     generator = torch.Generator().manual_seed(seed)
     for block in find_blocks(model):
-        attends = isinstance(block, AttentionBlock)
-        into, out = (block.value, block.output) if attends else (block.up, block.down)
-        count, width = (block.num_heads, block.head_size) if attends else (block.num_neurons, 1)
-        dead = torch.rand(count, generator=generator) < 0.95 * torch.rand(1, generator=generator)
+        into, width = block.roles["value" if block.kind == "attention" else "up"], block.unit_width
+        dead = torch.rand(block.num_units, generator=generator) < 0.95 * torch.rand(1, generator=generator)
         into.module.weight[dead.repeat_interleave(width)] = 0
-        out.module.weight[:, (dead & (torch.rand(count, generator=generator) < 0.5)).repeat_interleave(width)] = 0
+        block.output.module.weight[:, (dead & (torch.rand(len(dead), generator=generator) < 0.5)).repeat_interleave(width)] = 0
 
 
 def compare(masked: Path, condensed: Path, sentences: Sequence[str] = SENTENCES) -> dict[str, float]:

@@ -6,19 +6,20 @@ from dataclasses import replace
 
 from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 from .encoder_decoders import BART
-from .fragments import HEADS, NEURONS
+from .fragments import HEADS, NEURONS, attention, packed
 
 
-def _gpt2_attention(name: str, query: Part, packed: int) -> AttentionSpec:
-    """`packed`: how many parts `c_attn` has; key and value are the last two."""
+def _gpt2_attention(module: str, parts: tuple[Part, ...], optional: bool = False) -> AttentionSpec:
+    query, key, value = parts
     return AttentionSpec(
-        module=name,
+        module=module,
         query=query,
-        key=Part(f"{name}.c_attn", packed - 2, packed),
-        value=Part(f"{name}.c_attn", packed - 1, packed),
-        output=Part(f"{name}.c_proj"),
+        key=key,
+        value=value,
+        output=Part(f"{module}.c_proj"),
         sizes={"num_heads": "heads", "split_size": "width"},
         after=("resid_dropout",),
+        optional=optional,
     )
 
 
@@ -26,8 +27,8 @@ GPT2 = ArchitectureSpec(
     model_types=("gpt2",),
     layers=("h",),
     attentions=(
-        _gpt2_attention("attn", Part("attn.c_attn", 0, 3), packed=3),
-        _gpt2_attention("crossattention", Part("crossattention.q_attn"), packed=2),
+        _gpt2_attention("attn", packed("attn.c_attn", 3)),
+        _gpt2_attention("crossattention", (Part("crossattention.q_attn"), *packed("crossattention.c_attn", 2)), optional=True),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.c_fc"), down=Part("mlp.c_proj"), activation="mlp.act"),),
     depths=("num_hidden_layers",),
@@ -39,6 +40,7 @@ OPT = replace(
     BART,
     model_types=("opt",),
     layers=("decoder.layers",),
+    attentions=BART.attentions[:1],
     depths=("num_hidden_layers",),
     depths_when={"do_layer_norm_before": True},
     widths=({"intermediate_size": "ffn_dim"},),
@@ -47,16 +49,7 @@ OPT = replace(
 LLAMA = ArchitectureSpec(
     model_types=("llama", "mistral", "qwen2", "qwen3", "gemma"),
     layers=("layers",),
-    attentions=(
-        AttentionSpec(
-            module="self_attn",
-            query=Part("self_attn.q_proj"),
-            key=Part("self_attn.k_proj"),
-            value=Part("self_attn.v_proj"),
-            output=Part("self_attn.o_proj"),
-            sizes={"num_key_value_groups": "groups"},
-        ),
-    ),
+    attentions=(attention("self_attn", "q_proj k_proj v_proj o_proj", sizes={"num_key_value_groups": "groups"}),),
     feed_forwards=(
         FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
     ),

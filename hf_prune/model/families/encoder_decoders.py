@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
-from .fragments import bart_attention
+from .fragments import attention, bart_like
 
 BART = ArchitectureSpec(
     model_types=("bart",),
     layers=("encoder.layers", "decoder.layers"),
-    attentions=(bart_attention("self_attn"), bart_attention("encoder_attn")),
+    attentions=(bart_like("self_attn"), bart_like("encoder_attn", optional=True)),
     feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
     widths=({"intermediate_size": "encoder_ffn_dim"}, {"intermediate_size": "decoder_ffn_dim"}),
 )
@@ -23,16 +23,14 @@ WHISPER = replace(
 )
 
 
-def _t5_attention(name: str) -> AttentionSpec:
-    return AttentionSpec(
-        module=name,
-        query=Part(f"{name}.q"),
-        key=Part(f"{name}.k"),
-        value=Part(f"{name}.v"),
-        output=Part(f"{name}.o"),
+def _t5_attention(module: str, optional: bool = False) -> AttentionSpec:
+    return attention(
+        module,
+        "q k v o",
         head_size="key_value_proj_dim",
         sizes={"n_heads": "heads", "inner_dim": "width"},
         position_bias="passed on",
+        optional=optional,
     )
 
 
@@ -40,8 +38,8 @@ def _t5_feed_forwards(name: str) -> tuple[FeedForwardSpec, FeedForwardSpec]:
     """The plain one, and the gated one of later versions."""
     down, activation = Part(f"{name}.wo"), f"{name}.act"
     return (
-        FeedForwardSpec(up=Part(f"{name}.wi"), down=down, activation=activation),
-        FeedForwardSpec(gate=Part(f"{name}.wi_0"), up=Part(f"{name}.wi_1"), down=down, activation=activation),
+        FeedForwardSpec(up=Part(f"{name}.wi"), down=down, activation=activation, optional=True),
+        FeedForwardSpec(gate=Part(f"{name}.wi_0"), up=Part(f"{name}.wi_1"), down=down, activation=activation, optional=True),
     )
 
 
@@ -49,7 +47,7 @@ def _t5_feed_forwards(name: str) -> tuple[FeedForwardSpec, FeedForwardSpec]:
 T5 = ArchitectureSpec(
     model_types=("t5",),
     layers=("encoder.block", "decoder.block"),
-    attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention")),
+    attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention", optional=True)),
     feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
     depths=("num_layers", "num_decoder_layers"),
     widths=({"intermediate_size": "d_ff"}, {"intermediate_size": "d_ff"}),

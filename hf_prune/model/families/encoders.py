@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
-from .fragments import BERT_FFN, BERT_SIZES, NEURONS
-
-
-def _bert_attention(name: str) -> AttentionSpec:
-    return AttentionSpec(
-        module=f"{name}.self",
-        query=Part(f"{name}.self.query"),
-        key=Part(f"{name}.self.key"),
-        value=Part(f"{name}.self.value"),
-        output=Part(f"{name}.output.dense"),
-        head_size="attention_head_size",
-        sizes=BERT_SIZES,
-    )
-
+from ..spec import ArchitectureSpec, FeedForwardSpec, Part
+from .fragments import BERT_FFN, NEURONS, attention, bert_like, packed
 
 BERT = ArchitectureSpec(
     model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
     layers=("encoder.layer",),
-    attentions=(_bert_attention("attention"), _bert_attention("crossattention")),
+    attentions=(
+        bert_like("attention.self", "query key value", output=Part("attention.output.dense")),
+        bert_like("crossattention.self", "query key value", output=Part("crossattention.output.dense"), optional=True),
+    ),
     feed_forwards=(BERT_FFN,),
     widths=(NEURONS,),
 )
@@ -30,12 +20,9 @@ DISTILBERT = ArchitectureSpec(
     model_types=("distilbert",),
     layers=("transformer.layer",),
     attentions=(
-        AttentionSpec(
-            module="attention",
-            query=Part("attention.q_lin"),
-            key=Part("attention.k_lin"),
-            value=Part("attention.v_lin"),
-            output=Part("attention.out_lin"),
+        attention(
+            "attention",
+            "q_lin k_lin v_lin out_lin",
             head_size="attention_head_size",
             sizes={"n_heads": "heads", "dim": "width"},
         ),
@@ -48,19 +35,7 @@ DISTILBERT = ArchitectureSpec(
 ALBERT = ArchitectureSpec(
     model_types=("albert",),
     layers=("encoder.albert_layer_groups.*.albert_layers",),
-    attentions=(
-        AttentionSpec(
-            module="attention",
-            query=Part("attention.query"),
-            key=Part("attention.key"),
-            value=Part("attention.value"),
-            output=Part("attention.dense"),
-            head_size="attention_head_size",
-            sizes=BERT_SIZES,
-            after=("output_dropout",),
-            residual_norm="LayerNorm",
-        ),
-    ),
+    attentions=(bert_like("attention", "query key value dense", after=("output_dropout",), residual_norm="LayerNorm"),),
     feed_forwards=(FeedForwardSpec(up=Part("ffn"), down=Part("ffn_output"), activation="activation"),),
     widths=(NEURONS,),
 )
@@ -69,18 +44,7 @@ ALBERT = ArchitectureSpec(
 MPNET = ArchitectureSpec(
     model_types=("mpnet",),
     layers=("encoder.layer",),
-    attentions=(
-        AttentionSpec(
-            module="attention.attn",
-            query=Part("attention.attn.q"),
-            key=Part("attention.attn.k"),
-            value=Part("attention.attn.v"),
-            output=Part("attention.attn.o"),
-            head_size="attention_head_size",
-            sizes=BERT_SIZES,
-            position_bias="taken",
-        ),
-    ),
+    attentions=(bert_like("attention.attn", "q k v o", position_bias="taken"),),
     feed_forwards=(BERT_FFN,),
     widths=(NEURONS,),
 )
@@ -89,14 +53,10 @@ DEBERTA = ArchitectureSpec(
     model_types=("deberta-v2",),
     layers=("encoder.layer",),
     attentions=(
-        AttentionSpec(
-            module="attention.self",
-            query=Part("attention.self.query_proj"),
-            key=Part("attention.self.key_proj"),
-            value=Part("attention.self.value_proj"),
+        bert_like(
+            "attention.self",
+            "query_proj key_proj value_proj",
             output=Part("attention.output.dense"),
-            head_size="attention_head_size",
-            sizes=BERT_SIZES,
             extra=(Part("attention.self.pos_key_proj"), Part("attention.self.pos_query_proj")),
         ),
     ),
@@ -104,20 +64,14 @@ DEBERTA = ArchitectureSpec(
     widths=(NEURONS,),
 )
 
+_query, _key, _value = packed("attn.Wqkv", 3)
+_gate, _up = packed("mlp.Wi", 2)
+
 MODERNBERT = ArchitectureSpec(
     model_types=("modernbert",),
     layers=("layers",),
-    attentions=(
-        AttentionSpec(
-            module="attn",
-            query=Part("attn.Wqkv", 0, 3),
-            key=Part("attn.Wqkv", 1, 3),
-            value=Part("attn.Wqkv", 2, 3),
-            output=Part("attn.Wo"),
-            after=("out_drop",),
-        ),
-    ),
-    feed_forwards=(FeedForwardSpec(gate=Part("mlp.Wi", 0, 2), up=Part("mlp.Wi", 1, 2), down=Part("mlp.Wo"), activation="mlp.act"),),
+    attentions=(attention("attn", "", query=_query, key=_key, value=_value, output=Part("attn.Wo"), after=("out_drop",)),),
+    feed_forwards=(FeedForwardSpec(gate=_gate, up=_up, down=Part("mlp.Wo"), activation="mlp.act"),),
     depths=("num_hidden_layers",),
     widths=(NEURONS,),
 )

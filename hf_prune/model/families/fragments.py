@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..spec import AttentionSpec, FeedForwardSpec, Part
 
 #: How the config of most families calls the number of neurons.
@@ -9,16 +11,27 @@ NEURONS = {"intermediate_size": "intermediate_size"}
 #: The same, and heads whose width is set apart from their number.
 HEADS = {"num_attention_heads": "num_attention_heads", "head_dim": "head_dim"}
 
-BERT_SIZES = {"num_attention_heads": "heads", "all_head_size": "width"}
+
+def attention(module: str, names: str, **settings: Any) -> AttentionSpec:
+    """Attention with projections of these `names` in `module`: query, key, value and, if it is no other module's, output."""
+    parts = {role: Part(f"{module}.{name}") for role, name in zip(("query", "key", "value", "output"), names.split())}
+    return AttentionSpec(module=module, **parts | settings)
+
+
+def packed(path: str, count: int) -> tuple[Part, ...]:
+    """The equal shares of a projection that does the work of several, one after the other."""
+    return tuple(Part(path, index, count) for index in range(count))
+
+
+def bert_like(module: str, names: str, **settings: Any) -> AttentionSpec:
+    """Attention that keeps its size as BERT does."""
+    sizes = {"num_attention_heads": "heads", "all_head_size": "width"}
+    return attention(module, names, head_size="attention_head_size", sizes=sizes, **settings)
+
+
+def bart_like(module: str, **settings: Any) -> AttentionSpec:
+    """BART's attention."""
+    return attention(module, "q_proj k_proj v_proj out_proj", sizes={"num_heads": "heads"}, **settings)
+
+
 BERT_FFN = FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn")
-
-
-def bart_attention(name: str) -> AttentionSpec:
-    return AttentionSpec(
-        module=name,
-        query=Part(f"{name}.q_proj"),
-        key=Part(f"{name}.k_proj"),
-        value=Part(f"{name}.v_proj"),
-        output=Part(f"{name}.out_proj"),
-        sizes={"num_heads": "heads"},
-    )

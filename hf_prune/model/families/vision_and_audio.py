@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
-from .fragments import HEADS, NEURONS, bart_attention
+from ..spec import ArchitectureSpec, FeedForwardSpec, Part
+from .fragments import HEADS, NEURONS, attention, bart_like
 
 VIT = ArchitectureSpec(
     model_types=("vit", "deit"),
     layers=("layers",),
-    attentions=(
-        AttentionSpec(
-            module="attention",
-            query=Part("attention.q_proj"),
-            key=Part("attention.k_proj"),
-            value=Part("attention.v_proj"),
-            output=Part("attention.o_proj"),
-            sizes={"num_attention_heads": "heads"},
-        ),
-    ),
+    attentions=(attention("attention", "q_proj k_proj v_proj o_proj", sizes={"num_attention_heads": "heads"}),),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
     depths=("num_hidden_layers",),
     widths=(NEURONS | HEADS,),
@@ -26,7 +17,7 @@ VIT = ArchitectureSpec(
 WAV2VEC2 = ArchitectureSpec(
     model_types=("wav2vec2",),
     layers=("encoder.layers",),
-    attentions=(bart_attention("attention"),),
+    attentions=(bart_like("attention"),),
     feed_forwards=(
         FeedForwardSpec(
             up=Part("feed_forward.intermediate_dense"),

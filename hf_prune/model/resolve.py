@@ -1,0 +1,115 @@
+"""The blocks of a real model by the spec of its family, and an error for what the spec names and the model does not have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..settings.errors import closest
+from .blocks import Block, at_path, blocks, body, layer_lists
+from .families import spec_for
+from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec
+from .wrappers import transformers_models
+
+
+def find_blocks(model: Any) -> list[Block]:
+    """The blocks of the transformers models in a model (of one, if it is one), by their `config.model_type`.
+
+    Raises:
+        ValueError: a family has no spec, or a model is not what its spec describes; see [`check_spec`].
+    """
+    found: list[Block] = []
+    for name, one in (transformers_models(model) or {"": model}).items():
+        spec = spec_for(str(getattr(getattr(one, "config", None), "model_type", None)))
+        check_spec(one, spec)
+        found += blocks(one, spec, f"{name}." if name else "")
+    return found
+
+
+def check_spec(model: Any, spec: ArchitectureSpec) -> None:
+    """Check that a model has what a spec names: nothing of it is passed over by mistake.
+
+    A model may be a part of what its family has (an encoder alone): a list of layers that it lacks is passed over if it has none
+    besides that could be meant. In each list, some layer has attention, if the spec knows any, and some layer a feed-forward block.
+    Every block is in some layer of the model; an `optional` one need not be, unless a layer has attention that no block names. A
+    block that is there is there as a whole.
+
+    Raises:
+        ValueError: names the path, the class of the model, and what comes closest.
+    """
+    lists = {path: layer_lists(model, path) for path in spec.layers}
+    absent = [path for path, found in lists.items() if not found]
+    others = _lists_besides(model, [name for found in lists.values() for name in found])
+    if absent and (others or len(absent) == len(lists)):
+        raise _lacks(model, absent[0], "a list of layers", others)
+    for name in spec.depths:
+        if not hasattr(model.config, name):
+            raise _lacks(model.config, name, "the number of layers", vars(model.config))
+
+    layers = {path: [layer for members in lists[path].values() for layer in members] for path in lists}
+    for path, members in layers.items():
+        for kind in (spec.attentions, spec.feed_forwards):
+            if members and kind and not any(_has(layer, block) for layer in members for block in kind):
+                raise _lacks(model, f"{path}.*.{_place(kind[0])}", "a block of a layer", _below(members[0], f"{path}.*."))
+    everyone: tuple[AttentionSpec | FeedForwardSpec, ...] = (*spec.attentions, *spec.feed_forwards)
+    everything = [layer for members in layers.values() for layer in members]
+    for block in everyone:
+        there = [layer for layer in everything if _has(layer, block)]
+        if everything and not there:
+            unnamed = [name for layer in everything for name in _unnamed(layer, block, spec)]
+            if unnamed or not block.optional:
+                raise _lacks(model, _place(block), "a block of a layer", unnamed or _below(everything[0]))
+        for layer in there:
+            _check_block(model, layer, block)
+
+
+def _check_block(model: Any, layer: nn.Module, block: AttentionSpec | FeedForwardSpec) -> None:
+    """Check that a layer has all that makes up a block."""
+    if isinstance(block, FeedForwardSpec):
+        parts, modules = [block.up, block.down, *([block.gate] if block.gate else [])], [block.activation]
+    else:
+        module = at_path(layer, block.module)
+        parts = [block.query, block.key, block.value, block.output]
+        modules = [f"{block.module}.{name}" for name in (*block.after, block.residual_norm) if name]
+        for attribute in (block.head_size, *block.sizes):
+            if not hasattr(module, attribute):
+                raise _lacks(module, attribute, "an attribute", vars(module))
+    for path in (*(part.path for part in parts), *modules):
+        if at_path(layer, path) is None:
+            raise _lacks(model, path, "a module of a layer", _below(layer))
+
+
+def _place(block: AttentionSpec | FeedForwardSpec) -> str:
+    return block.module if isinstance(block, AttentionSpec) else block.up.path
+
+
+def _has(layer: nn.Module, block: AttentionSpec | FeedForwardSpec) -> bool:
+    return at_path(layer, _place(block)) is not None
+
+
+def _unnamed(layer: nn.Module, block: AttentionSpec | FeedForwardSpec, spec: ArchitectureSpec) -> list[str]:
+    """The modules of a layer that have heads as an attention block would, but are named by no block of the spec."""
+    if isinstance(block, FeedForwardSpec):
+        return []
+    named = [other.module for other in spec.attentions]
+    return [name for name, module in layer.named_modules() if hasattr(module, block.head_size) and name not in named]
+
+
+def _lists_besides(model: Any, known: list[str]) -> list[str]:
+    """The paths of a model's lists of layers that are neither these nor inside of them."""
+    inside = tuple(f"{name}." for name in known)
+    names = [name for name, module in body(model).named_modules() if isinstance(module, nn.ModuleList) and name not in known]
+    return sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in names if not f"{name}.".startswith(inside)})
+
+
+def _below(layer: nn.Module, prefix: str = "") -> list[str]:
+    return [prefix + name for name, _ in layer.named_modules() if name]
+
+
+def _lacks(owner: object, path: str, what: str, there: Iterable[str]) -> ValueError:
+    near = closest(path, there)
+    hint = f" Did you mean {near!r}?" if near else ""
+    return ValueError(f"{type(owner).__name__} has no {path!r}, which the architecture spec of its family names as {what}.{hint}")
