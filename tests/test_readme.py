@@ -1,8 +1,8 @@
 """Every command line of the README and of the results' page, every recipe, and every Python block, run as written on tiny models.
 
 Bash expands the blocks itself, with `python` and `hf-prune` replaced by functions that write down what they were called with; so
-variables, loops and functions of a block mean what they mean to a reader. Each command with new flags is then run in this process,
-in order, with flags added that make it small.
+variables, loops and functions of a block mean what they mean to a reader. Each command with new flags is then a test: it is run in
+this process, with flags added that make it small, in a folder with what the commands before it would have left.
 """
 
 from __future__ import annotations
@@ -15,22 +15,28 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import quickstart
+import reproduce
+import run_glue
 import torch
 from accelerate import Accelerator
+from card_cases import HALF
 from datasets import Dataset
 from helpers import arguments, forget_criterion
 from hub_server import run_with_hub, serving
-from models import tiny
+from models import prune_randomly, tiny
 from script_cases import EXAMPLES
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune.cli
+from hf_prune import condense
+from hf_prune.hub import save_made_from, write_card
 from hf_prune.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +45,9 @@ SCRIPTS = ROOT / "scripts"
 PAGES = {"README": ROOT / "README.md", "results": ROOT / "model_cards" / "results" / "README.md"}
 RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.json")) if "stages" in json.loads(path.read_text())]
 
-#: Functions in the place of the commands: each call becomes a line of JSON. `-c` code is run, but for the path of the package.
-PREAMBLE = """
-record() { "$REAL_PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >> "$CALLS"; }
+#: Functions in the place of the commands: each call becomes a record. `-c` code is run, but for the path of the package.
+PREAMBLE = r"""
+record() { printf '%s\x1f' "$@" >> "$CALLS"; printf '\x1e' >> "$CALLS"; }
 python() {
     if [ "$1" = -c ]; then
         case "$2" in *get_model_path*) echo start ;; *) "$REAL_PYTHON" "$@" ;; esac
@@ -85,49 +91,94 @@ def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-@pytest.fixture
-def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as a reader's checkout, with the files that the pages speak of, all tiny."""
+def write_data(folder: Path) -> None:
+    """The files of data that the pages speak of."""
     rows = [{**row, "label": int(row["label"] == "sense")} for row in quickstart.make_rows(32, seed=3)]
-    quickstart.make_start(tmp_path / "start", [str(row["sentence"]) for row in rows])
-    for folder in ("", "mrpc", "sst2", "glue/mrpc", "glue/sst2"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        quickstart.write_rows(tmp_path / folder / "train.jsonl", rows[:24])
-        quickstart.write_rows(tmp_path / folder / "validation.jsonl", rows[24:])
-    for task in ("mrpc", "sst2"):
-        shutil.copytree(tmp_path / "start", tmp_path / "runs" / task / "dense-1")
-    tokenizer = quickstart.make_tokenizer([row["context"] for row in EXAMPLES])
-    for family, head, task in (("bert", "question-answering", "squad"), ("gpt2", "causal-lm", "gpt2")):
-        tiny(family, head, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "runs" / task / "dense")
-        tokenizer.save_pretrained(tmp_path / "runs" / task / "dense")
-    for folder, name in (("squad", "train.json"), ("squad", "dev.json"), ("text", "train.txt"), ("text", "validation.txt")):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        text = json.dumps(EXAMPLES) if folder == "squad" else "\n".join(row["context"] for row in EXAMPLES)
-        (tmp_path / folder / name).write_text(text)
-    shutil.copytree(SCRIPTS / "recipes", tmp_path / "scripts" / "recipes")
-    for path in RECIPES:
-        (tmp_path / "scripts" / "recipes" / path.name).write_text(json.dumps(shrink(json.loads(path.read_text()))))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_PRUNE_GLUE_DIR", str(tmp_path / "glue"))
-    return tmp_path
+    for part in ("", "mrpc", "sst2", "glue/mrpc", "glue/sst2"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        quickstart.write_rows(folder / part / "train.jsonl", rows[:24])
+        quickstart.write_rows(folder / part / "validation.jsonl", rows[24:])
+    for part, name in (("squad", "train.json"), ("squad", "dev.json"), ("text", "train.txt"), ("text", "validation.txt")):
+        (folder / part).mkdir(exist_ok=True)
+        text = json.dumps(EXAMPLES) if part == "squad" else "\n".join(row["context"] for row in EXAMPLES)
+        (folder / part / name).write_text(text)
 
 
-def calls(page: Path, sandbox: Path) -> Iterator[list[str]]:
-    """The commands of a page as bash expands them, those with the same flags once."""
-    log = sandbox / "calls"
-    environment = os.environ | {"REAL_PYTHON": sys.executable, "CALLS": str(log)}
-    script = PREAMBLE + "\n".join(code(page, "bash"))
-    done = subprocess.run(["bash", "-c", script], cwd=sandbox, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = set()
-    for line in log.read_text().splitlines():
-        call = json.loads(line)
+def expanded(page: Path) -> tuple[list[list[str]], dict[str, str]]:
+    """The commands of a page as bash expands them, those with the same flags once, and the files that the blocks write."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "checkout")
+        folder.mkdir()
+        write_data(folder)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        environment = os.environ | {"REAL_PYTHON": sys.executable, "CALLS": f"{name}/calls"}
+        script = PREAMBLE + "\n".join(code(page, "bash"))
+        done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        records = Path(name, "calls").read_text().split("\x1e")[:-1]
+        files = [path for path in folder.rglob("*") if path.is_file() and before.get(path) != path.read_bytes()]
+        written = {str(path.relative_to(folder)): path.read_text() for path in files}
+    commands: dict[object, list[str]] = {}
+    for record in records:
+        call = record.split("\x1f")[:-1]
         flags = sorted(word for word in call if word.startswith("--"))
         condensed = any(word.endswith("condensed") for word in call)
         signature = (call[0], call[1] if call[0] in ("hf-prune", "bash") else "", condensed, *flags)
-        if signature not in seen:
-            seen.add(signature)
-            yield call
+        commands.setdefault(signature, call)
+    return list(commands.values()), written
+
+
+EXPANDED = {name: expanded(page) for name, page in PAGES.items()}
+COMMANDS = [
+    pytest.param(page, place, id=f"{page} {place}: {' '.join(call[:2])}")
+    for page, (commands, _) in EXPANDED.items()
+    for place, call in enumerate(commands)
+]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's checkout, with the files that the pages speak of, all tiny; and what commands leave for those after them."""
+    folder = tmp_path_factory.mktemp("home")
+    write_data(folder)
+    quickstart.make_start(folder / "start", [row["sentence"] for row in quickstart.make_rows(32, seed=3)])
+    for task in ("mrpc", "sst2"):
+        shutil.copytree(folder / "start", folder / "runs" / task / "dense-1")
+    tokenizer = quickstart.make_tokenizer([row["context"] for row in EXAMPLES])
+    for family, head, task in (("bert", "question-answering", "squad"), ("gpt2", "causal-lm", "gpt2")):
+        tiny(family, head, vocab_size=len(tokenizer)).save_pretrained(folder / "runs" / task / "dense")
+        tokenizer.save_pretrained(folder / "runs" / task / "dense")
+    shutil.copytree(SCRIPTS / "recipes", folder / "scripts" / "recipes")
+    for path in RECIPES:
+        (folder / "scripts" / "recipes" / path.name).write_text(json.dumps(shrink(json.loads(path.read_text()))))
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "start")
+    prune_randomly(model)
+    shutil.copytree(folder / "start", folder / "made" / "pruned")
+    model.save_pretrained(folder / "made" / "pruned")
+    write_card(folder / "made" / "pruned", model, HALF)
+    save_made_from(condense(model), folder / "made" / "pruned", folder / "made" / "condensed")
+    return folder
+
+
+@pytest.fixture
+def sandbox(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the checkout, which is the working directory."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(home, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_PRUNE_GLUE_DIR", str(folder / "glue"))
+    return folder
+
+
+def provide(call: list[str], sandbox: Path) -> None:
+    """Put pruned and condensed models where a command reads what one before it has left."""
+    written = call[3] if call[:2] in (["hf-prune", "condense"], ["hf-prune", "convert"]) else None
+    for before, word in pairwise(call):
+        if word.startswith("runs/") and before not in ("--output_dir", "--output", "--results") and word != written:
+            target = sandbox / word
+            if not target.exists():
+                kind = "condensed" if target.name in ("small", "condensed") else "pruned"
+                shutil.copytree(sandbox / "made" / kind, target)
 
 
 def execute(call: list[str], sandbox: Path) -> None:
@@ -138,14 +189,14 @@ def execute(call: list[str], sandbox: Path) -> None:
         script = ROOT / call[1]
         assert script.is_file()
         subprocess.run(["bash", "-n", str(script)], check=True)
-    elif call[:2] == ["hf-prune", "push"]:
+    elif call[:2] == ["hf-prune", "push"] and "--dry-run" not in call:
         with serving() as (hub, endpoint):
             done = run_with_hub(
                 "import sys; from hf_prune.cli import main; main(sys.argv[1:])", *call[1:], endpoint=endpoint, home=sandbox / "hub"
             )
             assert done.returncode == 0, done.stdout + done.stderr
             published = hub.branches.get(call[3], {}).get("main", {})
-            assert ("model.safetensors" in published) != ("--dry-run" in call)
+            assert "model.safetensors" in published
     elif call[0] == "hf-prune":
         with pytest.raises(SystemExit) as ended:
             hf_prune.cli.main(call[1:])
@@ -156,12 +207,34 @@ def execute(call: list[str], sandbox: Path) -> None:
         script.main(call[1:])
 
 
+def write_files(page: str, sandbox: Path) -> None:
+    """What the blocks themselves write, such as a config."""
+    for name, text in EXPANDED[page][1].items():
+        (sandbox / name).parent.mkdir(parents=True, exist_ok=True)
+        (sandbox / name).write_text(text)
+
+
+@pytest.mark.parametrize(("page", "place"), COMMANDS)
+def test_a_command_line_runs(page: str, place: int, sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four processes would import torch for one step each; `test_reproduce.py` has them.
+    monkeypatch.setattr(reproduce, "run_glue", lambda arguments, log: run_glue.main([str(arguments)]))
+    command = EXPANDED[page][0][place]
+    write_files(page, sandbox)
+    provide(command, sandbox)
+    execute(command, sandbox)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_line_runs(page: str, sandbox: Path) -> None:
-    commands = list(calls(PAGES[page], sandbox))
-    assert len(commands) > 5
-    for command in commands:
+def test_every_command_line_runs_in_its_turn(page: str, sandbox: Path) -> None:
+    """Each with what those before it really left."""
+    write_files(page, sandbox)
+    for command in EXPANDED[page][0]:
         execute(command, sandbox)
+
+
+def test_pages_have_commands() -> None:
+    assert all(len(commands) > 5 for commands, _ in EXPANDED.values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
