@@ -1,4 +1,4 @@
-"""The example scripts, run for real in processes of their own, on a tiny model and tiny data made on the spot."""
+"""The example scripts, on a tiny model and tiny data made on the spot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prune_pipeline
 import pytest
 import quickstart
 import run_glue
@@ -47,16 +48,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(arguments: list[str], folder: Path) -> str:
-    """Run a copy of run_glue.py that lies alone in a folder of its own; return what it printed."""
+def run_alone(arguments: list[str], folder: Path) -> None:
+    """Run a copy of run_glue.py, in a process of its own, that lies alone in a folder of its own."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     alone = folder / "alone"
-    alone.mkdir(exist_ok=True)
+    alone.mkdir()
     script = shutil.copy(SCRIPTS / "run_glue.py", alone)
     command = [sys.executable, str(script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=alone)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def job(start: Path, folder: Path, form: str) -> dict[str, object]:
@@ -100,7 +100,7 @@ def test_a_script_needs_nothing_beside_it(script: str) -> None:
 
 
 def test_dense_csv(start: Path, tmp_path: Path) -> None:
-    run([*flags(job(start, tmp_path, "csv")), "--do_predict", "--task_name=mrpc"], tmp_path)
+    run_glue.main([*flags(job(start, tmp_path, "csv")), "--do_predict", "--task_name=mrpc"])
     assert {"eval_accuracy", "eval_f1", "train_loss"} <= results(tmp_path).keys()
     assert results(tmp_path, "eval")["eval_loss"] > 0
     predictions = (tmp_path / "out" / "predict_results.txt").read_text().splitlines()
@@ -110,7 +110,7 @@ def test_dense_csv(start: Path, tmp_path: Path) -> None:
 
 
 def test_weights_json_resume(start: Path, tmp_path: Path) -> None:
-    """Unstructured pruning from one file of arguments, then on from its checkpoint: the same model."""
+    """Unstructured pruning from one file of arguments, in a process of its own, then on from its checkpoint: the same model."""
     arguments = job(start, tmp_path, "json") | {
         "do_prune": True,
         "pruning_pattern": "4x1",
@@ -120,31 +120,30 @@ def test_weights_json_resume(start: Path, tmp_path: Path) -> None:
     }
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps(arguments))
-    run([str(file)], tmp_path)
+    run_alone([str(file)], tmp_path)
     first = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert hf_prune.sparsity_report(first).sparsity == pytest.approx(0.75, abs=1e-3)
     assert PruningConfig.from_pretrained(tmp_path / "out").pattern == "4x1"
 
-    run(flags(arguments | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}), tmp_path)
+    run_glue.main(flags(arguments | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}))
     resumed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
     assert all(value.equal(resumed[name]) for name, value in first.state_dict().items())
 
 
-def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path) -> None:
+def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rules from a file, a teacher, the condensed model and what it says after it was loaded again."""
     config = PruningConfig(frequency=1, cooldown_steps=1, rules=quickstart.halve_heads_and_neurons().rules)
     config.to_json_file(tmp_path / "pruning.json")
-    printed = run(
+    run_glue.main(
         [
             *flags(job(start, tmp_path, "jsonl")),
             "--do_prune",
             f"--pruning_config={tmp_path / 'pruning.json'}",
             "--distill_alpha_hidden=1",
             "--logging_steps=2",
-        ],
-        tmp_path,
+        ]
     )
-    assert "hidden_loss" in printed
+    assert "hidden_loss" in capsys.readouterr().out
     metrics = results(tmp_path)
     assert metrics["eval_accuracy"] == metrics["condensed_accuracy"] == metrics["reloaded_accuracy"]
     assert metrics["reloaded_loss"] == metrics["condensed_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
@@ -183,7 +182,7 @@ def test_results_that_cannot_be_read_are_named_before_training(name: str, start:
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_pipeline_with_a_recipe(start: Path, tmp_path: Path) -> None:
+def test_pipeline_with_a_recipe(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = {
         "metric": "accuracy",
         "training": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
@@ -194,13 +193,11 @@ def test_pipeline_with_a_recipe(start: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     given = {name: value for name, value in job(start, tmp_path, "jsonl").items() if name not in ("max_steps", "save_steps")}
-    command = [sys.executable, str(SCRIPTS / "prune_pipeline.py"), f"--recipe={tmp_path / 'recipe.json'}", *flags(given)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    printed = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert printed.returncode == 0, printed.stdout + printed.stderr
+    prune_pipeline.main([f"--recipe={tmp_path / 'recipe.json'}", *flags(given)])
+    printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "pipeline_results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["fine-tune", "heads"]
-    assert all(row["name"] in printed.stdout and f"{row['parameters']:,}" in printed.stdout for row in rows)
+    assert all(row["name"] in printed and f"{row['parameters']:,}" in printed for row in rows)
     assert sum(rows[1]["heads"]) == sum(rows[0]["heads"]) / 2
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "02-heads")
     assert again.num_parameters() == rows[1]["parameters"] < rows[0]["parameters"]
