@@ -713,13 +713,47 @@ def test_dropped_layers_are_as_if_they_had_never_been(tmp_path: Path) -> None:
     assert gap(outputs(model), outputs(again)) == 0
 
 
-def test_attention_that_insists_on_float32() -> None:
+def test_attention_that_insists_on_float32(caplog: pytest.LogCaptureFixture) -> None:
     model = models.tiny("gpt2", reorder_and_upcast_attn=True)
     models.prune_randomly(model)
     before = outputs(model)
-    condense(model)
+    with caplog.at_level("WARNING"):
+        condense(model)
+    assert "verified in float32" in caplog.text
     assert gap(before[:1], outputs(model)[:1]) <= 1e-5
     assert model.config.hf_prune["layers"]
+
+
+class Kernel(nn.Module):
+    """An activation that some dtypes do not have."""
+
+    def __init__(self, lacks: tuple[torch.dtype, ...], error: type[Exception]) -> None:
+        super().__init__()
+        self.lacks, self.error = lacks, error
+
+    def forward(self, states: Tensor) -> Tensor:
+        if states.dtype in self.lacks:
+            raise self.error(f"this kernel has no {states.dtype}")
+        return nn.functional.gelu(states)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ValueError, TypeError])
+def test_verification_falls_back_where_a_kernel_lacks_float64(error: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
+    model = models.tiny("bert")
+    models.prune_randomly(model)
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = Kernel((torch.float64,), error)
+    before = outputs(model)
+    with caplog.at_level("WARNING"):
+        condense(model)
+    assert gap(before, outputs(model)) <= 1e-5
+    message = rf"float64 \({error.__name__}: this kernel .*\), so it is verified in float32: differences up to 1e-05"
+    assert len(re.findall(message, caplog.text)) == 1
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = Kernel((torch.float64, torch.float32), error)
+    models.zero_units(find_blocks(model)[4], [0], "out")
+    state = state_of(model)
+    with pytest.raises(error, match=r"this kernel has no torch\.float32"):
+        condense(model)
+    assert all(id(parameter) == state[name][0] for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize(("pattern", "pad"), [("2:4", None), ("1x1", None), ("neuron", 1000)])

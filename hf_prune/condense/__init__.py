@@ -96,7 +96,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         logger.warning(nothing_to_cut(body, pad_to_multiple_of))
         return model
     with all_or_nothing(whole):
-        before = observe(body) if verify else None
+        before, wide = observe(body) if verify else ({}, False)
         own_configs(whole)
         with _zeros_held(plan):
             for block in plan.changed:
@@ -107,8 +107,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
         write_sizes(body, spec_for(body.config.model_type))
-        if before is not None:
-            compare(without_inputs(before, plan.removed), observe(body), body.dtype)
+        if verify:
+            compare(without_inputs(before, plan.removed), observe(body, wide)[0], body.dtype)
     return model
 
 
