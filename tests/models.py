@@ -250,7 +250,8 @@ def zero_units(block: Block, units: list[int], how: str) -> None:
             else tuple(block.roles[name] for name in ("value", "up", "gate") if name in block.roles)
         )
     for part in parts:  # a gated neuron is constant only if both factors are
-        matrix = weight_target("", part.module).weight()
+        target = weight_target("", part.module)
+        matrix = target.matrix(target.parameter)
         if how == "out":
             matrix[:, features] = 0
         else:

@@ -1,8 +1,8 @@
 """Condensing: a model with dead heads and neurons becomes a smaller model that computes the same.
 
-`plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `layers.py` takes whole layers, and `verify.py`
-proves that nothing changed; `snapshot.py` puts back what was changed in vain. `stock.py` says the sizes in the config of the family
-where that can be, and `refusal.py` turns stock code away where it cannot.
+`plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `layers.py` takes whole layers, `format.py` has
+what the config says of that, and `verify.py` proves that nothing changed; `snapshot.py` puts back what was changed in vain.
+`stock.py` says the sizes in the config of the family where that can be, and `refusal.py` turns stock code away where it cannot.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..model import spec_for
 from ..model.attached import is_attached
 from ..model.blocks import base_layer, layer_lists
 from ..model.wrappers import bare_model, transformers_model
+from .format import without_layers
 from .layers import layer_counts, outline, removable, remove_layers, without_inputs
-from .plan import BlockPlan, CondensePlan, condense_plan, dead_units, without_layers
+from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
 from .resize import add_bias, keep_units, set_own_heads, shrink
 from .snapshot import all_or_nothing, own_configs
@@ -55,7 +56,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     has none, so the smaller model computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the
     sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
     kept (but parameters without elements are frozen); parameters of shrunk modules are new objects, so an optimizer has to be made
-    anew. So is `model.config`, which may be shared with another model; its `hf_prune` then holds the sizes (format: `resize.py`).
+    anew. So is `model.config`, which may be shared with another model; its `hf_prune` then holds the sizes (see `format.py`).
     Where all layers have equally much left and the family's own config can say it, that config does, and the model is an ordinary
     one (`stock.py`).
 

@@ -15,6 +15,7 @@ from ..model.lora import Adapter
 from ..model.targets import BlockWeights, computed_part
 from ..model.wrappers import transformers_model
 from ..settings.errors import ConfigError
+from .format import after_condensing
 from .layers import depths, outline, removable
 
 
@@ -50,7 +51,7 @@ class BlockPlan:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What the config says about the block afterwards, see `resize.py`."""
+        """What the config says about the block afterwards, see `format.py`."""
         sizes: dict[str, Any] = dict(zip(self.block.sizes, (len(self.kept), len(self.groups))))
         if self.heads is not None:
             sizes["heads"] = self.heads
@@ -109,21 +110,9 @@ class CondensePlan:
         return sum(plan.parameters for plan in self.blocks) + sum(self.removed_parameters.values())
 
     def entry(self, before: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The `config.hf_prune` of the model after this plan. `before`: its entry now; see `resize.py` for the format."""
-        before = before or {}
-        layers = {name: dict(parts) for name, parts in before.get("layers", {}).items()}
-        for plan in self.changed:
-            if plan.dead.any() or plan.adds_bias:
-                parts = layers.setdefault(plan.block.layer, {})
-                key = plan.block.key
-                parts[key] = parts.get(key, {}) | plan.sizes
-        gone = {path: list(indices) for path, indices in before.get("removed_layers", {}).items()}
-        for path, indices in self.removed.items():
-            layers = _renumbered(layers, path, indices)
-            earlier = gone.get(path, [])
-            gone[path] = sorted(earlier + _stock_numbers(indices, earlier))
-        original = {name: before[name] for name in ("original",) if name in before}
-        return {"version": 1, "layers": layers} | ({"removed_layers": gone} if gone else {}) | original
+        """The `config.hf_prune` of the model after this plan. `before`: its entry now; see `format.py` for the format."""
+        changed = [plan for plan in self.changed if plan.dead.any() or plan.adds_bias]
+        return after_condensing(before or {}, [(plan.block, plan.sizes) for plan in changed], self.removed)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of
@@ -267,40 +256,6 @@ def _constant(plans: list[BlockPlan], crosses: bool) -> Tensor | None:
     if not crosses and any(bool(term.any()) for term in attentions[1:]):
         return None
     return torch.stack(terms).sum(0)
-
-
-def without_layers(entry: dict[str, Any], removed: dict[str, list[int]]) -> dict[str, Any]:
-    """The `config.hf_prune` of a model that has lost layers as if the stock model had never had them.
-
-    Args:
-        entry: the one it had before.
-        removed: indices, in the model as it was, by the path of the list.
-    """
-    layers, gone = entry.get("layers", {}), dict(entry.get("removed_layers", {}))
-    for path, indices in removed.items():
-        layers = _renumbered(layers, path, indices)
-        if path in gone:
-            never = _stock_numbers(indices, gone[path])
-            gone[path] = [index - sum(other < index for other in never) for index in gone[path]]
-    return {**entry, "layers": layers} | ({"removed_layers": gone} if gone else {})
-
-
-def _renumbered(layers: dict[str, Any], path: str, removed: list[int]) -> dict[str, Any]:
-    """What is said of layers, by their names after the removal of some from the list at `path`."""
-    said = {}
-    for name, parts in layers.items():
-        start, _, number = name.rpartition(".")
-        if start != path:
-            said[name] = parts
-        elif int(number) not in removed:
-            said[f"{path}.{int(number) - sum(gone < int(number) for gone in removed)}"] = parts
-    return said
-
-
-def _stock_numbers(indices: list[int], earlier: list[int]) -> list[int]:
-    """The numbers in the stock model of layers of a list that has lost those at `earlier`."""
-    left = [index for index in range(max(indices) + len(earlier) + 1) if index not in earlier]
-    return [left[index] for index in indices]
 
 
 def _reason(row: dict[str, Any]) -> str:

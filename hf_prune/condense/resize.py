@@ -1,45 +1,11 @@
-"""The format of `config.hf_prune`, and the surgery that gives a model the sizes written there.
+"""The surgery that gives a model the sizes in its `config.hf_prune`.
 
-A condensed model whose layers differ keeps its stock config: `num_attention_heads`, `intermediate_size` and the like stay as they
-are. What became smaller is listed beside them, under the config key `hf_prune`:
-
-    {
-        "version": 1,
-        "layers": {
-            "encoder.layer.0": {
-                "attention.self": {"num_attention_heads": 5},
-                "intermediate.dense": {"intermediate_size": 1024}
-            }
-        }
-    }
-
-- A layer's name is relative to the base model, so that it is the same under every task head.
-- Inside a layer, a block is named after the module that splits its heads, or after the projection that makes its neurons.
-- Sizes are called as in transformers' `per_layer_config`, the same in every family, and lie between 0 and the stock size.
-- `num_key_value_heads` stands beside `num_attention_heads` in families that may have fewer of them; it divides that number.
-- `heads` lists which heads of the stock model are left, where the layers share a position bias with an entry for each of them.
-- `output_bias: true` says that the block's output projection has a bias, which it has not in the stock model.
-- A block that is not listed has its stock size.
-- `removed_layers`, beside `layers` and only where there are some, lists by the path of their list which layers of the stock model
-  are gone (`{"layers": [3, 7]}`). The config's own number of layers (and `layer_types`) is that of the layers left, and the names
-  under `layers` count these.
-- `original`, only where all layers agreed and the stock config itself was changed (`stock.py`), has the values that its attributes
-  had in the model that pruning started from (`{"intermediate_size": 3072}`). It is a memory: no size is read from it.
-
-A model without anything under `layers` is an ordinary one, and its config carries nothing that keeps stock code from loading it.
-
-Head size never changes. Apart from `heads`, which heads and neurons survived is not recorded: the weights beside the config are
-theirs.
-
-Everything here is also copied into the modelling file that a checkpoint carries, so it uses torch, transformers and the
+What loading needs of this is also copied into the modelling file that a checkpoint carries, so it uses torch, transformers and the
 architecture specs alone.
 """
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -49,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model import ArchitectureSpec, AttentionSpec, Block, Part, blocks
 from ..model.blocks import Adapted, adapted, base_layer, has_bias, is_adapted, layer_lists, out_features
+from .format import check_original, check_removed, read_sizes
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -72,115 +39,6 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
         if any(sizes[name] != size for name, size in stock.items()):
             keep_units(block, *(torch.arange(sizes[name], device="cpu") for name in stock))
             set_own_heads(block, sizes.get("heads"))
-
-
-def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> list[tuple[Block, dict[str, Any]]]:
-    """The blocks that an entry names, each with its sizes, checked against the blocks of the stock model.
-
-    Args:
-        entry: the value of `config.hf_prune`.
-        stock: the blocks of the model.
-        absent: lists of layers that this model has not; what the entry says of them is passed over.
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
-    """
-    known: dict[str, dict[str, Block]] = {}
-    for block in stock:
-        known.setdefault(block.layer, {})[block.key] = block
-
-    where = "config.hf_prune"
-    check_keys(where, entry, ("version", "layers", "removed_layers", "original"))
-    version = entry.get("version")
-    if type(version) is not int or version != 1:
-        raise ValueError(f"{where}['version'] is {reprlib.repr(version)}; this code reads version 1. A newer hf_prune may read it.")
-    layers = entry.get("layers", {})
-    if isinstance(layers, dict):
-        layers = {name: parts for name, parts in layers.items() if str(name).rpartition(".")[0] not in absent}
-    check_keys(f"{where}['layers']", layers, known)
-
-    found: list[tuple[Block, dict[str, Any]]] = []
-    for layer, parts in layers.items():
-        check_keys(f"{where}['layers'][{layer!r}]", parts, known[layer])
-        for key, sizes in parts.items():
-            check_sizes(f"{where}['layers'][{layer!r}][{key!r}]", sizes, known[layer][key])
-            found.append((known[layer][key], sizes))
-    return found
-
-
-def check_removed(removed: Any, left: dict[str, int]) -> None:
-    """Check the entry's `removed_layers`, given how many layers each list has (0: this model is without it, and it is passed over).
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
-    """
-    where = "config.hf_prune['removed_layers']"
-    check_keys(where, removed, left)
-    for path, gone in removed.items():
-        whole = isinstance(gone, list) and all(type(index) is int for index in gone)
-        stock = left[path] + (len(gone) if whole else 0)
-        if not whole or (left[path] and gone != sorted(set(gone) & set(range(stock)))):
-            raise ValueError(
-                f"{where}[{path!r}] is {reprlib.repr(gone)}; allowed: a list of numbers from 0 to {stock - 1}, ascending."
-            )
-
-
-def check_original(original: Any, attributes: Collection[str]) -> None:
-    """Check the entry's `original`, given the config attributes that hold sizes in this family.
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
-    """
-    check_keys("config.hf_prune['original']", original, attributes)
-    for name, size in original.items():
-        if size is not None and (type(size) is not int or size < 1):
-            raise ValueError(
-                f"config.hf_prune['original'][{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 1, or null."
-            )
-
-
-def check_sizes(field: str, sizes: Any, block: Block) -> None:
-    """Check the sizes of one block.
-
-    Raises:
-        ValueError: they are not those of a block of this kind, or larger than it is.
-    """
-    stock = block.sizes
-    own = block.own_units
-    check_keys(field, sizes, (*stock, *(["heads"] if own is not None else []), "output_bias"))
-    for name, limit in stock.items():
-        size = sizes.get(name)
-        if type(size) is not int or not 0 <= size <= limit:
-            raise ValueError(
-                f"{field}[{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 0 to {limit}, the stock size."
-            )
-    queries, shared = sizes[next(iter(stock))], sizes.get("num_key_value_heads")
-    if shared is not None and (queries % max(shared, 1) or (queries > 0) != (shared > 0)):
-        raise ValueError(
-            f"{field}['num_key_value_heads'] is {reprlib.repr(shared)}; it must divide num_attention_heads, which is {queries}."
-        )
-    if type(sizes.get("output_bias", True)) is not bool:
-        raise ValueError(f"{field}['output_bias'] is {reprlib.repr(sizes['output_bias'])}; allowed: true or false.")
-    if own is not None:
-        heads = sizes.get("heads")
-        numbers = isinstance(heads, list) and all(type(head) is int for head in heads)
-        if not numbers or len(heads) != queries or heads != sorted(set(heads) & set(own)):
-            raise ValueError(f"{field}['heads'] is {reprlib.repr(heads)}; allowed: {queries} of {own}, ascending.")
-
-
-def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
-    """Check that a JSON value is an object that has no other keys than these.
-
-    Raises:
-        ValueError: it is something else, or has another key; names the allowed key that comes closest.
-    """
-    if not isinstance(value, dict):
-        raise ValueError(f"{field} is {reprlib.repr(value)}; it must be an object with keys among: {', '.join(allowed)}.")
-    for key in value:
-        if key not in allowed:
-            close = difflib.get_close_matches(str(key)[:200], allowed, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{field} has an unknown key {reprlib.repr(key)}; allowed: {', '.join(allowed)}.{hint}")
 
 
 def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> None:

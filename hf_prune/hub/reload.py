@@ -1,6 +1,6 @@
 """Saving condensed models so that they load like any other; `hooks.py` has what makes transformers do it.
 
-A checkpoint of a condensed model has the sizes of its blocks in `config.json` (format: `condense/resize.py`) and its weights as
+A checkpoint of a condensed model has the sizes of its blocks in `config.json` (see `condense/format.py`) and its weights as
 usual. It loads in two ways, and what was loaded in either can be saved again:
 
 - after `import hf_prune`, with plain `AutoModel….from_pretrained`;
@@ -19,6 +19,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import PreTrainedConfig
 
 from ..compat import auto_classes
 from ..condense import needs_hf_prune, shrink
+from ..condense.format import read_sizes
 from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
 from ..files import write_text
 from ..model import ArchitectureSpec, blocks, spec_for
@@ -144,20 +146,36 @@ def auto_map(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def modeling_source(model_type: str) -> str:
-    """The self-contained modelling file of a family: the library's own source, its spec, and its model classes."""
-    imports: dict[str, set[str]] = {}
-    definitions: list[str] = []
-    for module in (ArchitectureSpec.__module__, blocks.__module__, shrink.__module__, accept.__module__):
-        definitions += _definitions(inspect.getsource(sys.modules[module]), imports)
+    """The self-contained modelling file of a family: what loading needs of the library's source, its spec, its model classes."""
+    imports: dict[str, str] = {}
+    known: dict[str, str] = {}
+    for module in (ArchitectureSpec.__module__, blocks.__module__, read_sizes.__module__, shrink.__module__, accept.__module__):
+        known |= _definitions(inspect.getsource(sys.modules[module]), imports)
+    spec = "SPEC = " + _expression(spec_for(model_type))
+    definitions = _needed(spec + _MIXIN, known)
+    imported: dict[str, list[str]] = {}
+    for name in sorted(imports.keys() & set(re.findall(r"\w+", "\n".join(definitions)))):
+        imported.setdefault(imports[name], []).append(name)
     classes = sorted({name for _, names in auto_classes(model_type) for name in names})
     parts = [
-        _HEADER + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items())),
+        _HEADER + "".join(f"from {module} import {', '.join(names)}\n" for module, names in sorted(imported.items())),
         *definitions,
-        "SPEC = " + _expression(spec_for(model_type)),
+        spec,
         _MIXIN,
         "\n".join(_CLASS.format(name=name) for name in classes if hasattr(transformers, name)),
     ]
     return "\n\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _needed(source: str, known: dict[str, str]) -> list[str]:
+    """The definitions, of those `known` by name, that source text makes use of, directly or by each other."""
+    found: set[str] = set()
+    waiting = [source]
+    while waiting:
+        names = set(re.findall(r"\w+", waiting.pop())) & known.keys() - found
+        found |= names
+        waiting += [known[name] for name in names]
+    return [text for name, text in known.items() if name in found]
 
 
 def _expression(value: Any, indent: str = "") -> str:
@@ -177,17 +195,18 @@ def _expression(value: Any, indent: str = "") -> str:
     return start + "".join(f"\n{inner}{name}{_expression(item, inner)}," for name, item in items) + f"\n{indent}{end[-1]}"
 
 
-def _definitions(source: str, imports: dict[str, set[str]]) -> list[str]:
-    """What a module of this library defines, each as source text; what it imports from elsewhere is added to `imports`."""
+def _definitions(source: str, imports: dict[str, str]) -> dict[str, str]:
+    """What a module of this library defines, as source text by name; from where it imports what is added to `imports`."""
     lines = _with_brief_docstrings(source).splitlines()
     source = "\n".join(lines)
-    definitions: list[str] = []
+    definitions: dict[str, str] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module not in (None, "__future__"):
-            imports.setdefault(str(node.module), set()).update(alias.name for alias in node.names)
+            imports.update({alias.name: str(node.module) for alias in node.names})
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign)):
+            names = [node.name] if not isinstance(node, ast.Assign) else [ast.unparse(target) for target in node.targets]
             first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-            definitions.append("\n".join(lines[first - 1 : node.end_lineno]))
+            definitions[names[0]] = "\n".join(lines[first - 1 : node.end_lineno])
     return definitions
 
 

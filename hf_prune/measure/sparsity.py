@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..condense import dead_units, stock_config
+from ..condense.format import present_name
 from ..model import Block, find_blocks, spec_for
 from ..model.families import SPECS
 from ..model.passes import count_nonzero
@@ -183,14 +184,12 @@ def original_blocks(model: Any) -> tuple[BlockSize, ...]:
     model = transformers_model(model)
     if model.config.model_type not in SPECS:
         return ()
-    removed = (getattr(model.config, "hf_prune", None) or {}).get("removed_layers", {})
+    entry = getattr(model.config, "hf_prune", None) or {}
     alive = {(block.layer, block.key): _block_size(block).alive for block in find_blocks(model)}
     sizes = []
     for block in find_blocks(stock_twin(model, "meta")):
-        path, _, number = block.layer.rpartition(".")
-        gone = removed.get(path, [])
-        now = f"{path}.{int(number) - sum(index < int(number) for index in gone)}"
-        left = 0 if int(number) in gone else alive[now, block.key]
+        now = present_name(entry, block.layer)
+        left = 0 if now is None else alive[now, block.key]
         sizes.append(BlockSize(block.name, f"{block.unit}s", block.num_units, left))
     return tuple(sizes)
 

@@ -1,0 +1,216 @@
+"""The format of `config.hf_prune`: what became smaller than the stock model is.
+
+A condensed model whose layers differ keeps its stock config: `num_attention_heads`, `intermediate_size` and the like stay as they
+are. What became smaller is listed beside them, under the config key `hf_prune`:
+
+    {
+        "version": 1,
+        "layers": {
+            "encoder.layer.0": {
+                "attention.self": {"num_attention_heads": 5},
+                "intermediate.dense": {"intermediate_size": 1024}
+            }
+        }
+    }
+
+- A layer's name is relative to the base model, so that it is the same under every task head.
+- Inside a layer, a block is named after the module that splits its heads, or after the projection that makes its neurons.
+- Sizes are called as in transformers' `per_layer_config`, the same in every family, and lie between 0 and the stock size.
+- `num_key_value_heads` stands beside `num_attention_heads` in families that may have fewer of them; it divides that number.
+- `heads` lists which heads of the stock model are left, where the layers share a position bias with an entry for each of them.
+- `output_bias: true` says that the block's output projection has a bias, which it has not in the stock model.
+- A block that is not listed has its stock size.
+- `removed_layers`, beside `layers` and only where there are some, lists by the path of their list which layers of the stock model
+  are gone (`{"layers": [3, 7]}`). The config's own number of layers (and `layer_types`) is that of the layers left, and the names
+  under `layers` count these.
+- `original`, only where all layers agreed and the stock config itself was changed (`stock.py`), has the values that its attributes
+  had in the model that pruning started from (`{"intermediate_size": 3072}`). It is a memory: no size is read from it.
+
+A model without anything under `layers` is an ordinary one, and its config carries nothing that keeps stock code from loading it.
+
+Head size never changes. Apart from `heads`, which heads and neurons survived is not recorded: the weights beside the config are
+theirs.
+
+What loading needs of this is also copied into the modelling file that a checkpoint carries, so it uses no other library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from ..model import Block
+
+
+def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> list[tuple[Block, dict[str, Any]]]:
+    """The blocks that an entry names, each with its sizes, checked against the blocks of the stock model.
+
+    Args:
+        entry: the value of `config.hf_prune`.
+        stock: the blocks of the model.
+        absent: lists of layers that this model has not; what the entry says of them is passed over.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    known: dict[str, dict[str, Block]] = {}
+    for block in stock:
+        known.setdefault(block.layer, {})[block.key] = block
+
+    where = "config.hf_prune"
+    check_keys(where, entry, ("version", "layers", "removed_layers", "original"))
+    version = entry.get("version")
+    if type(version) is not int or version != 1:
+        raise ValueError(f"{where}['version'] is {reprlib.repr(version)}; this code reads version 1. A newer hf_prune may read it.")
+    layers = entry.get("layers", {})
+    if isinstance(layers, dict):
+        layers = {name: parts for name, parts in layers.items() if str(name).rpartition(".")[0] not in absent}
+    check_keys(f"{where}['layers']", layers, known)
+
+    found: list[tuple[Block, dict[str, Any]]] = []
+    for layer, parts in layers.items():
+        check_keys(f"{where}['layers'][{layer!r}]", parts, known[layer])
+        for key, sizes in parts.items():
+            check_sizes(f"{where}['layers'][{layer!r}][{key!r}]", sizes, known[layer][key])
+            found.append((known[layer][key], sizes))
+    return found
+
+
+def check_removed(removed: Any, left: dict[str, int]) -> None:
+    """Check the entry's `removed_layers`, given how many layers each list has (0: this model is without it, and it is passed over).
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    where = "config.hf_prune['removed_layers']"
+    check_keys(where, removed, left)
+    for path, gone in removed.items():
+        whole = isinstance(gone, list) and all(type(index) is int for index in gone)
+        stock = left[path] + (len(gone) if whole else 0)
+        if not whole or (left[path] and gone != sorted(set(gone) & set(range(stock)))):
+            raise ValueError(
+                f"{where}[{path!r}] is {reprlib.repr(gone)}; allowed: a list of numbers from 0 to {stock - 1}, ascending."
+            )
+
+
+def check_original(original: Any, attributes: Collection[str]) -> None:
+    """Check the entry's `original`, given the config attributes that hold sizes in this family.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    check_keys("config.hf_prune['original']", original, attributes)
+    for name, size in original.items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(
+                f"config.hf_prune['original'][{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 1, or null."
+            )
+
+
+def check_sizes(field: str, sizes: Any, block: Block) -> None:
+    """Check the sizes of one block.
+
+    Raises:
+        ValueError: they are not those of a block of this kind, or larger than it is.
+    """
+    stock = block.sizes
+    own = block.own_units
+    check_keys(field, sizes, (*stock, *(["heads"] if own is not None else []), "output_bias"))
+    for name, limit in stock.items():
+        size = sizes.get(name)
+        if type(size) is not int or not 0 <= size <= limit:
+            raise ValueError(
+                f"{field}[{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 0 to {limit}, the stock size."
+            )
+    queries, shared = sizes[next(iter(stock))], sizes.get("num_key_value_heads")
+    if shared is not None and (queries % max(shared, 1) or (queries > 0) != (shared > 0)):
+        raise ValueError(
+            f"{field}['num_key_value_heads'] is {reprlib.repr(shared)}; it must divide num_attention_heads, which is {queries}."
+        )
+    if type(sizes.get("output_bias", True)) is not bool:
+        raise ValueError(f"{field}['output_bias'] is {reprlib.repr(sizes['output_bias'])}; allowed: true or false.")
+    if own is not None:
+        heads = sizes.get("heads")
+        numbers = isinstance(heads, list) and all(type(head) is int for head in heads)
+        if not numbers or len(heads) != queries or heads != sorted(set(heads) & set(own)):
+            raise ValueError(f"{field}['heads'] is {reprlib.repr(heads)}; allowed: {queries} of {own}, ascending.")
+
+
+def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
+    """Check that a JSON value is an object that has no other keys than these.
+
+    Raises:
+        ValueError: it is something else, or has another key; names the allowed key that comes closest.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{field} is {reprlib.repr(value)}; it must be an object with keys among: {', '.join(allowed)}.")
+    for key in value:
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key)[:200], allowed, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{field} has an unknown key {reprlib.repr(key)}; allowed: {', '.join(allowed)}.{hint}")
+
+
+def after_condensing(
+    entry: dict[str, Any], sizes: Iterable[tuple[Block, dict[str, Any]]], removed: dict[str, list[int]]
+) -> dict[str, Any]:
+    """The `config.hf_prune` of a condensed model.
+
+    Args:
+        entry: the one it had before, `{}` if it had none.
+        sizes: the blocks that changed, each with its sizes now.
+        removed: the layers that went: indices, in the model as it was, by the path of the list.
+    """
+    layers = {name: dict(parts) for name, parts in entry.get("layers", {}).items()}
+    for block, own in sizes:
+        parts = layers.setdefault(block.layer, {})
+        parts[block.key] = parts.get(block.key, {}) | own
+    gone = {path: list(indices) for path, indices in entry.get("removed_layers", {}).items()}
+    for path, indices in removed.items():
+        layers = _renumbered(layers, path, indices)
+        earlier = gone.get(path, [])
+        gone[path] = sorted(earlier + _stock_numbers(indices, earlier))
+    original = {name: entry[name] for name in ("original",) if name in entry}
+    return {"version": 1, "layers": layers} | ({"removed_layers": gone} if gone else {}) | original
+
+
+def present_name(entry: dict[str, Any], layer: str) -> str | None:
+    """What a layer of the stock model is called in the model of this `config.hf_prune`; None if it is gone."""
+    path = layer.rpartition(".")[0]
+    return next(iter(_renumbered({layer: None}, path, entry.get("removed_layers", {}).get(path, []))), None)
+
+
+def without_layers(entry: dict[str, Any], removed: dict[str, list[int]]) -> dict[str, Any]:
+    """The `config.hf_prune` of a model that has lost layers as if the stock model had never had them.
+
+    Args:
+        entry: the one it had before.
+        removed: indices, in the model as it was, by the path of the list.
+    """
+    layers, gone = entry.get("layers", {}), dict(entry.get("removed_layers", {}))
+    for path, indices in removed.items():
+        layers = _renumbered(layers, path, indices)
+        if path in gone:
+            never = _stock_numbers(indices, gone[path])
+            gone[path] = [index - sum(other < index for other in never) for index in gone[path]]
+    return {**entry, "layers": layers} | ({"removed_layers": gone} if gone else {})
+
+
+def _renumbered(layers: dict[str, Any], path: str, removed: list[int]) -> dict[str, Any]:
+    """What is said of layers, by their names after the removal of some from the list at `path`."""
+    said = {}
+    for name, parts in layers.items():
+        start, _, number = name.rpartition(".")
+        if start != path:
+            said[name] = parts
+        elif int(number) not in removed:
+            said[f"{path}.{int(number) - sum(gone < int(number) for gone in removed)}"] = parts
+    return said
+
+
+def _stock_numbers(indices: list[int], earlier: list[int]) -> list[int]:
+    """The numbers in the stock model of layers of a list that has lost those at `earlier`."""
+    left = [index for index in range(max(indices) + len(earlier) + 1) if index not in earlier]
+    return [left[index] for index in indices]
