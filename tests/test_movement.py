@@ -254,3 +254,24 @@ def test_scores_that_cannot_reach_the_threshold_are_an_error() -> None:
     settings = {"criterion": "soft_movement", "scope": "threshold", "threshold": 0.1, "regularization": "auto", "warmup_steps": 0}
     with pytest.raises(ConfigError, match=r"score_learning_rate=0.01: must be at least 0.044 .* in 100 steps"):
         Pruner(tiny_bert(), PruningConfig(pattern="auto", cooldown_steps=0, **settings), total_steps=100)
+
+
+def test_a_state_that_was_taken_stays_as_it_was() -> None:
+    """Scores and moments change in place."""
+    model = tiny_bert()
+    pruner = Pruner(model, PruningConfig(pattern="4x1", criterion="movement", target_sparsity=0.5), total_steps=20)
+
+    def step() -> None:
+        model.zero_grad()
+        model(**ragged_batch(model)).logits.square().sum().backward()
+        pruner.observe()
+        pruner.step()
+
+    step()
+    taken = pruner.state_dict()
+    before = {name: value.clone() for name, value in taken.items()}
+    step()
+    assert any(not value.equal(before[name]) for name, value in pruner.state_dict().items() if "/criterion/" in name)
+    pruner.load_state_dict(taken)
+    step()
+    assert all(value.equal(before[name]) for name, value in taken.items())

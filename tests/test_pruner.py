@@ -435,3 +435,40 @@ def test_state_goes_on_exactly(criterion: str, schedule: str) -> None:
     run(rest, second, new_optimizer, 5, 9)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, rest.get_parameter(name)), name
+
+
+def test_metrics_are_the_sparsities() -> None:
+    """Weights of the body that no rule names, and named ones outside of it, count where they belong."""
+    model = models.tiny("bert")
+    config = PruningConfig(pattern="1x1", target_sparsity=0.5, schedule="constant", target_modules=r"(.*query|classifier)")
+    pruner = Pruner(model, config, total_steps=10)
+    model(**models.ragged_batch(model)).logits.sum().backward()
+    for _ in range(3):
+        pruner.observe()
+        pruner.step()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0] = 0
+    metrics = pruner.metrics()
+    assert metrics["sparsity"] == pruner.sparsity() > 0
+    assert metrics["reached_sparsity"] == pruner.reached_sparsity() == pytest.approx(0.5)
+    assert metrics["sparsity"] != metrics["reached_sparsity"]
+
+
+@pytest.mark.parametrize("part", [(slice(None), slice(None)), (2, slice(None)), (slice(None), 2)])
+def test_clipping_does_not_hide_where_a_nan_began(part: tuple[int | slice, int | slice]) -> None:
+    model = models.tiny("bert")
+    pruner = Pruner(model, PruningConfig(pattern="1x1", target_sparsity=0.5), total_steps=10)
+    weight = model.bert.encoder.layer[1].output.dense.weight
+
+    def broken(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[part] = torch.nan
+        return gradient
+
+    weight.register_hook(broken)
+    model(**models.ragged_batch(model)).logits.sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(
+        FloatingPointError, match=r"^Step 1: the gradient of 'bert\.encoder\.layer\.1\.output\.dense\.weight' is NaN"
+    ):
+        pruner.observe()

@@ -185,13 +185,17 @@ class Pruner:
 
     def sparsity(self) -> float:
         """Share of true zeros in the weights of the model's body, each weight counted once: what the report and the card say."""
-        zeros, elements = count_zeros(self._body())
-        return zeros / elements if elements else 0.0
+        return _share(count_zeros([weight]) for weight in self._body())
 
     def reached_sparsity(self) -> float:
         """How much of the weights that the rules name is zero; compare it with `target_sparsity()`."""
-        zeros, elements = count_zeros(self.weights.values())
-        return zeros / elements
+        return _share(count_zeros([target]) for target in self.weights.values())
+
+    def _sparsities(self) -> tuple[float, float]:
+        """`sparsity()` and `reached_sparsity()`, whose weights are the same for the most part, each counted once."""
+        body = {f"{weight.name}.{weight.key}": count_zeros([weight]) for weight in self._body()}
+        named = {name: body.get(name) or count_zeros([target]) for name, target in self.weights.items()}
+        return _share(body.values()), _share(named.values())
 
     def target_sparsity(self, step: int | None = None) -> float:
         """The sparsity that the schedules ask for at `step`, by default the current one, in the weights that the rules name."""
@@ -237,11 +241,8 @@ class Pruner:
 
     def metrics(self) -> dict[str, float]:
         """What to log: the three sparsities, and what the criteria report, summed over the rules."""
-        metrics = {
-            "sparsity": self.sparsity(),
-            "reached_sparsity": self.reached_sparsity(),
-            "target_sparsity": self.target_sparsity(),
-        }
+        sparsity, reached = self._sparsities()
+        metrics = {"sparsity": sparsity, "reached_sparsity": reached, "target_sparsity": self.target_sparsity()}
         for rule in self.rules:
             for name, value in rule.criterion.metrics().items():
                 metrics[name] = metrics.get(name, 0.0) + value
@@ -379,6 +380,12 @@ class Pruner:
                 "their weights or gradients differ. They must start from the same weights, and observe() must see gradients that "
                 "are averaged over ranks, as DDP and FSDP2 do in backward."
             )
+
+
+def _share(counts: Iterable[tuple[int, int]]) -> float:
+    """The share of zeros, from zeros and elements by weight."""
+    zeros, elements = map(sum, zip((0, 0), *counts))
+    return zeros / elements if elements else 0.0
 
 
 def _marked(model: nn.Module) -> list[nn.Module]:

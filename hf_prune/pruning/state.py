@@ -168,12 +168,16 @@ class Rewind:
 
 
 class GradientCheck:
-    """Finds gradients that are not finite, and tells where backward met the first: clipping spreads them to all parameters."""
+    """Finds gradients that are not finite, and tells where backward met the first: clipping spreads them to all parameters.
+
+    Whether one is broken is read from all gradients, once a step. Where it began is read from a row and a column of each, as
+    backward leaves it, since NaN and infinity in a layer's inputs or in the gradient of its outputs fill whole columns or rows.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        #: Parameter name → norm of its gradient as backward left it.
-        self._norms: dict[str, Tensor] = {}
+        #: Parameter name → sum of a row and a column of its gradient as backward left it.
+        self._probes: dict[str, Tensor] = {}
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
@@ -201,14 +205,15 @@ class GradientCheck:
 
     def message(self, broken: list[str], step: int) -> str:
         """What to say about them at `step`."""
-        first, *more = [name for name, norm in self._norms.items() if not torch.isfinite(norm)] or broken
+        probed = [name for name, probe in self._probes.items() if not torch.isfinite(probe)]
+        first, *more = probed or broken
         others = f", as are those of {len(more)} more parameters" if more else ""
-        cause = ". All gradients are, so the loss seems to be" if len(more) + 1 == len(self._norms) else ""
+        cause = ". All gradients are, so the loss seems to be" if probed and len(probed) == len(self._probes) else ""
         return f"Step {step}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
 
     def forget(self) -> None:
         """The step's gradients are read."""
-        self._norms.clear()
+        self._probes.clear()
 
     def release(self) -> None:
         """Remove the hooks."""
@@ -217,7 +222,8 @@ class GradientCheck:
 
     def _note(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._norms[name] = torch.linalg.vector_norm(_values(parameter.grad.detach()))
+            gradient = _values(parameter.grad.detach())
+            self._probes[name] = gradient[:1].sum() + gradient[..., :1].sum() if gradient.ndim else gradient
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -36,23 +36,24 @@ class Movement(_Gradient):
 
     def observe(self, group: UnitGroup) -> None:
         step = self.reduce(group, lambda target: self._weight(target) * gradient(target))
-        score = self.state.get(group.name, torch.zeros_like(step))
-        step = step + self.penalty_gradient(score)
-        first, second, count = (self.state.get(f"{group.name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step"))
-        if first is None or second is None or count is None:
-            first, second, count = torch.zeros_like(step), torch.zeros_like(step), torch.zeros(())
-        first = first.lerp(step, 1 - self.betas[0])
-        second = second.lerp(step.square(), 1 - self.betas[1])
-        count = count + 1
-        corrected = (second / (1 - self.betas[1] ** int(count))).sqrt() + self.epsilon
-        direction = (first / (1 - self.betas[0] ** int(count))) / corrected
-        self.state[group.name] = score - self.settings.score_learning_rate * direction
-        for key, value in (("exp_avg", first), ("exp_avg_sq", second), ("step", count)):
-            self.state[f"{group.name}.{key}"] = value
+        names = (group.name, f"{group.name}.exp_avg", f"{group.name}.exp_avg_sq")
+        score, first, second = (self.state[name] if name in self.state else torch.zeros_like(step) for name in names)
+        count = self.state.get(f"{group.name}.step", torch.zeros(())) + 1
+        self.add_penalty_gradient(score, step)
+        first.lerp_(step, 1 - self.betas[0])
+        second.lerp_(step.square_(), 1 - self.betas[1])
+        spread = torch.div(second, 1 - self.betas[1] ** int(count), out=step).sqrt_().add_(self.epsilon)
+        score.sub_((first / (1 - self.betas[0] ** int(count))).div_(spread).mul_(self.settings.score_learning_rate))
+        self.state |= {**dict(zip(names, (score, first, second))), f"{group.name}.step": count}
 
-    def penalty_gradient(self, score: Tensor) -> Tensor:
-        """The gradient of a penalty on S, `[units]`."""
-        return torch.zeros_like(score)
+    def add_penalty_gradient(self, score: Tensor, gradient: Tensor) -> None:
+        """Add the gradient of a penalty on S to that of the loss, both `[units]`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.state.items()}  # the next step changes them in place
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.state = {name: value.clone() for name, value in state.items()}
 
     def _weight(self, target: Target) -> Tensor:
         """W: the values that masked weights left with, and the parameter elsewhere."""
@@ -93,9 +94,9 @@ class SoftMovement(Movement):
         given = self.settings.regularization
         return float(self.state.get("regularization", 0.0)) if given == "auto" else float(given)
 
-    def penalty_gradient(self, score: Tensor) -> Tensor:
+    def add_penalty_gradient(self, score: Tensor, gradient: Tensor) -> None:
         probability = score.sigmoid()
-        return self.regularization * self._progress * probability * (1 - probability) / self._units
+        gradient += self.regularization * self._progress * probability * (1 - probability) / self._units
 
     def scores(self, group: UnitGroup) -> Tensor:
         return super().scores(group).sigmoid()
