@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -734,3 +735,30 @@ def test_bf16_trains_and_stays_close(task: str, settings: DistillationConfig, ch
     for name in (name for name in logs[0] if name.endswith("loss")):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05)
         assert logs[1][name] != logs[0][name]
+
+
+@pytest.mark.parametrize("task", ["sequence", "token", "question"])
+def test_the_teacher_alone_runs_in_bf16(task: str, tmp_path: Path) -> None:
+    settings, changes = (EVERY_LOSS, WIDE) if task == "sequence" else (ALL_LOSSES, {})
+    teacher, rows = TASKS[task](seed=1, count=16, **changes)
+    logs = []
+    for dtype in (None, "bfloat16"):
+        student, seen = TASKS[task](seed=0, count=16)[0], []
+        handle = teacher.get_submodule(teacher.base_model_prefix).register_forward_hook(
+            lambda module, inputs, output: seen.append((torch.is_autocast_enabled("cpu"), output[0].dtype))  # noqa: B023
+        )
+        trainer, gradients = train(tmp_path, student, teacher, rows, dataclasses.replace(settings, teacher_dtype=dtype))
+        handle.remove()
+        assert {enabled for enabled, _ in seen} == {dtype is not None}
+        assert {parameter.dtype for parameter in (*student.parameters(), *teacher.parameters())} == {torch.float32}
+        assert all(gradient.dtype == torch.float32 for gradient in gradients[0].values())
+        logs.append(training_logs(trainer)[0])
+    assert logs[1]["task_loss"] == logs[0]["task_loss"]
+    for name in (name for name in logs[0] if name.endswith("_loss") and name != "task_loss"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05)
+        assert logs[1][name] != logs[0][name]
+
+
+def test_a_type_that_the_teacher_cannot_run_in() -> None:
+    with pytest.raises(ConfigError, match=r"teacher_dtype='bf16'"):
+        DistillationConfig(teacher_dtype="bf16")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -239,9 +241,11 @@ class DistillationTrainer(Trainer):
         if not (self.distillation.alpha_logits or self.distillation.needs_teacher):
             return {}
         if self.teacher is not None:
-            with torch.no_grad():
+            dtype = self.distillation.teacher_dtype
+            lower = torch.autocast(self.args.device.type, getattr(torch, dtype)) if dtype else nullcontext()
+            with torch.no_grad(), lower:
                 outputs: Mapping[str, Any] = self.teacher(**select(inputs, self._teacher_arguments), **extras)
-                return outputs
+            return convert_to_fp32(outputs) if dtype else outputs
         if LOGITS not in cached:
             raise ConfigError("teacher", None, f"must be given, or every row have {LOGITS!r} (see add_teacher_logits).")
         answers = dict(zip(ANSWERS, cached[LOGITS].unbind(dim=-1))) if "start_positions" in inputs else {}
