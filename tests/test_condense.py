@@ -410,7 +410,9 @@ def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
         gate.bias[3] = 0
         down.weight[:, 6] = 0
     modules = {"up": up, "gate": gate, "down": down}
-    parts = {name: Projection(name, module, Part(name), torch.arange(module.out_features)) for name, module in modules.items()}
+    parts = {
+        name: Projection(name, module, module, Part(name), torch.arange(module.out_features)) for name, module in modules.items()
+    }
     spec = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
     with torch.no_grad():
         block = Block(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..model import spec_for
 from ..model.attached import is_attached
-from ..model.blocks import base_layer, layer_lists
+from ..model.blocks import layer_lists
 from ..model.wrappers import bare_model, transformers_model
 from .format import without_layers
 from .layers import layer_counts, outline, removable, remove_layers, without_inputs
@@ -175,9 +175,9 @@ def _zeros_held(plan: CondensePlan) -> Iterator[None]:
     adapters = [adapter for block in plan.changed for adapter in block.adapters]
     for adapter in adapters:
         adapter.keep_exact()
-        base_layer(adapter.layer).zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
+        adapter.base.zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
     yield
     for adapter in adapters:
-        layer = base_layer(adapter.layer)
+        layer = adapter.base
         layer.weight.data = torch.where(layer.zeros, -adapter.delta(), layer.weight.data)
         del layer.zeros

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..model import ArchitectureSpec, AttentionSpec, Block, Part, blocks
-from ..model.blocks import Adapted, adapted, base_layer, has_bias, is_adapted, layer_lists, out_features
+from ..model.blocks import Adapted, adapted, has_bias, is_adapted, layer_lists, out_features
 from .format import check_original, check_removed, read_sizes
 
 
@@ -86,10 +86,9 @@ def set_own_heads(block: Block, heads: list[int] | None) -> None:
         set_attribute(block.module, "own_heads", heads)
 
 
-def add_bias(module: nn.Module) -> None:
+def add_bias(layer: Any) -> None:
     """Give a projection without a bias one of zeros."""
-    if not has_bias(module):
-        layer = base_layer(module)
+    if not has_bias(layer):
         layer.bias = nn.Parameter(layer.weight.detach().new_zeros(out_features(layer)), requires_grad=layer.weight.requires_grad)
 
 

@@ -28,14 +28,15 @@ def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """
     entry: dict[str, Any] = model.config.hf_prune
     changed = {name for parts in entry["layers"].values() for sizes in parts.values() for name in sizes}
-    said = sizes_in_config(model, spec, changed)
+    found = list(blocks(model, spec))
+    said = sizes_in_config(model, found, spec, changed)
     if not said:
         return
     smaller = copy.deepcopy(model.config)
     smaller.hf_prune = None
     for attribute, size in said.items():
         setattr(smaller, attribute, size)
-    if not _makes(smaller, model, spec):
+    if not _makes(smaller, type(model.base_model), found, spec):
         return
     before = {name: getattr(model.config, name) for name in said if getattr(model.config, name, said[name]) != said[name]}
     for attribute, size in said.items():
@@ -43,7 +44,7 @@ def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     model.config.hf_prune = entry | {"layers": {}, "original": before | entry.get("original", {})}
 
 
-def sizes_in_config(model: nn.Module, spec: ArchitectureSpec, changed: set[str]) -> dict[str, int]:
+def sizes_in_config(model: nn.Module, its_blocks: list[Block], spec: ArchitectureSpec, changed: set[str]) -> dict[str, int]:
     """What the config's attributes would have to be that hold the sizes that `changed`, as `config.hf_prune` calls them.
 
     Empty if two blocks differ, or one has no unit left.
@@ -51,7 +52,7 @@ def sizes_in_config(model: nn.Module, spec: ArchitectureSpec, changed: set[str])
     found: dict[str, set[int]] = {}
     for path, widths in zip(spec.layers, spec.widths):
         lists = layer_lists(model, path)
-        for block in blocks(model, spec):
+        for block in its_blocks:
             if block.layer.rpartition(".")[0] in lists:
                 for name, size in _sizes(block).items() if changed & block.sizes.keys() else ():
                     if (name in changed or name not in block.sizes) and name in widths:
@@ -64,15 +65,14 @@ def _sizes(block: Block) -> dict[str, int]:
     return block.sizes | ({} if block.module is None else {"head_dim": block.unit_width})
 
 
-def _makes(config: PreTrainedConfig, model: PreTrainedModel, spec: ArchitectureSpec) -> bool:
-    """Whether the stock model of a config has the blocks that a model has."""
-    kind: Any = type(model.base_model)
+def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: ArchitectureSpec) -> bool:
+    """Whether the stock model of a config, of class `kind`, has these blocks."""
     try:
         with torch.device("meta"):
             stock = kind(type(config).from_dict(config.to_dict()))
     except (ValueError, StrictDataclassError):  # Llama's heads have to divide its hidden size
         return False
-    return [_outline(block) for block in blocks(stock, spec)] == [_outline(block) for block in blocks(model, spec)]
+    return [_outline(block) for block in blocks(stock, spec)] == [_outline(block) for block in wanted]
 
 
 def _outline(block: Block) -> Hashable:

@@ -58,9 +58,8 @@ def base_layer(module: Any) -> Any:
     return module
 
 
-def out_features(module: nn.Module) -> int:
+def out_features(layer: Any) -> int:
     """Number of outputs of a Linear or of GPT-2's Conv1D (whose weight is stored `[in, out]`)."""
-    layer = base_layer(module)
     size: int = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
     return size
 
@@ -77,19 +76,16 @@ class Projection:
     Attributes:
         name: its module's name in the model, without what PEFT adds to it.
         module: the module, with its adapters.
+        layer: the layer of the model under the adapters.
         part: what the spec says of it.
         rows: which outputs of the module belong to it, `[n]` on the CPU.
     """
 
     name: str
     module: nn.Module
+    layer: Any
     part: Part
     rows: Tensor
-
-    @functools.cached_property
-    def layer(self) -> Any:
-        """The layer of the model under the adapters."""
-        return base_layer(self.module)
 
     @functools.cached_property
     def index(self) -> slice | Tensor:
@@ -136,42 +132,42 @@ class Block:
     own_units: list[int] | None = None
     activation: Any = None
 
-    @property
+    @functools.cached_property
     def projections(self) -> tuple[Projection, ...]:
         """The inputs, then the output."""
         return tuple(self.roles.values())
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Projection, ...]:
         """The projections whose rows belong to units."""
         return self.projections[:-1]
 
-    @property
+    @functools.cached_property
     def output(self) -> Projection:
         """The projection whose columns belong to units."""
         return self.projections[-1]
 
-    @property
+    @functools.cached_property
     def makers(self) -> dict[str, Projection]:
         """The inputs that make the features, by role; queries and keys only weigh them."""
         return {role: self.roles[role] for role in ("value", "up", "gate") if role in self.roles}
 
-    @property
+    @functools.cached_property
     def num_units(self) -> int:
         """Number of heads or neurons."""
         return len(self.inputs[0].rows) // self.unit_width
 
-    @property
+    @functools.cached_property
     def num_groups(self) -> int:
         """Number of groups of units that share rows: key and value heads, fewer than heads under grouped-query attention."""
         return len(self.inputs[-1].rows) // self.unit_width
 
-    @property
+    @functools.cached_property
     def units_per_group(self) -> int:
         """How many units share rows (1 when no unit is left)."""
         return self.num_units // self.num_groups if self.num_units else 1
 
-    @property
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """The sizes that condensing changes, as the config calls them."""
         return dict(zip(self.size_names, (self.num_units, self.num_groups)))
@@ -192,7 +188,8 @@ def _projection(layer: nn.Module, layer_name: str, part: Part, width: int = 1) -
     module = at_path(layer, part.path)
     if module is None:
         raise ValueError(f"{layer_name} has no {part.path}, which the architecture spec of its family names.")
-    return Projection(f"{layer_name}.{part.path}", module, part, part.rows(out_features(module), width))
+    inner = base_layer(module)
+    return Projection(f"{layer_name}.{part.path}", module, inner, part, part.rows(out_features(inner), width))
 
 
 def body(model: Any) -> Any:

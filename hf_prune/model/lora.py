@@ -29,10 +29,12 @@ class Adapter:
     Attributes:
         layer: PEFT's layer.
         name: the adapter's name.
+        base: the layer of the model under it.
     """
 
     layer: Any
     name: str
+    base: Any
 
     @property
     def lora_A(self) -> nn.Module:
@@ -58,12 +60,12 @@ class Adapter:
 
     def merged(self) -> Tensor:
         """W + s·BA as `merge_and_unload` leaves it, in the weight's shape and dtype."""
-        weight: Tensor = base_layer(self.layer).weight.detach()
+        weight: Tensor = self.base.weight.detach()
         return (weight + self.delta()).to(weight.dtype)
 
     def merged_bias(self) -> Tensor:
         """The layer's bias, with that of the adapter if it has one (`lora_bias`), as `merge_and_unload` leaves it, `[out]`."""
-        bias: Tensor = base_layer(self.layer).bias.detach()
+        bias: Tensor = self.base.bias.detach()
         own: Tensor | None = getattr(self.lora_B, "bias", None)
         return bias if own is None else bias + own.detach() * self.layer.scaling[self.name]
 
@@ -76,12 +78,12 @@ class Adapter:
         """
         (a, a_step), (b, b_step) = (_matrix_and_step(part.get_parameter("weight")) for part in (self.lora_A, self.lora_B))
         product: Tensor = (b_step @ (a - a_step) + b @ a_step) * self.layer.scaling[self.name]
-        return product.T if getattr(self.layer, "fan_in_fan_out", False) else product.reshape(base_layer(self.layer).weight.shape)
+        return product.T if getattr(self.layer, "fan_in_fan_out", False) else product.reshape(self.base.weight.shape)
 
     def keep_exact(self) -> None:
         """Let a weight of lower precision than its adapter be merged exactly: see [`RoundsToBase`]."""
         stock: Any = type(self.layer)
-        if self.lora_B.get_parameter("weight").dtype != base_layer(self.layer).weight.dtype and not issubclass(stock, RoundsToBase):
+        if self.lora_B.get_parameter("weight").dtype != self.base.weight.dtype and not issubclass(stock, RoundsToBase):
             self.layer.__class__ = adapted(stock, (RoundsToBase,))
 
 
@@ -121,7 +123,7 @@ def adapter_of(name: str, module: nn.Module) -> Adapter | None:
     if reason:
         raise ValueError(f"{name}: {reason}. Use one plain LoRA adapter, or merge_and_unload() first.")
     names = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    return Adapter(layer, names[0]) if names else None
+    return Adapter(layer, names[0], base_layer(layer)) if names else None
 
 
 def _obstacle(layer: Any) -> str:
