@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
     from .measure.sparse import to_sparse
     from .measure.sparsity import SparsityReport, print_sparsity, sparsity_report
+    from .oneshot import PruneReport, prune
     from .pruning import Pruner
     from .settings.arguments import PruningArguments
     from .settings.config import PruningConfig, PruningRule
@@ -41,6 +42,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "ModelCardCallback",
+    "PruneReport",
     "Pruner",
     "PruningArguments",
     "PruningCallback",
@@ -55,6 +57,7 @@ __all__ = [
     "last_complete_checkpoint",
     "model_card",
     "print_sparsity",
+    "prune",
     "push_to_hub",
     "sparsity_report",
     "to_sparse",
@@ -87,6 +90,7 @@ _HOMES = {
         "print_sparsity",
         "sparsity_report",
     ),
+    "oneshot": ("PruneReport", "prune"),
     "pruning": ("Pruner",),
     "settings.arguments": ("PruningArguments",),
     "settings.config": (

@@ -11,5 +11,5 @@ PATTERNS = ("1x1", "4x1", "1x8", "8x8", "2:4", "1:4", "5:8", "1xchannel", "chann
 #: Those whose units are rows of a projection, as criteria of whole outputs need.
 ROW_PATTERNS = ("1xchannel", "head", "neuron")
 #: Without those that a test registers.
-CRITERIA = tuple(sorted(NAMED_CRITERIA))
+CRITERIA = tuple(sorted(NAMED_CRITERIA - {"auto"}))
 SCHEDULES = tuple("polynomial(2)" if name == "polynomial(k)" else name for name in NAMED_SCHEDULES)

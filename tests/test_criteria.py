@@ -332,7 +332,7 @@ print(json.dumps([sorted(CRITERIA), {attribute: sorted(names) for attribute, nam
     declared = {
         attribute: sorted(name for name, criterion in CRITERIA.items() if getattr(criterion, attribute)) for attribute in DECLARED
     }
-    assert json.loads(output) == [sorted(CRITERIA), declared, sorted(UPDATES)]
+    assert json.loads(output) == [sorted({"auto", *CRITERIA}), declared, sorted({"auto", *UPDATES})]
 
 
 def test_a_criterion_of_ones_own() -> None:

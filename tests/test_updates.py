@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from hf_prune import ConfigError, Pruner, PruningConfig
+from hf_prune.pruning.reconstruction import Moments
 from hf_prune.pruning.statistics import WINDOW, Activations
 from hf_prune.pruning.updates import UPDATES, register_update
 from hf_prune.settings.config import UPDATES as UPDATE_NAMES
@@ -20,10 +21,10 @@ from hf_prune.settings.config import UPDATES as UPDATE_NAMES
 LABELS = torch.tensor([0, 1, 1, 0])
 
 
-def refit(weight: Tensor, second_moments: Tensor | None, gone: Tensor) -> Tensor:
+def refit(weight: Tensor, moments_of_layer: Moments | None, gone: Tensor) -> Tensor:
     """Row by row, the weights that give the least squared error of the outputs: the obvious least squares."""
-    assert second_moments is not None
-    moments = second_moments.double() + 1e-9 * torch.eye(len(second_moments))
+    assert moments_of_layer is not None
+    moments = moments_of_layer.inputs.double() + 1e-9 * torch.eye(len(moments_of_layer.inputs))
     fitted = torch.zeros_like(weight, dtype=torch.float64)
     for row in range(len(weight)):
         kept = (~gone[row]).nonzero().flatten()
@@ -114,7 +115,9 @@ def test_a_convolution_has_no_second_moments_that_fit(registered: str) -> None:
 
 
 def test_an_unknown_update_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"update='zeros': must be one of zero. Did you mean 'zero'\?"):
+    with pytest.raises(
+        ConfigError, match=r"update='zeros': must be one of auto, bias, least_squares, obs, sparsegpt, zero. Did you mean 'zero'\?"
+    ):
         PruningConfig(pattern="neuron", update="zeros")
 
 

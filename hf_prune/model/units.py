@@ -65,6 +65,16 @@ class View:
         """Whether a unit holds whole rows of the target, that is outputs of its own."""
         return self.width == self.target.shape[1]
 
+    @property
+    def owns_columns(self) -> bool:
+        """Whether a unit holds whole columns of the target, that is inputs of its own."""
+        return self.height == self.target.shape[0]
+
+    @property
+    def columns(self) -> Tensor:
+        """The columns of each unit that owns some, `[units, width]`."""
+        return torch.arange(self.target.shape[1], device=self.target.parameter.device).view(-1, self.width)
+
     @cached_property
     def adapters(self) -> tuple[View, ...]:
         """The views of LoRA matrices whose units go with these: rows of B with whole rows, columns of A with whole columns.
@@ -139,6 +149,11 @@ class UnitGroup:
     def unit_size(self) -> int:
         """Weights a unit holds."""
         return sum(view.height * view.width for view in self.weights)
+
+    @property
+    def compensated(self) -> tuple[View, ...]:
+        """The views whose other weights can make up for units that go: those in which a unit holds no whole rows."""
+        return tuple(view for view in self.weights if not view.owns_rows)
 
     def apply(self, kept: Tensor, gradients: bool = False) -> None:
         """Zero the units that are not kept (bool `[units]`) in the parameters, biases included, or in their gradients."""

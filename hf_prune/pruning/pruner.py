@@ -67,7 +67,7 @@ class Pruner:
                 "with `rules`."
             )
         self.model = model
-        self.config = config
+        self.config = config = config.filled(criterion="snip_momentum", update="zero")
         #: Optimizer steps of the run that are over. Set it to begin with pruning late in a run: the first step then catches up.
         self.steps = 0
         self._skipped = False

@@ -21,6 +21,7 @@ from ..settings.patterns import Pattern
 from .allocation import least_removed, most_removable
 from .criteria import CRITERIA, Criterion
 from .patterns import build_groups
+from .reconstruction import Moments
 from .schedules import Timeline, phases, spacing
 from .statistics import Activations
 from .updates import UPDATES, Update
@@ -131,8 +132,10 @@ class Rule:
                 if view.owns_rows:
                     continue
                 weight = view.target.weight()
-                moments = self.seen.mean("second_moments", view.target) if self.update.reads_second_moments else None
                 precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                moments = None
+                if self.update.reads_second_moments:
+                    moments = Moments.of(precise, self.seen.mean("second_moments", view.target))
                 changed = self.update.compute(precise, moments, ~view.spread(stays)).to(weight.dtype)
                 view.target.parameter.copy_(view.target.from_matrix(changed))
 
@@ -229,6 +232,9 @@ def _rule(
         if obstacle := criterion.obstacle(group):
             allowed = f"{obstacle} (pattern {settings.pattern!r} in {group.name!r})."
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
+        if UPDATES[settings.update].whole_columns and [view.owns_columns for view in group.compensated] != [True]:
+            allowed = f"needs units that leave {group.name!r} through whole columns, as heads, groups, neurons and 'channelx1' do."
+            raise ConfigError(f"{name}.update", settings.update, allowed)
     seen = Activations(model, _watched(criterion, UPDATES[settings.update], groups))
     rule = Rule(name, settings, pattern, is_open, groups, criterion, seen, timeline)
     rule.keep(alive_units(groups) if settings.initial_sparsity == "from_model" else all_units(groups))

@@ -38,6 +38,7 @@ from .patterns import FORMS, Pattern, check_pattern, parse_pattern
 CONFIG_NAME = "pruning_config.json"
 #: Criteria, by name; the classes are in `pruning/criteria`.
 CRITERIA: set[str] = {
+    "auto",
     "magnitude",
     "gradient",
     "snip",
@@ -51,15 +52,17 @@ CRITERIA: set[str] = {
     "wanda",
     "fisher",
     "random",
+    "obs",
 }
 #: What criteria declare that other settings have to fit, attributes of `Criterion` → the names of those of which it is true.
 DECLARED: dict[str, set[str]] = {
     "scores_rows": {"fpgm", "apoz", "mean_activation"},
     "regrows": {"movement", "soft_movement"},
     "regularizes": {"soft_movement"},
+    "scores_inputs": {"obs"},
 }
 #: Updates, by name; the functions are in `pruning/updates.py`.
-UPDATES: set[str] = {"zero"}
+UPDATES: set[str] = {"auto", "zero", "bias", "least_squares", "obs", "sparsegpt"}
 SCOPES: tuple[str, ...] = ("local", "global", "threshold")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "l2", "max")
 NORMALIZATIONS: tuple[str, ...] = ("none", "mean", "l2")
@@ -72,6 +75,13 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
         "pattern",
         frozenset({"NxM", "N:M", "channelx1", "auto", "block", "layer"}),
         "scores output rows, so it needs a pattern whose units own some: 1xchannel, head, kv_group or neuron",
+    ),
+    (
+        "criterion",
+        DECLARED["scores_inputs"],
+        "pattern",
+        frozenset({"1xchannel", "auto", "block", "layer"}),
+        "scores inputs by what the others can make up for, so it needs a pattern whose units leave through inputs of one weight",
     ),
     (
         "scope",
@@ -104,7 +114,9 @@ class PruningSettings:
         check_share,
     )
     pattern: str | None = setting(None, f"What is removed together: {FORMS}.", check_pattern)
-    criterion: str = setting("snip_momentum", "How units are scored.", choices=CRITERIA)
+    criterion: str = setting(
+        "auto", "How units are scored; 'auto' is 'snip_momentum' while training and 'obs' in `prune()`.", choices=CRITERIA
+    )
     reduction: str = setting(
         "mean",
         "How scores of elements become the score of a unit; the mean makes units of different sizes comparable.",
@@ -134,8 +146,9 @@ class PruningSettings:
         check_number,
     )
     update: str = setting(
-        "zero",
-        "How the remaining weights are updated when others are removed; 'zero': not at all, training recovers the loss.",
+        "auto",
+        "How the remaining weights are updated when others are removed; 'zero': not at all, training recovers the loss. 'auto' is "
+        "'zero' while training and 'least_squares' in `prune()`.",
         choices=UPDATES,
     )
     schedule: str = setting(
@@ -257,6 +270,19 @@ class PruningConfig(PruningSettings):
         """
         return parse_pattern(self.pattern)
 
+    def filled(self, **choices: str) -> PruningConfig:
+        """The config with what whoever prunes chooses in the place of `"auto"`, in rules too.
+
+        Raises:
+            ConfigError: a choice does not go with other settings.
+        """
+
+        def missing(settings: PruningSettings) -> dict[str, str]:
+            return {name: choice for name, choice in choices.items() if getattr(settings, name) == "auto"}
+
+        rules = [replace(rule, **missing(rule)) for rule in self.rules]  # type: ignore[arg-type]
+        return replace(self, rules=rules, **missing(self))  # type: ignore[arg-type]
+
     def resolved_rules(self) -> dict[str, PruningConfig]:
         """Every rule as a complete config without rules, by a name for messages: first `rules`, then the config's own settings.
 
@@ -337,7 +363,7 @@ def _check_together(config: PruningConfig) -> None:
     if config.regularization == "auto" and not (config.threshold is not None and 0 < config.threshold < 1):
         allowed = "needs scope 'threshold' and a threshold between 0 and 1, below which σ(S) is brought by the end."
         raise ConfigError("regularization", "auto", allowed)
-    if config.update != "zero" and (config.schedule == "lottery" or config.criterion in DECLARED["regrows"]):
+    if config.update not in ("auto", "zero") and (config.schedule == "lottery" or config.criterion in DECLARED["regrows"]):
         allowed = "makes up for what goes once and for all; lottery schedules and movement bring weights back, so they take 'zero'."
         raise ConfigError("update", config.update, allowed)
     for name, values, other, others, reason in CONFLICTS:

@@ -89,17 +89,17 @@ class DataArguments:
 
 
 def parse_arguments(data_arguments: type, arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Parse a command line, or the JSON or YAML file that is its only argument.
+    """From a command line, or from the one JSON or YAML file that it names.
 
     Args:
-        data_arguments: the script's dataclass of data arguments.
-        arguments: the arguments of the command line.
+        data_arguments: the script's own dataclass, about its data.
+        arguments: the command line's.
 
     Returns:
-        [`ModelArguments`], `data_arguments`, `TrainingArguments`, [`PruningArguments`], [`DistillationArguments`].
+        [`ModelArguments`], the script's own, `TrainingArguments`, [`PruningArguments`], [`DistillationArguments`].
 
     Raises:
-        ConfigError: the arguments contradict each other.
+        ConfigError: what was asked for cannot be done.
     """
     groups: Any = (ModelArguments, data_arguments, TrainingArguments, PruningArguments, DistillationArguments)
     parser = HfArgumentParser(groups)

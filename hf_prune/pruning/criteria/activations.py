@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...model.targets import Target
 from ...model.units import UnitGroup, View
+from ...settings.config import PruningConfig
+from ..reconstruction import damping, elimination, inverse
 from ..statistics import weight
+from ..updates import DAMPING
 from .base import Criterion
 from .registry import register_criterion
 
@@ -48,3 +52,50 @@ class Wanda(Criterion):
             return matrix * (norms.repeat(repeats) if target.kernel_first else norms.repeat_interleave(repeats))
 
         return self.reduce(group, elements)
+
+
+@register_criterion("obs")
+class OBS(Criterion):
+    """The rise of the squared error of a layer's output when a unit goes and all others make up for it: Optimal Brain Surgeon.
+
+    Units that leave through whole columns (heads, groups, neurons) are taken away one by one, each time the one that costs least by
+    then, and score what they cost (ZipLM, Kurtić et al. 2023, https://arxiv.org/abs/2302.04089, eq. 2). Others score the sum of
+    w² / [(XXᵀ + λI)⁻¹]ⱼⱼ over their weights (Hassibi and Stork 1993, eq. 5), each by itself. `reduction` has no say.
+    """
+
+    scores_inputs = True
+    activations = ("second_moments",)
+
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        self.reduction = "sum"
+
+    def watched(self, group: UnitGroup) -> tuple[View, ...]:
+        return group.compensated
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        if group.name in self.state:
+            return self.state[group.name]
+        (view,) = group.compensated
+        matrix = weight(view.target).double()
+        return removal_costs(view, matrix, self.seen.mean("second_moments", view.target).double())
+
+
+def removal_costs(view: View, matrix: Tensor, moments: Tensor) -> Tensor:
+    """What it costs to take away each unit of a view; see [`OBS`].
+
+    Args:
+        view: the units' columns, or blocks, of a weight.
+        matrix: that weight, `[out, in]`, with other columns that stay behind them or without.
+        moments: Σ x·xᵀ of its inputs, `[in, in]`.
+
+    Returns:
+        `[units]`, float32.
+    """
+    left = inverse(moments, damping(moments, DAMPING))
+    if not view.owns_columns:
+        single = matrix.square() / left.diagonal()
+        return view.gather(single[:, : view.target.shape[1]]).sum(dim=(1, 3)).flatten().float()
+    order, costs = elimination(matrix, left, view.columns, len(view.columns))
+    # A unit that is cheap only after another one went cannot go before it.
+    return torch.empty_like(costs).scatter_(0, order, costs.cummax(dim=0).values).float()

@@ -46,6 +46,8 @@ class Criterion:
     reads_gradients = False
     #: Whether it scores whole output rows, so that it needs units that own some.
     scores_rows = False
+    #: Whether it scores inputs of a weight, so that units have to leave through inputs of one weight.
+    scores_inputs = False
     #: Whether it adds a penalty to the loss, which the setting `regularization` weighs.
     regularizes = False
     #: The statistics of activations that it reads, names in `statistics.STATISTICS`, of the views it watches.
@@ -68,6 +70,8 @@ class Criterion:
 
     def obstacle(self, group: UnitGroup) -> str:
         """Why it cannot score the units of a group, or an empty string; asked before training."""
+        if self.scores_inputs and len(group.compensated) != 1:
+            return "scores inputs of a weight, and no unit leaves through those of one weight alone"
         if self.scores_rows and not any(view.owns_rows for view in group.weights):
             return "scores output rows, and no unit owns one"
         return ""

@@ -1,0 +1,135 @@
+"""What `prune()` is given, checked before any work starts: the model, the config and the calibration rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
+
+from ..model.attached import is_attached
+from ..model.blocks import is_adapted
+from ..model.sharding import is_sharded
+from ..settings.config import DECLARED, PruningConfig
+from ..settings.errors import ConfigError, closest
+from .layers import Batch
+from .walk import Rows
+
+#: Fewer rows say nothing about a layer.
+_FEWEST_ROWS = 8
+#: What in a batch is the answer, not the question.
+_ANSWERS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions", "return_loss"})
+#: Settings of a schedule that is over after one step.
+_AT_ONCE: dict[str, Any] = {
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "warmup_epochs": None,
+    "cooldown_steps": 0,
+    "cooldown_epochs": None,
+    "frequency": 1,
+    "updates": None,
+}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise unless the weights of a model can be changed in place.
+
+    Raises:
+        ConfigError: it is quantized, has adapters, is sharded, condensed, or attached to a pruner; says what to do.
+    """
+    name = type(model).__name__
+    if getattr(model, "is_quantized", False):
+        raise ConfigError("model", name, "is quantized; prune first and quantize what comes out.")
+    if any(is_adapted(module) for module in model.modules()):
+        raise ConfigError("model", name, "has adapters; merge them first (`merge_and_unload()`).")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ConfigError("model", name, "is sharded over ranks; prune it in one process.")
+    if getattr(model.config, "hf_prune", None) is not None:
+        raise ConfigError("model", name, "is condensed already; prune the model before it was condensed, or train this one.")
+    if is_attached(model):
+        raise ConfigError("model", name, "is attached to a Pruner; call its finish() or release() first.")
+
+
+def at_once(config: PruningConfig) -> PruningConfig:
+    """A config without its schedule, since everything happens at once.
+
+    Raises:
+        ConfigError: a criterion learns its scores while training.
+    """
+    for name, settings in config.resolved_rules().items():
+        if settings.criterion in DECLARED["regrows"]:
+            allowed = "learns its scores while a model trains, and nothing trains here; use one that reads weights or data."
+            raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
+    inherited: dict[str, Any] = dict.fromkeys(_AT_ONCE)
+    rules = [replace(rule, **inherited) for rule in config.rules]
+    return replace(config, **_AT_ONCE, rules=rules)
+
+
+def calibration(model: PreTrainedModel, dataloader: Iterable[Any], rows: int, held_out: float, labels: bool, seed: int) -> Rows:
+    """The first rows of a dataloader on the model's device.
+
+    Args:
+        model: the model.
+        dataloader: batches as the model's forward takes them, dictionaries of tensors.
+        rows: how many; fewer if there are no more.
+        held_out: the share of rows that is held out.
+        labels: whether labels stay in the batches.
+        seed: says which rows are held out.
+
+    Raises:
+        ConfigError: there are too few rows, or batches are not what the model's forward takes.
+    """
+    if rows < 1:
+        raise ConfigError("calibration_rows", rows, "must be a positive whole number.")
+    if not 0 <= held_out < 1:
+        raise ConfigError("held_out", held_out, "must be in [0, 1).")
+    parameters = inspect.signature(model.forward).parameters
+    batches: list[dict[str, Tensor]] = []
+    found = 0
+    for batch in dataloader:
+        if found >= rows:
+            break
+        if not isinstance(batch, Mapping):
+            raise ConfigError("dataloader", type(batch).__name__, "must give batches as dictionaries of tensors.")
+        if labels and not _ANSWERS & batch.keys():
+            raise ConfigError("labels", True, f"needs labels in the batches, which have {', '.join(batch)}.")
+        kept = {key: value for key, value in batch.items() if labels or key not in _ANSWERS}
+        for key in kept:
+            if key not in parameters and key not in TransformersKwargs.__annotations__:  # `**kwargs` takes whatever it is given
+                known = ", ".join(name for name in parameters if name != "kwargs")
+                raise ConfigError(
+                    "dataloader", key, f"is nothing that {type(model).__name__} takes: {known}.", closest(key, parameters)
+                )
+        tensors = {key: value[: rows - found].to(model.device) for key, value in kept.items() if isinstance(value, Tensor)}
+        if not tensors:
+            raise ConfigError("dataloader", sorted(batch), "must give batches of tensors.")
+        _check_lengths(model, tensors)
+        found += len(next(iter(tensors.values())))
+        batches.append(tensors)
+    if found < _FEWEST_ROWS:
+        raise ConfigError("dataloader", f"{found} rows", f"must give at least {_FEWEST_ROWS} rows.")
+    order = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(found, dtype=torch.bool)
+    mask[order[: round(held_out * found)]] = True
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    return Rows(batches, [part.to(model.device) for part in mask.split(sizes)])  # type: ignore[no-untyped-call]
+
+
+def _check_lengths(model: PreTrainedModel, batch: Batch) -> None:
+    """Raise if a batch has ids or positions that the model has not."""
+    ids, config = batch.get("input_ids"), model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if ids is None:
+        return
+    if isinstance(longest, int) and longest > 0 and ids.shape[1] > longest:
+        allowed = f"are longer than the {longest} positions of {type(model).__name__}; truncate them."
+        raise ConfigError("dataloader", f"rows of {ids.shape[1]} tokens", allowed)
+    embeddings: Any = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding) and int(ids.max()) >= embeddings.num_embeddings:
+        allowed = f"is beyond the {embeddings.num_embeddings} tokens of {type(model).__name__}; is it another model's tokenizer?"
+        raise ConfigError("dataloader", f"token {int(ids.max())}", allowed)

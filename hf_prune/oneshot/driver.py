@@ -1,0 +1,420 @@
+"""`prune()`: calibrate, score, allocate, update, one layer at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..measure.sparsity import count_zeros
+from ..model import spec_for
+from ..model.blocks import layer_lists
+from ..model.targets import Target, named_layers
+from ..model.units import UnitGroup, View
+from ..model.wrappers import transformers_model
+from ..pruning.budget import make_budgets
+from ..pruning.criteria.activations import OBS, removal_costs
+from ..pruning.reconstruction import Moments, damping, elimination, inverse, refit
+from ..pruning.rules import Rule, match_rules
+from ..pruning.updates import DAMPING, zero
+from ..settings.config import PruningConfig
+from ..settings.errors import ConfigError
+from .calibration import at_once, calibration, check_model
+from .layers import Call, Stream, record
+from .report import PrunedModule, PruneReport
+from .sensitivity import Importance, Prediction, divergence, importance, predictions, surprise
+from .walk import Rows, Site, advance, find_site, moments_at, moments_within
+
+#: The share of a token's importance that all tokens have alike: what the model's output does not read today it may tomorrow.
+_EVEN = 0.1
+
+
+@dataclass
+class _Work:
+    """A weight whose columns make up for the units of a group that go."""
+
+    rule: Rule
+    place: int
+    view: View
+    module: nn.Module
+
+    @property
+    def group(self) -> UnitGroup:
+        """The group of units."""
+        return self.rule.groups[self.place]
+
+    @property
+    def name(self) -> str:
+        """The name of the weight's module."""
+        return self.view.target.module_name
+
+    @property
+    def kept(self) -> Tensor:
+        """The units that stay, bool `[units]`."""
+        return self.rule.kept[self.place]
+
+    @kept.setter
+    def kept(self, kept: Tensor) -> None:
+        self.rule.keep([kept if place == self.place else other for place, other in enumerate(self.rule.kept)])
+
+    def matrix(self) -> Tensor:
+        """The weight with its bias, if there is one, as the last column; `[out, in (+ 1)]`, float64."""
+        weight, bias = self.view.target.weight().double(), self.bias
+        return weight if bias is None else torch.cat([weight, bias.detach().double()[:, None]], dim=1)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the weight's module."""
+        bias: nn.Parameter | None = getattr(self.module, "bias", None)
+        return bias
+
+    def gone(self, matrix: Tensor, kept: Tensor | None = None) -> Tensor:
+        """What of `matrix` goes when the units `kept` stay, by default those that do; bool `[out, in (+ 1)]`."""
+        gone = ~self.view.spread(self.kept if kept is None else kept)
+        return torch.cat([gone, gone.new_zeros(len(gone), matrix.shape[1] - gone.shape[1])], dim=1)
+
+    def fill(self, matrix: Tensor) -> None:
+        """Put a changed weight and bias in place."""
+        target, bias = self.view.target, self.bias
+        inputs = target.shape[1]
+        target.parameter.copy_(target.from_matrix(matrix[:, :inputs].to(target.parameter.dtype)))
+        if bias is not None:
+            bias.copy_(matrix[:, inputs].to(bias.dtype))
+
+    def write(self, matrix: Tensor) -> None:
+        """Put a changed weight and bias in place, and zero what goes."""
+        self.fill(matrix)
+        self.group.apply(self.kept)
+
+
+def prune(
+    model: Any,
+    config: PruningConfig,
+    dataloader: Iterable[Any],
+    *,
+    labels: bool = False,
+    calibration_rows: int = 512,
+    held_out: float = 0.1,
+    seed: int = 0,
+    offload_folder: str | Path | None = None,
+) -> PruneReport:
+    """Prune a model in place, without training: true zeros, and weights that make up for them.
+
+    Of the config, everything counts but the schedule. Criterion and update are `"obs"` and `"least_squares"` unless it names
+    others. Training or evaluation mode, `requires_grad`, gradients and the random state stay as they are; an error or Ctrl-C leaves
+    the model as it was. Extra memory: a copy of the weights that change, the hidden states of the calibration rows before a layer,
+    of the dense and of the pruned model, those at its projections, and the statistics of one projection (`report.extra_bytes`).
+
+    Args:
+        model: a transformers model, or what holds one (a SentenceTransformer); dense, or with zeros already.
+        config: what to prune and how much.
+        dataloader: batches as the model's forward takes them. Without `labels`, labels in them are not read.
+        labels: criteria that need a loss take the model's own on the labels in the batches. By default they take the
+            log-likelihood of labels that the model itself draws, whose squared gradient is the curvature of the KL divergence.
+        calibration_rows: how many rows to take.
+        held_out: share of the rows on which updates are judged. One that makes a projection's error on them larger than zeros
+            alone is not taken.
+        seed: of what is drawn: labels, and the rows that are held out.
+        offload_folder: where hidden states go; by default they stay in memory.
+
+    Raises:
+        ConfigError: the config, the model or the rows cannot be used; NaN or infinity in what flows through the model. Nothing was
+            changed.
+        RuntimeError: sparsity was requested and none was reached.
+    """
+    started = time.perf_counter()
+    model = transformers_model(model)
+    check_model(model)
+    settings = at_once(config.filled(criterion="obs", update="least_squares"))
+    rules, skipped = match_rules(model, settings, 1, None)
+    rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    work = _work(model, rules)
+    with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
+        before = predictions(model, rows)
+        passes = _Passes(model, rows, work, offload_folder)
+        predicted = _choose(model, rules, rows, passes, labels, generator)
+        modules = passes.update()
+        for rule in rules:
+            rule.apply()
+        error = divergence(model, rows, before)
+        zeros, elements = count_zeros({target.name: target for rule in rules for target in _weights(rule)}.values())
+        if not zeros and any(rule.settings.target_sparsity for rule in rules):
+            raise RuntimeError(f"target_sparsity={config.target_sparsity} was requested and no weight is zero.")
+    return PruneReport(
+        target=sum(rule.settings.target_sparsity * sum(group.size for group in rule.groups) for rule in rules)
+        / sum(group.size for rule in rules for group in rule.groups),
+        sparsity=zeros / elements,
+        predicted_error=predicted,
+        held_out_error=error,
+        seconds=time.perf_counter() - started,
+        extra_bytes=copied + passes.extra_bytes,
+        modules=tuple(modules),
+        skipped=skipped,
+    )
+
+
+def _weights(rule: Rule) -> Iterator[Target]:
+    return (view.target for group in rule.groups for view in group.weights)
+
+
+def _work(model: nn.Module, rules: Sequence[Rule]) -> list[_Work]:
+    """The weights whose columns can make up for what goes."""
+    modules = dict(named_layers(model))
+    return [
+        _Work(rule, place, view, modules[view.target.module_name])
+        for rule in rules
+        for place, group in enumerate(rule.groups)
+        for view in group.compensated
+    ]
+
+
+@contextmanager
+def _undone_on_error(rules: Sequence[Rule], work: Sequence[_Work]) -> Iterator[int]:
+    """Put all weights back if something goes wrong inside, Ctrl-C included. Gives the bytes of the copy that this takes."""
+    changed = {id(target.parameter): target.parameter for rule in rules for target in rule.targets}
+    changed |= {id(item.bias): item.bias for item in work if item.bias is not None}
+    kept = [(parameter, parameter.detach().clone()) for parameter in changed.values()]
+    try:
+        yield sum(value.nbytes for _, value in kept)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+        raise
+    finally:
+        for rule in rules:
+            rule.seen.detach()
+
+
+@contextmanager
+def _still(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and keeps no cache."""
+    modes = {module: module.training for module in model.modules()}
+    cached = getattr(model.config, "use_cache", None)
+    model.eval()  # type: ignore[no-untyped-call]
+    if cached is not None:
+        model.config.use_cache = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if cached is not None:
+            model.config.use_cache = cached
+
+
+def _choose(
+    model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Passes, labels: bool, generator: torch.Generator
+) -> float:
+    """Score all units of the dense model and spend the budgets. Returns what the scores of the units that go add up to."""
+    measured = [rule for rule in rules if isinstance(rule.criterion, OBS)]
+    if measured:
+        for rule in measured:
+            rule.seen.detach()  # its statistics are taken one layer at a time
+        watched = {item.name: item.module for item in passes.work if item.rule in measured}
+        passes.cares = importance(model, rows.batches, watched, generator)
+        passes.score()
+    others = [rule for rule in rules if rule not in measured]
+    if any(rule.criterion.reads_gradients for rule in others):
+        _observe(model, others, rows, labels, generator)
+    elif any(rule.criterion.activations for rule in others):
+        for rule in others:
+            with rule.seen.calibrating():
+                for batch in rows.batches:
+                    model(**batch)
+    predicted = 0.0
+    for budget in make_budgets(rules):
+        for rule, kept in zip(budget.rules, budget.allocate(1)):
+            predicted += sum(float(rule.criterion.scores(group)[~stay].sum()) for group, stay in zip(rule.groups, kept))
+            rule.keep(kept)
+    return predicted
+
+
+def _observe(model: PreTrainedModel, rules: Sequence[Rule], rows: Rows, labels: bool, generator: torch.Generator) -> None:
+    """Let criteria see the gradients of each batch."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for batch in rows.batches:
+            model.zero_grad()
+            with torch.enable_grad():
+                rows_of = len(next(iter(batch.values())))
+                loss: Tensor = model(**batch).loss if labels else surprise(model, batch, generator) / rows_of
+                loss.backward()  # type: ignore[no-untyped-call]
+            for rule in rules:
+                rule.criterion.begin_step(1.0)
+                for group in rule.groups:
+                    rule.criterion.observe(group)
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+class _Passes:
+    """The passes through a model's layers.
+
+    Args:
+        model: the model.
+        rows: the calibration rows.
+        work: the weights to be updated.
+        folder: where hidden states go.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Rows, work: list[_Work], folder: str | Path | None) -> None:
+        self._model, self._rows, self.work, self._folder = model, rows, work, folder
+        #: Module name → what an error of its output costs.
+        self.cares: Mapping[str, Importance] = {}
+        self.extra_bytes = 0
+        self._lists: list[list[nn.Module]] = [
+            list(layers)
+            for path in spec_for(model.config.model_type).layers
+            for layers in layer_lists(model, path).values()
+            if len(layers)
+        ]
+
+    def score(self) -> None:
+        """What it costs to take away each unit, from the dense model's activations, layer by layer; kept by the criteria.
+
+        Costs within a block are exact to second order, but blocks differ in how errors of different tokens add up. So each block's
+        costs are brought to the divergence that is measured when it alone is pruned to its target. All these measurements
+        together take as many rows as there are.
+        """
+        probe = self._rows.some(self._rows.number // max(len(self.work), 1))
+        dense = predictions(self._model, probe)
+        for layers in self._lists:
+            stream = Stream(self._folder)
+            calls = record(self._model, self._rows.batches, layers, stream)
+            for layer, layer_calls in zip(layers, calls):
+                items = [item for item in self._inside(layer) if isinstance(item.rule.criterion, OBS)]
+                sites, importances = [Site(item.module) for item in items], [self._importance(item) for item in items]
+                found = moments_within(sites, layer, stream, layer_calls, self._rows, importances)
+                for item, (moments, held_out) in zip(items, found):
+                    self._check(item, (moments, held_out), 0)
+                    scale = self._scale(item) / self._rows.number
+                    costs = removal_costs(item.view, item.matrix() * scale.sqrt()[:, None], moments.inputs)
+                    measured, estimated = self._measure(item, moments, costs, probe, dense)
+                    item.rule.criterion.state[item.group.name] = costs * (measured / estimated if estimated > 0 else 1.0)
+
+    def _measure(
+        self, item: _Work, moments: Moments, costs: Tensor, probe: Rows, dense: Sequence[Prediction]
+    ) -> tuple[float, float]:
+        """The model's divergence when the cheapest units of one weight go and the others make up for them, and their costs."""
+        number = min(max(round(item.rule.settings.target_sparsity * len(costs)), 1), item.group.max_removable)
+        kept = torch.ones(len(costs), dtype=torch.bool, device=costs.device)
+        kept[costs.argsort(stable=True)[:number]] = False
+        old, parameters = item.matrix(), [item.view.target.parameter, *([] if item.bias is None else [item.bias])]
+        values = [parameter.detach().clone() for parameter in parameters]
+        try:
+            item.fill(item.rule.update.compute(old, moments, item.gone(old, kept)))
+            measured = divergence(self._model, probe, dense)
+        finally:
+            for parameter, value in zip(parameters, values):
+                parameter.copy_(value)
+        assert measured is not None
+        return measured, float(costs[~kept].sum())
+
+    def update(self) -> list[PrunedModule]:
+        """Go through the layers in order and let the weights that stay make up for those that go."""
+        done: dict[str, PrunedModule] = {}
+        dense: list[tuple[Stream, list[list[Call]]]] = []
+        for layers in self._lists:
+            stream = Stream(self._folder)
+            dense.append((stream, record(self._model, self._rows.batches, layers, stream)))
+        for number, (layers, (wanted, dense_calls)) in enumerate(zip(self._lists, dense)):
+            stream, calls = Stream(self._folder), dense_calls
+            if number:  # what comes before is pruned by now
+                calls = record(self._model, self._rows.batches, layers, stream)
+            else:
+                stream = wanted.copy(self._folder)
+            for layer, layer_calls, layer_dense in zip(layers, calls, dense_calls):
+                items = self._inside(layer)
+                sites = [find_site(layer, item.module, wanted[0], layer_dense[0]) for item in items]
+                aims = [item.rule.update.dense_target for item in items]
+                at = iter(advance(layer, wanted, layer_dense, [site for site, aim in zip(sites, aims) if aim]))
+                for item, site, aim in zip(items, sites, aims):
+                    target = next(at) if aim else None
+                    done[item.group.name] = self._update(item, site, layer, stream, layer_calls, target)
+                advance(layer, stream, layer_calls)
+        for rule in {id(item.rule): item.rule for item in self.work}.values():
+            for group, kept in zip(rule.groups, rule.kept):
+                done.setdefault(group.name, PrunedModule(group.name, group.num_units, int(kept.sum())))
+        return list(done.values())
+
+    def _update(
+        self, item: _Work, site: Site, layer: nn.Module, stream: Stream, calls: Sequence[Call], target: Sequence[Tensor] | None
+    ) -> PrunedModule:
+        """Choose a group's units again where its criterion can, solve for what stays, and judge that on the rows held out."""
+        number, gone = item.group.num_units, int((~item.kept).sum())
+        if not gone and target is None:
+            return PrunedModule(item.group.name, number, number)
+        moments, held_out = self._moments(item, site, layer, stream, calls, target)
+        old = item.matrix()
+        if isinstance(item.rule.criterion, OBS) and item.view.owns_columns and gone:
+            damp = damping(moments.inputs, DAMPING)
+            whole = refit(old, moments, torch.ones(old.shape[1], dtype=torch.bool, device=old.device), damp) if target else old
+            scaled = whole * self._scale(item).sqrt()[:, None]
+            order, _ = elimination(scaled, inverse(moments.inputs, damp), item.view.columns, gone)
+            item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
+        removed = item.gone(old)
+        masked = zero(old, None, removed)
+        new = item.rule.update.compute(old, moments, removed)
+        judged = held_out if held_out.tokens else moments
+        whole_error = max(float(judged.targets.sum()), torch.finfo(torch.float64).tiny)
+        errors = [float(judged.errors(matrix).sum()) / whole_error for matrix in (masked, new)]
+        updated = errors[1] < errors[0] and bool(torch.isfinite(new).all())
+        item.write(new if updated else masked)
+        return PrunedModule(item.group.name, number, number - gone, errors[0], errors[1 if updated else 0], updated)
+
+    def _moments(
+        self,
+        item: _Work,
+        site: Site,
+        layer: nn.Module,
+        stream: Stream,
+        calls: Sequence[Call],
+        target: Sequence[Tensor] | None = None,
+    ) -> tuple[Moments, Moments]:
+        """The moments of a module's inputs, of the rows that count and of those held out.
+
+        Raises:
+            ConfigError: something that flows there is not finite.
+        """
+        found = moments_at(site, layer, stream, calls, self._rows, target, self._importance(item))
+        self._check(item, found, sum(part.nbytes for part in target or ()) + 2 * stream.nbytes)
+        return found
+
+    def _check(self, item: _Work, found: tuple[Moments, Moments], streams: int) -> None:
+        """Note the memory that is taken, and raise where something is not finite."""
+        held = streams + sum(part.nbytes for part in found)
+        self.extra_bytes = max(self.extra_bytes, held)
+        if not all(bool(torch.isfinite(part.inputs).all() and torch.isfinite(part.targets).all()) for part in found):
+            allowed = f"gives NaN or infinity on the calibration rows, in {item.name!r} or before it."
+            raise ConfigError("model", type(self._model).__name__, allowed)
+
+    def _inside(self, layer: nn.Module) -> list[_Work]:
+        """The work in a layer, in the order in which the layer runs its modules."""
+        modules = {module: index for index, module in enumerate(layer.modules())}
+        return sorted((item for item in self.work if item.module in modules), key=lambda item: modules[item.module])
+
+    def _importance(self, item: _Work) -> list[Tensor] | None:
+        """What each token of each batch matters for what a module gives; Σᵢ gᵢ², of which a share is spread evenly."""
+        if item.name not in self.cares:
+            return None
+        tokens = self.cares[item.name].tokens
+        mean = sum(float(part.sum()) for part in tokens) / sum(int((part > 0).sum()) or 1 for part in tokens)
+        return [part * (1 - _EVEN) + mean * _EVEN for part in tokens]
+
+    def _scale(self, item: _Work) -> Tensor:
+        """What each output of a module matters: half its share of Σᵢ gᵢ², so that Σ scale·importance·δ² is in nats; `[out]`."""
+        outputs = item.view.target.shape[0]
+        if item.name not in self.cares:
+            return torch.ones(outputs, dtype=torch.float64, device=item.view.target.parameter.device)
+        squares = self.cares[item.name].outputs
+        return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny) / 2

@@ -1,0 +1,143 @@
+"""How much a model's output cares about what its layers give: the Fisher information of their outputs, token by token.
+
+Near the dense model, the divergence of its predictions is KL ≈ ½·E(g·δ)² for a change δ of a layer's output, with g the gradient
+of the log-likelihood of a label that the model itself draws: no labels are needed. That is taken apart into how much a token
+matters and how much an output does, E(gᵢ²) = (Σᵢ gᵢ²) · (share of output i): one number a token and one an output, by which
+errors of different layers can be compared. Tokens that nobody reads (all but the first after a classifier's last attention) cost
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..settings.errors import ConfigError
+from .layers import Batch
+from .walk import Rows
+
+#: How many predicted values are kept to be compared; those of a language model are a vocabulary a token.
+_MOST_VALUES = 2**25
+
+
+@dataclass
+class Importance:
+    """What an error of a layer's output costs.
+
+    Attributes:
+        tokens: for each batch `[rows, tokens]`, Σᵢ gᵢ² of each token.
+        outputs: the sum of gᵢ² over all tokens, `[out]`.
+    """
+
+    tokens: list[Tensor] = field(default_factory=list)
+    outputs: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says: values of one prediction in each row, and whether they are the logits of a distribution."""
+
+    values: Tensor
+    is_distribution: bool
+
+
+def _predicted(model: nn.Module, batch: Batch) -> list[Prediction]:
+    """What a model predicts for a batch, without padding.
+
+    Each output named `logits` or `…_logits` is a distribution over its last axis, or a number where that has a single value. A
+    model without any predicts what it returns first.
+
+    Raises:
+        ConfigError: there is NaN in it.
+    """
+    output: Any = model(**batch)
+    named = [value for name, value in output.items() if name.endswith("logits") and isinstance(value, Tensor)]
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    found = []
+    for values in named or [output[0]]:
+        per_token = mask is not None and values.ndim > 2 and values.shape[:-1] == mask.shape
+        flat = values[mask.bool()] if mask is not None and per_token else values.flatten(0, -2)
+        if bool(torch.isnan(flat).any()):
+            raise ConfigError("model", type(model).__name__, "gives NaN on the calibration rows.")
+        found.append(Prediction(flat.float(), bool(named) and values.shape[-1] > 1))
+    return found
+
+
+def predictions(model: nn.Module, rows: Rows) -> list[Prediction]:
+    """What a model says of the rows that are held out, or of some of the tokens if there are very many."""
+    found = []
+    with torch.no_grad():
+        for batch, held_out in zip(rows.batches, rows.held_out):
+            if bool(held_out.any()):
+                some = {key: value[held_out] for key, value in batch.items()}
+                found += _predicted(model, some)
+    size = sum(part.values.numel() for part in found)
+    every = -(-size // _MOST_VALUES)
+    return [Prediction(part.values[::every].clone(), part.is_distribution) for part in found]
+
+
+def divergence(model: nn.Module, rows: Rows, before: Sequence[Prediction]) -> float | None:
+    """How far a model is from what its [`predictions`] were, see `PruneReport.held_out_error`."""
+    total, size = 0.0, 0.0
+    for then, now in zip(before, predictions(model, rows)):
+        if then.is_distribution:
+            old, new = then.values.log_softmax(dim=-1), now.values.log_softmax(dim=-1)
+            total += float(nn.functional.kl_div(new, old, reduction="sum", log_target=True))
+            size += len(old)
+        else:
+            total += float((then.values - now.values).square().sum())
+            size += float(then.values.square().sum())
+    return total / size if size else None
+
+
+def surprise(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The negative log-likelihood of labels that the model draws itself, summed; numbers have normal errors."""
+    total = torch.zeros(())
+    for prediction in _predicted(model, batch):
+        values = prediction.values
+        if prediction.is_distribution:
+            labels = torch.multinomial(values.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
+            loss = nn.functional.cross_entropy(values, labels, reduction="sum")
+        else:
+            loss = (values * torch.randn(values.shape, generator=generator, device=values.device)).sum()
+        total = total.to(loss.device) + loss
+    return total
+
+
+def importance(
+    model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, nn.Module], generator: torch.Generator
+) -> dict[str, Importance]:
+    """The importance of what some layers give, by name; one backward of each batch.
+
+    Args:
+        model: the dense model; its gradients are left as they were.
+        batches: what its forward takes.
+        layers: the layers, by name.
+        generator: draws the labels.
+    """
+    found = {name: Importance() for name in layers}
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name, layer in layers.items():
+
+        def watch(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            outputs[name] = output if output.requires_grad else output.requires_grad_()  # nothing before a frozen layer has
+
+        handles.append(layer.register_forward_hook(watch))
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                loss = surprise(model, batch, generator)
+                for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values()))):
+                    squares = gradient.float().square()
+                    found[name].tokens.append(squares.sum(dim=-1))
+                    found[name].outputs = found[name].outputs + squares.flatten(0, -2).sum(dim=0).double()
+                outputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,325 @@
+"""`prune()`: pruning without training, on every family, against what the model itself computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_equal, snapshot, tiny_bert
+from models import FAMILIES, ragged_batch, tiny
+from peft import LoraConfig, get_peft_model
+from tables import CRITERIA
+from torch import Tensor, nn
+
+from hf_prune import ConfigError, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
+from hf_prune.model import find_blocks, spec_for
+from hf_prune.model.blocks import layer_lists
+from hf_prune.oneshot.layers import Stream, record
+from hf_prune.oneshot.walk import advance, find_site
+from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
+from hf_prune.pruning.updates import UPDATES
+
+HEADS_AND_NEURONS = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
+
+
+def config(**settings: Any) -> PruningConfig:
+    """Half of the heads and neurons."""
+    return PruningConfig(**{"target_sparsity": 0.5, "rules": copy.deepcopy(HEADS_AND_NEURONS), **settings})
+
+
+def batches(model: Any, count: int = 4, rows: int = 6) -> list[dict[str, Tensor]]:
+    return [ragged_batch(model, rows=rows, seed=seed) for seed in range(count)]
+
+
+def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**batch)[0]
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_pruned_and_condenses(family: str) -> None:
+    """True zeros up to the target, whole heads and neurons, and a smaller model that computes the same."""
+    model = tiny(family)
+    if family == "albert":
+        with pytest.raises(ConfigError, match="no chain of layers"):
+            prune(model, config(), batches(model))
+        return
+    report = prune(model, config(), batches(model))
+    assert report.sparsity == pytest.approx(0.5, abs=0.04)
+    assert report.held_out_error is not None
+    by_name = {module.name: module for module in report.modules}
+    for block in sparsity_report(model).blocks:
+        assert block.alive <= by_name[block.name].units_left < block.units or block.alive == block.units
+    parameters = model.num_parameters()
+    assert condense(model).num_parameters() < parameters
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit", "gpt2", "bart"])
+def test_layers_run_one_by_one_are_the_model(family: str) -> None:
+    """What comes out of the last layer of a list is what the model itself has there."""
+    model = tiny(family)
+    rows = batches(model, 2)
+    for path in spec_for(model.config.model_type).layers:
+        for layers in layer_lists(model, path).values():
+            stream, last = Stream(), []
+            handle = layers[-1].register_forward_hook(lambda module, args, out, last=last: last.append(out))
+            calls = record(model, rows, list(layers), stream)
+            handle.remove()
+            for layer, layer_calls in zip(layers, calls):
+                advance(layer, stream, layer_calls)
+            for index, out in enumerate(last):
+                assert torch.equal(stream[index], out[0] if isinstance(out, tuple) else out)
+
+
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [
+        ("bert", ["attention.output.LayerNorm", "output.LayerNorm"]),
+        ("llama", ["post_attention_layernorm", ""]),
+        ("gpt2", ["ln_2", ""]),
+        ("distilbert", ["sa_layer_norm", "output_layer_norm"]),
+        ("modernbert", ["mlp_norm", ""]),
+    ],
+)
+def test_the_place_where_a_projection_joins_the_stream_is_found(family: str, where: list[str]) -> None:
+    """`""` is the layer's own output."""
+    model = tiny(family)
+    stream = Stream()
+    (path,) = spec_for(model.config.model_type).layers
+    (layers,) = layer_lists(model, path).values()
+    calls = record(model, batches(model, 1), list(layers), stream)
+    names = {module: name for name, module in layers[0].named_modules()}
+    found = [
+        find_site(layers[0], block.output.module, stream[0], calls[0][0])
+        for block in find_blocks(model)
+        if block.layer.endswith(".0")
+    ]
+    assert [names[site.joined] for site in found if site.joined is not None] == where
+
+
+def test_a_stream_on_disk_is_the_stream_in_memory(tmp_path: Any) -> None:
+    left, right = tiny_bert(), tiny_bert()
+    first = prune(left, config(), batches(left))
+    second = prune(right, config(), batches(right), offload_folder=tmp_path)
+    assert_equal(snapshot(left), snapshot(right))
+    assert first.held_out_error == second.held_out_error
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_seed_same_bits_and_nothing_else_changes() -> None:
+    """Mode, gradients, `requires_grad`, the cache setting and the random state stay as they are."""
+    models = [tiny("llama", "causal-lm") for _ in range(2)]
+    for model in models:
+        model.train()
+        model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+        model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+        before, state = model.config.use_cache, torch.get_rng_state()
+        prune(model, config(), batches(model), seed=3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.training
+        assert model.config.use_cache == before
+        assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+        assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
+        assert model.model.layers[1].mlp.up_proj.weight.grad is None
+    assert_equal(snapshot(models[0]), snapshot(models[1]))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_leaves_the_model_as_it_was(error: type[BaseException]) -> None:
+    """Also one in the last layer, when all others have been changed."""
+    model = tiny_bert()
+    before = snapshot(model)
+
+    class Broken(nn.Dropout):
+        calls = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            Broken.calls += 1
+            if not torch.equal(model.bert.encoder.layer[0].output.dense.weight, before["bert.encoder.layer.0.output.dense.weight"]):
+                raise error("stop")
+            return super().forward(input)
+
+    model.bert.encoder.layer[-1].output.dropout = Broken(0.0)
+    with pytest.raises(error, match="stop"):
+        prune(model, config(), batches(model))
+    assert_equal(snapshot(model), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    Pruner(model, config(), total_steps=10).release()  # nothing is attached
+
+
+def correlated(model: Any, rows: int = 64) -> list[dict[str, Tensor]]:
+    """Rows of few different tokens, so that inputs of a layer have much in common, as those of real models have."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 15, (rows, 9), generator=generator)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
+
+
+@pytest.mark.parametrize("update", ["bias", "obs", "least_squares"])
+def test_an_update_brings_the_outputs_back(update: str) -> None:
+    """Held-out errors of the blocks, and of the whole model, are smaller than with zeros alone."""
+    models = {name: tiny_bert() for name in ("zero", update)}
+    reports = {name: prune(model, config(update=name), correlated(model), held_out=0.25) for name, model in models.items()}
+    assert sum(module.updated for module in reports[update].modules) >= 4
+    for module in reports[update].modules:
+        assert (module.error or 0) <= (module.error_masked or 0)
+    errors = {name: report.held_out_error for name, report in reports.items()}
+    assert errors[update] is not None
+    assert errors["zero"] is not None
+    assert errors[update] < errors["zero"]
+
+
+def test_the_dense_target_repairs_earlier_layers_too() -> None:
+    """With nothing gone in a block, `least_squares` still makes its output what the dense model's was."""
+    errors = {}
+    for update in ("obs", "least_squares"):
+        model = tiny_bert()
+        settings = PruningConfig(
+            update=update, rules=[PruningRule(pattern="neuron", target_sparsity=0.5, target_modules=r".*layer\.0\..*")]
+        )
+        settings.rules.append(PruningRule(pattern="head", target_sparsity=0.0, target_modules=r".*layer\.[12]\..*"))
+        errors[update] = prune(model, settings, correlated(model, 128)).held_out_error
+    assert errors["least_squares"] is not None
+    assert errors["obs"] is not None
+    assert errors["least_squares"] < errors["obs"]
+
+
+TRAINED = {"movement", "soft_movement"}
+
+
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - TRAINED))
+def test_every_criterion_can_choose(criterion: str) -> None:
+    model = tiny_bert(hidden_dropout_prob=0.0)
+    reads = criterion != "auto" and CRITERION_CLASSES[criterion].reads_gradients
+    report = prune(model, config(criterion=criterion, update="obs"), batches(model))
+    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    assert all(parameter.grad is None for parameter in model.parameters()), reads
+
+
+@pytest.mark.parametrize("criterion", sorted(TRAINED))
+def test_a_criterion_that_learns_its_scores_is_refused(criterion: str) -> None:
+    with pytest.raises(ConfigError, match=f"criterion='{criterion}'.*train"):
+        prune(tiny_bert(), config(criterion=criterion, update="zero"), batches(tiny_bert()))
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "2:4", "4x1", "channelx1"])
+@pytest.mark.parametrize("update", ["zero", "sparsegpt"])
+def test_patterns_inside_a_weight(pattern: str, update: str) -> None:
+    """SparseGPT's repair of what a mask removes, in every layer of the body that lies in the chain."""
+    models = {name: tiny_bert() for name in ("zero", update)}
+    settings = {name: PruningConfig(pattern=pattern, criterion="wanda", update=name, target_sparsity=0.5) for name in models}
+    reports = {name: prune(model, settings[name], correlated(model, 128)) for name, model in models.items()}
+    assert reports[update].sparsity == pytest.approx(0.5, abs=1e-3)
+    errors = [(module.error, module.error_masked) for module in reports[update].modules if module.error is not None]
+    assert len(errors) == 3 * 6
+    assert all(error <= masked for error, masked in errors)
+    assert update == "zero" or sum(error < masked for error, masked in errors) > 9
+
+
+def test_labels_and_none_score_differently_and_both_work() -> None:
+    model = tiny_bert()
+    rows = [{**batch, "labels": torch.arange(6) % 2} for batch in batches(model)]
+    scores = [
+        prune(copy.deepcopy(model), config(criterion="fisher", update="zero"), rows, labels=labels).predicted_error
+        for labels in (True, False)
+    ]
+    assert scores[0] != scores[1]
+
+
+def test_the_report_says_what_was_done() -> None:
+    model = tiny_bert()
+    report = prune(model, config(), batches(model))
+    data = report.to_dict()
+    assert {"target", "sparsity", "predicted_error", "held_out_error", "seconds", "skipped", "modules"} <= data.keys()
+    assert "held-out error" in str(report)
+    weights = [part.module.weight for block in find_blocks(model) for part in block.projections]
+    assert report.sparsity == sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert report.predicted_error > 0
+
+
+def loader(rows: int, **changes: Any) -> list[dict[str, Any]]:
+    model = tiny_bert()
+    return [{**ragged_batch(model, rows=rows), **changes}]
+
+
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no rows": ([], {}, "dataloader='0 rows'"),
+    "few rows": (loader(3), {}, "dataloader='3 rows'"),
+    "tuples": ([(1, 2)], {}, "dataloader='tuple'.*dictionaries"),
+    "unknown column": (loader(9, sentense=torch.ones(9)), {}, "dataloader='sentense'"),
+    "too long": ([{"input_ids": torch.ones(9, 99, dtype=torch.long)}], {}, "rows of 99 tokens.*40 positions"),
+    "foreign tokens": ([{"input_ids": torch.full((9, 4), 1000)}], {}, "token 1000.*99 tokens"),
+    "no labels": (loader(9), {"labels": True}, "labels=True"),
+    "held_out": (loader(9), {"held_out": 1.0}, r"held_out=1\.0"),
+    "rows": (loader(9), {"calibration_rows": 0}, "calibration_rows=0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_named_and_nothing_changes(case: str) -> None:
+    rows, settings, message = BAD[case]
+    model = tiny_bert()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=message):
+        prune(model, config(), rows, **settings)
+    assert_equal(snapshot(model), before)
+
+
+def test_activations_that_are_not_finite_are_an_error() -> None:
+    model = tiny_bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.weight[0, 0] = torch.nan
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"model='BertForSequenceClassification'.*NaN"):
+        prune(model, config(), batches(model))
+    assert_equal(
+        {key: value.nan_to_num() for key, value in snapshot(model).items()}, {k: v.nan_to_num() for k, v in before.items()}
+    )
+
+
+def unusable() -> Iterator[tuple[str, Any, str]]:
+    """Models that cannot be pruned so, and what is said."""
+    attached = tiny_bert()
+    attached.pruner = Pruner(attached, config(), total_steps=10)
+    yield "attached", attached, "attached to a Pruner"
+    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    yield "adapters", adapted, "merge"
+    small = tiny_bert()
+    prune(small, config(), batches(small))
+    yield "condensed", condense(small), "condensed already"
+
+
+@pytest.mark.parametrize(("name", "model", "message"), list(unusable()), ids=lambda value: value if isinstance(value, str) else "")
+def test_models_that_cannot_be_changed_are_refused(name: str, model: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prune(model, config(), batches(tiny_bert()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "1x1", "update": "obs"}, "update='obs'.*whole columns"),
+        ({"pattern": "layer", "criterion": "obs"}, "criterion='obs'.*leave through inputs"),
+        ({"pattern": "1xchannel"}, "criterion='obs'.*leave through inputs"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prune(tiny_bert(), PruningConfig(**settings), batches(tiny_bert()))
+
+
+def test_extra_memory_does_not_grow_with_depth() -> None:
+    """Beside the copy of the weights that change: streams and the statistics of one projection."""
+    extra = []
+    for layers in (2, 6):
+        model = tiny_bert(num_hidden_layers=layers)
+        weights = sum(module.parameters * 4 for module in sparsity_report(model).modules)
+        extra.append(prune(model, config(), batches(model)).extra_bytes - weights)
+    assert extra[1] <= extra[0] * 1.1
+
+
+def test_every_update_has_a_place() -> None:
+    assert {"zero", "bias", "least_squares", "obs", "sparsegpt"} <= UPDATES.keys()
