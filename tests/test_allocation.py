@@ -25,7 +25,7 @@ SCORES = st.lists(st.one_of(st.just(0.0), st.sampled_from([1.0, 2.0]), st.floats
 def group(name: str, units: int, size: int = 1, n_of_m: tuple[int, int] | None = None) -> UnitGroup:
     """Units of `size` weights, side by side in one row each."""
     target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
-    return UnitGroup(name, (View(target, 1, size, 0, units),), n_of_m=n_of_m)
+    return UnitGroup(name, (View(target, 1, size),), n_of_m=n_of_m)
 
 
 def mask(size: int, value: bool) -> st.SearchStrategy[list[bool]]:

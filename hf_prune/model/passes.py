@@ -22,13 +22,17 @@ def keep_(tensor: Tensor, kept: Tensor) -> None:
     """`tensor.mul_(kept)` for a bool mask of a shape that broadcasts."""
     if is_sharded(tensor):
         tensor.mul_(kept)
-    elif tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and torch.get_num_threads() == 1:
+    elif _on_one_thread(tensor) and kept.shape[-1:] == tensor.shape[-1:]:  # else the mask is small, and converted in no time
         values = tensor.detach().numpy()
         with np.errstate(invalid="ignore"):  # torch has no word on ∞ · 0 either
             np.multiply(values, kept.numpy(), out=values)
         increment_version(tensor)  # so that whoever keeps a copy of a weight notices
     else:
         tensor.mul_(kept.view(torch.uint8))
+
+
+def _on_one_thread(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and torch.get_num_threads() == 1
 
 
 @torch.no_grad()
