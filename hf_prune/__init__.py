@@ -1,7 +1,7 @@
 """hf_prune: pruning of Hugging Face transformers inside the Trainer.
 
-Importing the package also lets `AutoModel….from_pretrained` load condensed models, whose layers differ in size. It is quick: what a
-name needs, such as torch or the Trainer, is imported when the name is first used.
+Importing the package also lets `AutoModel….from_pretrained` load condensed models, whose layers differ in size. The import is fast:
+what a name needs, such as torch or the Trainer, is imported when the name is first used.
 """
 
 import importlib
@@ -63,7 +63,7 @@ __all__ = [
     "to_sparse",
 ]
 
-#: Module → the names that it lends to the package's face.
+#: Module → the public names that the package exports from it.
 _HOMES = {
     "condense": (
         "CondensePlan",

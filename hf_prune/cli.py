@@ -1,7 +1,7 @@
 """`hf-prune`: look at, shrink, measure, describe and publish pruned models from the command line.
 
-Every command takes a folder or an id on the Hub, whatever its task head, prints a table, or with `--json` one JSON object on stdout
-and nothing else. Exit codes: 0 done, 1 failed, 2 wrong usage.
+Every command takes a folder or a Hub id of a model with any task head, and prints a table, or with `--json` a single JSON object on
+stdout. Exit codes: 0 success, 1 failure, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .files import check_new_folder
 from .settings.config import CONFIG_NAME, PruningConfig
 from .settings.errors import closest_path
 
-if TYPE_CHECKING:  # it takes seconds, so what needs torch is imported where it is used, and `--help` does without
+if TYPE_CHECKING:  # importing torch takes seconds, so what needs it is imported where it is used, and `--help` is fast
     from transformers import PreTrainedModel
 
 stderr = Console(stderr=True, markup=False)
 
 
 class Commands(TyperGroup):
-    """The commands; what they raise about their input becomes one line and exit code 1."""
+    """The commands; an error about their input becomes one line on stderr and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -54,37 +54,37 @@ app = typer.Typer(
 )
 
 
-def print_version(asked: bool) -> None:
-    """Print the version, if it was asked for, and end."""
-    if asked:
+def print_version(requested: bool) -> None:
+    """Print the version and exit, if requested."""
+    if requested:
         print(f"hf-prune {hf_prune.__version__}")
         raise typer.Exit
 
 
 Model = Annotated[str, typer.Argument(metavar="PATH", help="A model's folder, or its id on the Hub.")]
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A model's folder.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it is made if needed.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; created if it does not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Pad = Annotated[
     int | None,
-    typer.Option(min=1, help="Pad the neurons left in a block to a multiple of this with dead ones; odd sizes can be slow."),
+    typer.Option(min=1, help="Pad each block's neurons to a multiple of this with dead ones; odd sizes can be slow."),
 ]
-Against = Annotated[str | None, typer.Option(help="The dense model; by default a random one of the sizes before condensing.")]
-Rows = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Forwards of each model that count.")]
+Against = Annotated[str | None, typer.Option(help="The dense model; default: a random one of the original sizes.")]
+Rows = Annotated[int, typer.Option(min=1, help="Batch size.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Sequence length.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")]
 Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")]
-Device = Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Device to measure on, such as cpu or cuda.")]
 
 
 @app.callback()
 def options(version: Version = False) -> None:
-    """The options of `hf-prune` itself."""
+    """Options of `hf-prune` itself."""
 
 
 @app.command()
 def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) -> None:
-    """Say how sparse a model is, what it weighs, and what `condense` would do."""
+    """Report a model's sparsity and size, and what `condense` would do."""
     from .measure.memory import megabytes
     from .measure.sparsity import original_blocks, total_sparsity
 
@@ -108,7 +108,7 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     title = f"{facts['class']}, {facts['model_type']}{', condensed' if facts['condensed'] else ''}"
     table = Table("", "", title=title, show_header=False)
     table.add_row("weights removed since pruning started", f"{facts['total_sparsity']:.2%}")
-    table.add_row("zeros among the weights that are there", f"{report.sparsity:.2%}")
+    table.add_row("zeros among the remaining weights", f"{report.sparsity:.2%}")
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("weights on disk", megabytes(facts["bytes_on_disk"]))
     table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")
@@ -120,7 +120,7 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
 
 @app.command()
 def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool = True, as_json: Json = False) -> None:
-    """Cut dead heads, neurons and layers out of a model, prove that it computes the same, and save it with its card."""
+    """Remove dead heads, neurons and layers from a model, verify that its outputs are unchanged, and save it with its card."""
     from .condense import nothing_to_cut
     from .hub import save_made_from
 
@@ -131,14 +131,14 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool
     if hf_prune.condense_plan(model, pad_to_multiple_of).empty:
         found = f"{hf_prune.sparsity_report(model).sparsity:.2%} of its weights are zero"
         raise ValueError(f"PATH={path}: {found}. {nothing_to_cut(model, pad_to_multiple_of)}")
-    with stderr.status("condensing, and comparing outputs" if verify else "condensing"):
+    with stderr.status("condensing and comparing outputs" if verify else "condensing"):
         hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
     saved_to(out, model, before, save_made_from(model, folder, out), as_json)
 
 
 @app.command()
 def convert(path: Model, out: Out, as_json: Json = False) -> None:
-    """Make a checkpoint that transformers 4 or CoFi pruned, which transformers 5 refuses, one that loads."""
+    """Convert a checkpoint pruned by transformers 4 or CoFi, which transformers 5 refuses, into one that loads."""
     from .condense.legacy import converted
     from .hub import save_made_from
 
@@ -146,7 +146,7 @@ def convert(path: Model, out: Out, as_json: Json = False) -> None:
     check_new_folder(out)
     model, changed = converted(folder)
     if not changed:
-        raise ValueError(f"PATH={path}: there is nothing to convert, so nothing was written; it loads as it is.")
+        raise ValueError(f"PATH={path}: there is nothing to convert, so nothing was written; the checkpoint loads as it is.")
     saved_to(out, model, None, save_made_from(model, folder, out), as_json)
 
 
@@ -160,7 +160,7 @@ def benchmark(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time and weigh a model beside the dense one, in turn, on one thread."""
+    """Measure latency and memory of a model and of the dense one, in turn, on one thread."""
     from .measure.latency import compare
 
     check_device(device)
@@ -178,10 +178,10 @@ def plan(
     path: Model,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A JSON file with a PruningConfig.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 1_000_000,
-    steps_per_epoch: Annotated[int, typer.Option(min=1, help="Those of an epoch.")] = 1000,
+    steps_per_epoch: Annotated[int, typer.Option(min=1, help="Optimizer steps per epoch.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Say what a pruning config would do to each module of a model, and what it leaves out and why."""
+    """Report what a pruning config would do to each module of a model, and what it leaves out and why."""
     pruning = PruningConfig.from_json_file(config)
     planned = hf_prune.Pruner(load(local(path)), pruning, steps, steps_per_epoch).plan()
     if as_json:
@@ -200,7 +200,7 @@ def card(
     repeats: Repeats = 30,
     as_json: Json = False,
 ) -> None:
-    """Write the model card, with pictures, into a model's folder, from what is known there."""
+    """Write the model card, with pictures, into a model's folder, from the files that are there."""
     from .hub.card import CARD_NAME, write_card
     from .measure.latency import compare
 
@@ -218,20 +218,22 @@ def card(
 @app.command()
 def push(
     path: Folder,
-    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to, such as name/model.")],
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    revision: Annotated[str | None, typer.Option(help="The branch.")] = None,
-    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
-    new_card: Annotated[bool, typer.Option(help="Write the card anew, for this id; else README.md stays as it is.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go, and what not and why.")] = False,
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="The repository, such as name/model.")],
+    private: Annotated[bool | None, typer.Option(help="Make a new repository private or public.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch to push to.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit message.")] = None,
+    new_card: Annotated[bool, typer.Option(help="Write a new card for this id, or publish README.md as it is.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded, and what would not and why; upload nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a folder on the Hub: weights, configs, modelling file, tokenizer, card and pictures, and nothing else."""
+    """Publish a model's folder on the Hub: weights, configs, modelling file, tokenizer, card and pictures, and nothing else."""
     from .hub import write_card
     from .hub.files import files_to_publish
 
     folder = local(str(path), download=False)
-    model = load(folder)  # what cannot be loaded is not published
+    model = load(folder)  # a folder that does not load is not published
     if dry_run:
         with tempfile.TemporaryDirectory() as beside:
             if new_card:
@@ -240,7 +242,7 @@ def push(
         names = sorted({*names, *anew})
         if as_json:
             return emit({"repo_id": repo_id, "files": names, "left_out": left})
-        show(*names, *left_out(left), f"{len(names)} files would go to {repo_id}.")
+        show(*names, *left_out(left), f"{len(names)} files would be uploaded to {repo_id}.")
         return None
     if new_card:
         write_card(folder, model, config_of(folder), hf_prune.CardFacts.load(folder), repo_id)
@@ -252,7 +254,7 @@ def push(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; always ends in `SystemExit`."""
+    """Run the command line; always raises `SystemExit`."""
     app(args=None if arguments is None else list(arguments), prog_name="hf-prune")
 
 
@@ -260,14 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def local(path: str, download: bool = True) -> Path:
-    """The folder of a model: the one named, or what the Hub has under that id.
+    """The folder of a model: `path` itself, or the downloaded snapshot of the Hub id `path`.
 
     Args:
-        path: folder or id.
-        download: ids are taken.
+        path: folder or Hub id.
+        download: whether Hub ids are allowed.
 
     Raises:
-        ValueError: there is no model; names what comes closest.
+        ValueError: there is no model; names the closest match.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -278,20 +280,20 @@ def local(path: str, download: bool = True) -> Path:
             raise ValueError(f"PATH={path}: holds a PEFT adapter; merge it first (`merge_and_unload()`), then save the model.")
         if not (folder / "config.json").is_file():
             below = sorted(file.parent.name for file in folder.glob("*/config.json"))
-            hint = f"; below it there are models in {', '.join(below)}" if below else ""
+            hint = f"; there are models in its subfolders {', '.join(below)}" if below else ""
             raise ValueError(f"PATH={path}: has no config.json, so it is not a model's folder{hint}.")
         return folder
     close = closest_path(folder, [one.parent for one in folder.parent.glob("*/config.json")])
     hint = f" Did you mean {close!r}?" if close else ""
     if not download:
-        raise ValueError(f"PATH={path}: is no folder.{hint}")
+        raise ValueError(f"PATH={path}: is not a folder.{hint}")
     try:
         return Path(snapshot_download(path))
     except HFValidationError:
-        raise ValueError(f"PATH={path}: is no folder.{hint}") from None
+        raise ValueError(f"PATH={path}: is not a folder.{hint}") from None
     except OSError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"PATH={path}: is no folder, and no model could be had from the Hub ({reason}).{hint}") from None
+        raise ValueError(f"PATH={path}: is not a folder, and no model was found on the Hub ({reason}).{hint}") from None
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -302,22 +304,22 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def check_device(device: str) -> None:
-    """Raise unless torch can put a tensor on a device.
+    """Raise unless torch can create a tensor on a device.
 
     Raises:
-        ValueError: it cannot; says why.
+        ValueError: it cannot; gives the reason.
     """
     import torch
 
     try:
         torch.zeros(1, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # a build without it, no driver, no such name
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # not built in, no driver, or an unknown name
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r}: must be one that torch finds here, such as 'cpu' ({reason}).") from None
+        raise ValueError(f"device={device!r}: must be a device that is available here, such as 'cpu' ({reason}).") from None
 
 
 def config_of(folder: Path) -> PruningConfig | None:
-    """The config that a model was pruned with, if it is there."""
+    """The config that a model was pruned with, if it was saved."""
     return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
 
 
@@ -332,7 +334,7 @@ def progress(rounds: range) -> Iterable[int]:
 
 
 def blocks_table(blocks: Iterable[Any]) -> Table:
-    """Heads and neurons kept, block by block."""
+    """A table of the heads and neurons kept in each block."""
     from .measure.tables import table_of_modules
 
     table = table_of_modules("Heads and neurons of the model that pruning started from", "block", "kept")
@@ -342,7 +344,7 @@ def blocks_table(blocks: Iterable[Any]) -> Table:
 
 
 def saved_to(out: Path, model: PreTrainedModel, before: int | None, left: dict[str, str], as_json: bool) -> None:
-    """Report a model that was written, and what was left behind."""
+    """Report a model that was written, and the files that were left out."""
     from .measure.sparsity import original_blocks
 
     after, blocks = model.num_parameters(), original_blocks(model)
@@ -356,7 +358,7 @@ def saved_to(out: Path, model: PreTrainedModel, before: int | None, left: dict[s
 
 
 def left_out(left: dict[str, str]) -> list[str]:
-    """A line for each file that did not come along."""
+    """One line for each file that was left out."""
     return [f"Left out: {name}, {reason}." for name, reason in left.items()]
 
 
@@ -369,14 +371,14 @@ def written(file: Path, as_json: bool) -> None:
 
 
 def show(*parts: object) -> None:
-    """Print for people: tables as wide as the terminal, or as they need where there is none."""
+    """Print for humans: tables as wide as the terminal, or as wide as they need if there is none."""
     console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True, markup=False)
     for part in parts:
         console.print(part)
 
 
 def emit(data: dict[str, Any]) -> None:
-    """Print for programs."""
+    """Print for programs: one JSON object."""
     print(json.dumps(data, indent=2))
 
 

@@ -1,8 +1,8 @@
-"""Every patch that the library makes in transformers, and every private name of it that it reads, each with its reason.
+"""Every patch that the library applies to transformers, and every private name that it reads, each with its reason.
 
-A patch wraps a method: [`wrap`] puts a function around it, once. Those that are about pruning are made where that is known: loading
-and saving of condensed models in `hooks.py`, logs in `training/callback.py`, cards in `hub/callback.py`. Those below know nothing
-of it. `tests/test_compat.py` says of each when it can go.
+A patch wraps a method: [`wrap`] puts a function around it, once. Patches that concern pruning are applied by the modules that own
+the subject: loading and saving of condensed models in `hooks.py`, logs in `training/callback.py`, cards in `hub/callback.py`. The
+ones below are independent of it. `tests/test_compat.py` tells for each when it can be removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Let the method (or class method) `owner.name` be called by `around`, which is given it and its arguments; once."""
+    """Replace the method (or class method) `owner.name` by a call of `around` with it and its arguments; idempotent."""
     found = inspect.getattr_static(owner, name)
     stock = getattr(found, "__func__", found)  # the function of a class method
     if getattr(stock, "around", None) is around:
@@ -33,7 +33,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def when_imported(name: str, do: Callable[[ModuleType], None]) -> None:
-    """Call `do` with the module `name`: now if it is imported already, else right after it is."""
+    """Call `do` with the module `name`: now if it is already imported, else right after its import."""
     if name in sys.modules:
         do(sys.modules[name])
     else:
@@ -41,7 +41,7 @@ def when_imported(name: str, do: Callable[[ModuleType], None]) -> None:
 
 
 class _Waiting:
-    """A finder for `sys.meta_path`: it finds one module as the others do, and lets something be done with it once it has run."""
+    """A finder for `sys.meta_path` that finds one module as the others do and calls a function after the module was executed."""
 
     def __init__(self, name: str, do: Callable[[ModuleType], None]) -> None:
         self.name, self.do = name, do
@@ -64,7 +64,7 @@ class _Waiting:
 
 
 def remember_folders() -> None:
-    """Let a `TrainerState` know, as `folder`, where it was read from: callbacks learn that a run is resumed, but not from where."""
+    """Record in `TrainerState.folder` where a state was read from: callbacks see that a run is resumed, but not from where."""
     from transformers import TrainerState
 
     wrap(TrainerState, "load_from_json", _remembering)
@@ -76,22 +76,22 @@ def _remembering(stock: Callable[..., Any], cls: type, json_path: str) -> Any:
     return state
 
 
-#: Event of `JITCheckpointCallback` → whether a run that is resumed from what is saved there is the one that went on.
+#: Event of `JITCheckpointCallback` → whether a run resumed from a checkpoint saved there equals the uninterrupted one.
 _EXACT: dict[str, Callable[[Any, Any], bool]] = {
     "on_epoch_begin": lambda state, control: True,
-    "on_step_begin": lambda state, control: float(state.epoch) % 1 > 0,  # a new epoch's order of rows has used random numbers
+    "on_step_begin": lambda state, control: float(state.epoch) % 1 > 0,  # shuffling a new epoch has drawn random numbers
     "on_pre_optimizer_step": lambda state, control: False,  # so has the forward pass
-    "on_step_end": lambda state, control: False,  # an evaluation that is due will do so
+    "on_step_end": lambda state, control: False,  # an evaluation that is due will draw some
     "on_epoch_end": lambda state, control: bool(control.should_training_stop),  # likewise, unless no step follows
 }
 
 
 def save_between_steps() -> None:
-    """Let `enable_jit_checkpoint` save between two steps, where a callback can tell by `between_steps` when that is.
+    """Make `enable_jit_checkpoint` save between two steps only, if a callback reports by `between_steps` when that is.
 
-    `JITCheckpointCallback` saves at the next of its events when it is asked to, wherever in a step that is: with weights from
-    before the step and random numbers from later, or before an evaluation that the resumed run will not repeat. Its events are
-    wrapped to wait for one where nothing is half done, which comes within two steps.
+    `JITCheckpointCallback` saves at its next event after the signal, even in the middle of a step: with weights from before the
+    step and random states from after it, or before an evaluation that the resumed run will not repeat. Its events are wrapped to
+    wait for one at which nothing is half done, which comes within two steps.
     """
     from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -118,16 +118,16 @@ def _saving_between_steps(
     elif exact(state, control) and all(callback.between_steps for callback in pruned):
         requested = self.jit_manager and self.jit_manager.is_checkpoint_requested
         if requested and pruned[0].written.get("step") == state.global_step:
-            # A process that is killed while it writes a checkpoint once more would leave none.
+            # Writing the same checkpoint again could leave none, if the process is killed meanwhile.
             self.jit_manager.is_checkpoint_requested = False
             control.should_training_stop = True
         save(self, args, state, control, **kwargs)
 
 
 def auto_classes(model_type: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each Auto class that serves a family, with the names of the model classes that it may load.
+    """Yield each Auto class that supports a family, with the names of the model classes that it may load.
 
-    `_model_mapping` is private; the public way imports every model class of the family's, and of no other use.
+    `_model_mapping` is private; the public way would import every model class of the family.
     """
     from transformers.models.auto import modeling_auto
 
@@ -139,5 +139,5 @@ def auto_classes(model_type: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def without_peft(model: Any) -> Any:
-    """The transformers model in a `PeftModel`, adapters and all; any other model as it is."""
+    """The transformers model in a `PeftModel`, including its adapters; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, and read with an error that names them."""
+"""Files and folders: written all or nothing, and read with errors that name them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file in UTF-8; a process that dies meanwhile leaves the file as it was."""
+    """Write a text file in UTF-8, atomically: a process that dies meanwhile leaves the old file."""
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
@@ -23,22 +23,22 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: the file holds none; names it.
+        ValueError: the file does not hold one; names the file.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply
-        raise ValueError(f"{path} is not valid JSON ({error}); mend it, or delete it.") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deeply
+        raise ValueError(f"{path} is not valid JSON ({error}); fix it or delete it.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds {type(found).__name__}; mend it, or delete it.")
+        raise ValueError(f"{path} must hold a JSON object, but holds {type(found).__name__}; fix it or delete it.")
     return found
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
-    """Check that nothing lies where a folder is to be written.
+    """Check that a folder to be written does not exist yet, or is empty.
 
     Raises:
-        ValueError: something does, and it is not an empty folder.
+        ValueError: the path exists and is not an empty folder.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -50,14 +50,14 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the body is done; if the body raises, all is as it was.
+    """A temporary folder that becomes `path` when the body is done; if the body raises, nothing is changed.
 
     Args:
         path: the folder.
-        replace: in the place of the folder that is there.
+        replace: replace an existing folder.
 
     Raises:
-        ValueError: see [`check_new_folder`]; not for a folder under `replace`.
+        ValueError: see [`check_new_folder`]; with `replace`, an existing folder is allowed.
     """
     if not (replace and Path(path).is_dir()):
         check_new_folder(path)

@@ -1,4 +1,4 @@
-"""What `import hf_prune` changes in transformers, so that it loads and saves condensed models; nothing heavy is imported for it."""
+"""What `import hf_prune` patches in transformers so that it loads and saves condensed models, without importing it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _Path = str | os.PathLike[str]
 
 
 def install_reload_hook() -> None:
-    """Teach transformers, for this process, to load and to save condensed models; calling it again changes nothing.
+    """Let transformers load and save condensed models in this process; idempotent.
 
-    Five methods are wrapped. `PreTrainedConfig.from_dict` and `PreTrainedModel.from_pretrained` pass over the refusal in the config
+    Five methods are wrapped. `PreTrainedConfig.from_dict` and `PreTrainedModel.from_pretrained` ignore the refusal in the config
     of such a model (`condense/refusal.py`), and `PreTrainedModel.post_init` shrinks the model before its weights are loaded.
-    `PreTrainedConfig.save_pretrained` writes the modelling file beside the config, and `to_json_file` the refusal into it: every
-    way to save or push a model passes through these, and on one process only. Other models and configs pass through untouched.
+    `PreTrainedConfig.save_pretrained` writes the modelling file beside the config, and `to_json_file` writes the refusal into it:
+    every way to save or push a model calls these, on one process only. Other models and configs are not affected.
 
-    It happens when transformers imports the two classes, which takes seconds and is not done for this.
+    The patches are applied when transformers imports the two classes, which takes seconds; this function does not import them.
     """
     when_imported("transformers.modeling_utils", _wrap_models)
     when_imported("transformers.configuration_utils", _wrap_configs)

@@ -207,10 +207,10 @@ def test_errors_name_what_is_wrong(cli: CommandLine, masked: Path, tmp_path: Pat
     (tmp_path / "model").mkdir()
     assert "has no config.json" in fails("inspect", tmp_path / "model")
     tiny_bert().save_pretrained(tmp_path / "dense")
-    assert f"is no folder. Did you mean '{tmp_path / 'dense'}'" in fails("inspect", tmp_path / "dens")
+    assert f"is not a folder. Did you mean '{tmp_path / 'dense'}'" in fails("inspect", tmp_path / "dens")
     for far in ("modle", "xyz"):  # a folder without a model; one that only lies in the same place
         assert "Did you mean" not in fails("inspect", tmp_path / far)
-    assert "below it there are models in dense" in fails("inspect", tmp_path)
+    assert "there are models in its subfolders dense" in fails("inspect", tmp_path)
     assert "0.00% of its weights are zero. There is nothing to cut out" in fails("condense", tmp_path / "dense", tmp_path / "out")
     assert "there is nothing to convert" in fails("convert", tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -302,4 +302,4 @@ def test_malformed_pruned_heads_end_in_one_line(pruned_heads: Any, cli: CommandL
 @pytest.mark.parametrize("device", ["hpux", "mps" if torch.cuda.is_available() else "cuda"])
 def test_a_device_that_is_not_there(device: str, cli: CommandLine, condensed: Path) -> None:
     cli("benchmark", condensed, "--device", device, code=1)
-    assert f"device={device!r}: must be one that torch finds here" in cli.err
+    assert f"device={device!r}: must be a device that is available here" in cli.err
