@@ -323,3 +323,23 @@ def test_extra_memory_does_not_grow_with_depth() -> None:
 
 def test_every_update_has_a_place() -> None:
     assert {"zero", "bias", "least_squares", "obs", "sparsegpt"} <= UPDATES.keys()
+
+
+def test_flap_is_variance_times_weight_and_the_mean_goes_to_the_bias() -> None:
+    """Against the definition, from the inputs themselves; and what the bias update leaves is the masked model with mean inputs."""
+    model = tiny_bert(num_hidden_layers=1)
+    seen: list[Tensor] = []
+    projection = model.bert.encoder.layer[0].output.dense
+    rows = correlated(model)
+    handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
+    for batch in rows:
+        outputs(model, batch)
+    handle.remove()
+    inputs, weight, bias = torch.cat(seen).double(), projection.weight.detach().double(), projection.bias.detach().double()
+    scores = inputs.var(dim=0, unbiased=False) * weight.square().sum(dim=0)
+    settings = PruningConfig(pattern="neuron", criterion="flap", update="bias", target_sparsity=0.5)
+    prune(model, settings, rows, held_out=0.0)
+    gone = (projection.weight == 0).all(dim=0)
+    assert set(scores.argsort()[: int(gone.sum())].tolist()) == set(gone.nonzero().flatten().tolist())
+    expected = bias + weight[:, gone] @ inputs.mean(dim=0)[gone]
+    torch.testing.assert_close(projection.bias.double(), expected, rtol=1e-5, atol=1e-6)

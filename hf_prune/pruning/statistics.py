@@ -53,6 +53,7 @@ WINDOW = 16
 STATISTICS: dict[str, Statistic] = {
     "positive_outputs": Statistic(lambda target: (target.shape[0],), lambda inputs, outputs: (outputs > 0).float().sum(dim=0)),
     "absolute_outputs": Statistic(lambda target: (target.shape[0],), lambda inputs, outputs: outputs.abs().sum(dim=0)),
+    "inputs": Statistic(lambda target: (target.inputs,), lambda inputs, outputs: inputs.sum(dim=0)),
     "squared_inputs": Statistic(lambda target: (target.inputs,), lambda inputs, outputs: inputs.square().sum(dim=0)),
     "second_moments": Statistic(
         lambda target: (target.inputs, target.inputs), lambda inputs, outputs: inputs.T @ inputs, every_step=False

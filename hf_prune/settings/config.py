@@ -53,13 +53,15 @@ CRITERIA: set[str] = {
     "fisher",
     "random",
     "obs",
+    "flap",
 }
 #: What criteria declare that other settings have to fit, attributes of `Criterion` → the names of those of which it is true.
 DECLARED: dict[str, set[str]] = {
     "scores_rows": {"fpgm", "apoz", "mean_activation"},
     "regrows": {"movement", "soft_movement"},
     "regularizes": {"soft_movement"},
-    "scores_inputs": {"obs"},
+    "scores_inputs": {"obs", "flap"},
+    "scores_columns": {"flap"},
 }
 #: Updates, by name; the functions are in `pruning/updates.py`.
 UPDATES: set[str] = {"auto", "zero", "bias", "least_squares", "obs", "sparsegpt"}
@@ -82,6 +84,13 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
         "pattern",
         frozenset({"1xchannel", "auto", "block", "layer"}),
         "scores inputs by what the others can make up for, so it needs a pattern whose units leave through inputs of one weight",
+    ),
+    (
+        "criterion",
+        DECLARED["scores_columns"],
+        "pattern",
+        frozenset({"NxM", "N:M"}),
+        "scores inputs of a layer, so it needs a pattern whose units hold whole ones: head, kv_group, neuron or channelx1",
     ),
     (
         "scope",

@@ -54,6 +54,36 @@ class Wanda(Criterion):
         return self.reduce(group, elements)
 
 
+@register_criterion("flap")
+class Fluctuation(Criterion):
+    """Var(xⱼ)·‖Wⱼ‖² over the columns j of a weight, standardized in each module: what a constant in the bias cannot repair (FLAP,
+    An et al. 2024, https://arxiv.org/abs/2312.11983, section 3.2).
+
+    A head scores the mean of the squares of its inputs' scores, as in the authors' code. Meant for `update="bias"`; `reduction` is
+    not used.
+    """
+
+    scores_inputs = True
+    scores_columns = True
+    activations = ("inputs", "squared_inputs")
+
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        self.reduction = "mean"  # a standardized score is no cost, so units of every size rank by it as it is
+
+    def watched(self, group: UnitGroup) -> tuple[View, ...]:
+        return group.compensated
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        (view,) = group.compensated
+        means, squares = (self.seen.mean(name, view.target).double() for name in self.activations)
+        columns = (squares - means.square()) * weight(view.target).double().square().sum(dim=0)
+        units = columns[view.columns]
+        found = units[:, 0] if view.width == 1 else units.square().mean(dim=1)
+        spread = found.std() if len(found) > 1 else torch.zeros(())
+        return ((found - found.mean()) / spread.clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
 @register_criterion("obs")
 class OBS(Criterion):
     """The rise of the squared error of a layer's output when a unit goes and all others make up for it: Optimal Brain Surgeon.

@@ -48,6 +48,8 @@ class Criterion:
     scores_rows = False
     #: Whether it scores inputs of a weight, so that units have to leave through inputs of one weight.
     scores_inputs = False
+    #: Whether these inputs have to be whole: columns of the weight.
+    scores_columns = False
     #: Whether it adds a penalty to the loss, which the setting `regularization` weighs.
     regularizes = False
     #: The statistics of activations that it reads, names in `statistics.STATISTICS`, of the views it watches.
@@ -72,6 +74,8 @@ class Criterion:
         """Why it cannot score the units of a group, or an empty string; asked before training."""
         if self.scores_inputs and len(group.compensated) != 1:
             return "scores inputs of a weight, and no unit leaves through those of one weight alone"
+        if self.scores_columns and not group.compensated[0].owns_columns:
+            return "scores inputs of a layer, and no unit holds whole ones"
         if self.scores_rows and not any(view.owns_rows for view in group.weights):
             return "scores output rows, and no unit owns one"
         return ""
