@@ -321,6 +321,22 @@ def test_extra_memory_does_not_grow_with_depth() -> None:
     assert extra[1] <= extra[0] * 1.1
 
 
+@pytest.mark.parametrize(("family", "criterion", "ticks"), [("bert", "obs", 2 * 3), ("bert", "magnitude", 3), ("t5", "obs", 2 * 6)])
+def test_progress_is_a_number_for_each_layer_of_each_pass(family: str, criterion: str, ticks: int) -> None:
+    seen: list[int] = []
+
+    def watched(numbers: range) -> Iterator[int]:
+        assert len(numbers) == ticks
+        for number in numbers:
+            seen.append(number)
+            yield number
+        seen.append(-1)
+
+    model = tiny(family)
+    prune(model, config(criterion=criterion), batches(model), progress=watched)
+    assert seen == [*range(ticks), -1]
+
+
 def test_every_update_has_a_place() -> None:
     assert {"zero", "bias", "least_squares", "obs", "sparsegpt"} <= UPDATES.keys()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,7 @@ def prune(
     held_out: float = 0.1,
     seed: int = 0,
     offload_folder: str | Path | None = None,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> PruneReport:
     """Prune a model in place, without training: true zeros, and weights that make up for them.
 
@@ -123,6 +124,7 @@ def prune(
             alone is not taken.
         seed: of what is drawn: labels, and the rows that are held out.
         offload_folder: where hidden states go; by default they stay in memory.
+        progress: wraps a range with a number for each layer of each pass, to show how far it is.
 
     Raises:
         ConfigError: the config, the model or the rows cannot be used; NaN or infinity in what flows through the model. Nothing was
@@ -139,7 +141,7 @@ def prune(
     work = _work(model, rules)
     with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
         before = predictions(model, rows)
-        passes = _Passes(model, rows, work, offload_folder)
+        passes = _Passes(model, rows, work, offload_folder, progress)
         predicted = _choose(model, rules, rows, passes, labels, generator)
         modules = passes.update()
         for rule in rules:
@@ -265,9 +267,17 @@ class _Passes:
         rows: the calibration rows.
         work: the weights to be updated.
         folder: where hidden states go.
+        progress: see [`prune`].
     """
 
-    def __init__(self, model: PreTrainedModel, rows: Rows, work: list[_Work], folder: str | Path | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Rows,
+        work: list[_Work],
+        folder: str | Path | None,
+        progress: Callable[[range], Iterable[int]],
+    ) -> None:
         self._model, self._rows, self.work, self._folder = model, rows, work, folder
         #: Module name → what an error of its output costs.
         self.cares: Mapping[str, Importance] = {}
@@ -278,6 +288,8 @@ class _Passes:
             for layers in layer_lists(model, path).values()
             if len(layers)
         ]
+        passes = 2 if any(isinstance(item.rule.criterion, OBS) for item in work) else 1
+        self._ticks = iter(progress(range(passes * sum(map(len, self._lists)))))
 
     def score(self) -> None:
         """What it costs to take away each unit, from the dense model's activations, layer by layer; kept by the criteria.
@@ -292,6 +304,7 @@ class _Passes:
             stream = Stream(self._folder)
             calls = record(self._model, self._rows.batches, layers, stream)
             for layer, layer_calls in zip(layers, calls):
+                next(self._ticks, None)
                 items = [item for item in self._inside(layer) if isinstance(item.rule.criterion, OBS)]
                 sites, importances = [Site(item.module) for item in items], [self._importance(item) for item in items]
                 found = moments_within(sites, layer, stream, layer_calls, self._rows, importances)
@@ -334,6 +347,7 @@ class _Passes:
             else:
                 stream = wanted.copy(self._folder)
             for layer, layer_calls, layer_dense in zip(layers, calls, dense_calls):
+                next(self._ticks, None)
                 items = self._inside(layer)
                 sites = [find_site(layer, item.module, wanted[0], layer_dense[0]) for item in items]
                 aims = [item.rule.update.dense_target for item in items]
@@ -342,6 +356,7 @@ class _Passes:
                     target = next(at) if aim else None
                     done[item.group.name] = self._update(item, site, layer, stream, layer_calls, target)
                 advance(layer, stream, layer_calls)
+        next(self._ticks, None)  # the last layer is done
         for rule in {id(item.rule): item.rule for item in self.work}.values():
             for group, kept in zip(rule.groups, rule.kept):
                 done.setdefault(group.name, PrunedModule(group.name, group.num_units, int(kept.sum())))
