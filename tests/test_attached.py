@@ -64,7 +64,7 @@ def test_a_pruner_that_nobody_has_takes_its_hooks_along() -> None:
     model = tiny_bert()
     pruner = Pruner(model, CONFIG, total_steps=2)
     assert hooks(model)
-    with pytest.raises(RuntimeError, match="attached to this model already"):
+    with pytest.raises(RuntimeError, match="already attached to this model"):
         Pruner(model, CONFIG, total_steps=2)
     with pytest.raises(RuntimeError, match=r"pruner\.finish\(\)"):
         condense(model)

@@ -213,6 +213,7 @@ DISTILLATION_TEXTS: dict[str, tuple[str, Any]] = {
     "alpha_attention": ("0.7", 0.7),
     "alpha_simkd": ("2", 2.0),
     "layer_map": ("[[0,1],[2,5]]", [[0, 1], [2, 5]]),
+    "teacher_dtype": ("bfloat16", "bfloat16"),
 }
 ARGUMENTS: dict[type[Any], tuple[type[Any], Callable[[str], str], dict[str, tuple[str, Any]]]] = {
     PruningConfig: (PruningArguments, lambda name: name if "sparsity" in name else f"pruning_{name}", PRUNING_TEXTS),
@@ -547,7 +548,7 @@ BAD_FOR_THE_MODEL: list[tuple[dict[str, Any], str]] = [
     # caps
     (
         {"pattern": "head", "target_sparsity": 0.85, "max_sparsity_per_module": 0.9},
-        "config.target_sparsity=0.85: is out of reach: with max_sparsity_per_module=0.9 at most 0.75* of these modules can go *",
+        "config.target_sparsity=0.85: cannot be reached: with max_sparsity_per_module=0.9 at most 0.75* of these modules can be *",
     ),
     # the run
     (
@@ -565,12 +566,12 @@ BAD_FOR_THE_MODEL: list[tuple[dict[str, Any], str]] = [
     # two rules of one level on one module
     (
         {"pattern": None, "rules": [{"pattern": "1x1", "target_modules": ["query"]}, {"pattern": "2:4"}]},
-        f"rules[1].target_modules=None: rules[0] names '{QUERY}' already, with a pattern of the same level; "
+        f"rules[1].target_modules=None: rules[0] already names '{QUERY}' with a pattern of the same level; "
         "exclude it from one of them.",
     ),
     (
         {"pattern": None, "rules": [{"pattern": "1xchannel", "target_modules": [QUERY]}, {"pattern": "channelx1"}]},
-        f"rules[1].target_modules=None: rules[0] names '{QUERY}' already, *",
+        f"rules[1].target_modules=None: rules[0] already names '{QUERY}' *",
     ),
 ]
 
@@ -591,7 +592,7 @@ def test_bad_for_the_model(settings: dict[str, Any], message: str) -> None:
 def test_epochs_need_their_length() -> None:
     with pytest.raises(ConfigError) as error:
         Pruner(tiny_bert(), PruningConfig(pattern="1x1", warmup_epochs=1), total_steps=20)
-    assert_says(error.value, "config.warmup_epochs=1: needs steps_per_epoch, or give it in steps.")
+    assert_says(error.value, "config.warmup_epochs=1: needs steps_per_epoch; pass it, or give warmup_steps.")
 
 
 @pytest.mark.parametrize("criterion", ["snip_momentum", "taylor"])

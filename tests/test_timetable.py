@@ -54,8 +54,8 @@ def test_the_plan_has_the_timetable_and_the_sizes_after_condensing(scope: str) -
         (
             {"min_sparsity_per_module": 0.3},
             75,
-            "min_sparsity_per_module=0.3 rounds to 1 of the 4 units of bert.encoder.layer.0.attention.self; the nearest shares are "
-            "0.25 and 0.5.",
+            "min_sparsity_per_module=0.3 rounds to 1 of the 4 units of bert.encoder.layer.0.attention.self; the nearest possible "
+            "values are 0.25 and 0.5.",
         ),
         ({"min_sparsity_per_module": 0.25}, 75, None),
     ],

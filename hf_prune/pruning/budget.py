@@ -1,8 +1,8 @@
-"""What a target is spent on: the rules that share it, what a unit costs, and when and to what share masks change.
+"""Budgets: the rules that share a target, the cost of a unit, and when masks are updated and to what sparsity.
 
 Open rules, which have no target of their own, share that of the config. Under `scope="global"` all of them with the same schedule
-and the same kind of scores are one budget: their units are ranked together by score per cost, and the share that goes is counted
-over the union of their weights. Every other rule is a budget of its own.
+and the same kind of scores form one budget: their units are ranked together by score per cost, and sparsity is counted over the
+union of their weights. Every other rule is a budget of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .allocation import allocate, normalize
 from .rules import Rule
 from .schedules import Timeline
 
-#: What the target is a share of → what a unit of a group costs in it.
+#: Name of a cost, of which the target is a share → the cost of one unit of a group.
 COSTS: dict[str, Callable[[UnitGroup], float]] = {"target_sparsity": lambda group: group.unit_size}
 
 
@@ -26,11 +26,11 @@ class Budget:
     """The rules that share a target.
 
     Attributes:
-        name: of its rules, joined.
-        rules: all with the same settings of schedule, scope and score.
+        name: the names of its rules, joined.
+        rules: its rules, all with the same schedule, scope and kind of scores.
         timeline: when masks change, and to what sparsity.
-        target: the name of the target in [`COSTS`].
-        requested_sparsity: the sparsity that the last mask update was asked for; it never falls.
+        target: the name of the cost in [`COSTS`].
+        requested_sparsity: the sparsity that the last mask update requested; it never falls.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Budget:
 
     @property
     def weight_names(self) -> list[str]:
-        """Names of the weights that it is spent on, each once."""
+        """Names of the weights that its rules prune, each once."""
         return list(dict.fromkeys(name for rule in self.rules for name in rule.weight_names))
 
     @property
@@ -55,15 +55,15 @@ class Budget:
         return self.timeline.schedule == "lottery"
 
     def progress(self, step: int) -> float:
-        """How far the schedule is at `step`: the sparsity it asks for as a share of the target."""
+        """The progress of the schedule at `step`: the sparsity it requests as a share of the target."""
         return self.timeline.sparsity(step) / self.timeline.target if self.timeline.target else 1.0
 
     def is_late(self, step: int) -> bool:
-        """Whether the last mask update that was due up to `step` did not happen: the step was skipped, or the run began later."""
+        """Whether the last mask update due by `step` did not happen: the step was skipped, or the run started later."""
         return self.requested_sparsity < self.timeline.sparsity(self.timeline.last_due(step))
 
     def is_due(self, step: int) -> bool:
-        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only where more is pruned."""
+        """Whether masks change right after optimizer step `step`. A lottery ticket is rewound only if more is pruned."""
         return self.is_late(step) or (self.timeline.is_due(step) and not self.is_lottery)
 
     def is_finished(self, step: int) -> bool:
@@ -71,7 +71,7 @@ class Budget:
         return step >= self.timeline.last_update and not self.is_late(step)
 
     def allocate(self, steps: int) -> list[list[Tensor]]:
-        """Spend what is due after `steps` optimizer steps. Returns the units that stay, bool `[units]`, by rule and group."""
+        """Do the mask update due after `steps` optimizer steps. Returns the remaining units, bool `[units]`, by rule and group."""
         step = self.timeline.last_due(steps)
         progress, settings = self.progress(step), self.rules[0].settings
         self.requested_sparsity = max(self.requested_sparsity, self.timeline.sparsity(step))
@@ -93,11 +93,11 @@ class Budget:
 
     @property
     def costs(self) -> list[float]:
-        """What a unit of each group costs."""
+        """The cost of one unit of each group."""
         return [COSTS[self.target](group) for group in self.groups]
 
     def per_cost(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Scores of units → scores per cost, up to a common factor. A mean is a score per weight, others are scores of the unit."""
+        """Scores of units → scores per cost, up to a common factor. A mean is already a score per weight, others are per unit."""
         means = [rule.criterion.reduction == "mean" for rule in self.rules for _ in rule.groups]
         factors = [(group.unit_size if mean else 1) / cost for group, mean, cost in zip(self.groups, means, self.costs)]
         if len(set(factors)) == 1:
@@ -105,7 +105,7 @@ class Budget:
         return [score * (factor / max(factors)) for score, factor in zip(scores, factors)]
 
     def spent(self) -> float:
-        """The share of its cost that is gone."""
+        """The share of its cost that is removed."""
         gone = [(~kept).sum() for rule in self.rules for kept in rule.kept]
         sizes = [kept.numel() for rule in self.rules for kept in rule.kept]
         total = sum(size * cost for size, cost in zip(sizes, self.costs))

@@ -1,6 +1,6 @@
-"""What is removed together: from a pattern and the modules or blocks it applies to, the groups of units.
+"""What is removed together: the unit groups of a pattern over the modules or blocks it applies to.
 
-Every pattern is a grid of equal blocks over matrices. What rows and columns a head or a neuron has, its block knows.
+Every pattern is a grid of equal blocks over matrices. The rows and columns of a head or neuron are known to its block.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _obstacle(block: Block) -> str:
 def _unit_group(block: Block, together: int = 1) -> UnitGroup:
     """The heads or neurons of a block: their rows of its inputs, their columns of its output.
 
-    `together` neighbours are one unit: 1, or as many as share rows. Rows that several units share belong to none of them alone, so
-    that under grouped queries a head alone is its rows of the query and its columns of the output projection.
+    `together` neighbours form one unit: 1, or as many as share rows. Rows that several units share belong to none of them, so under
+    grouped-query attention a head is its rows of the query and its columns of the output projection.
     """
     own, *others = block.inputs
     heights = {own: block.unit_width * together}
@@ -87,8 +87,8 @@ def _unit_group(block: Block, together: int = 1) -> UnitGroup:
 def _role_groups(block: Block) -> list[UnitGroup]:
     """A group for each projection, its blocks shaped by role (Lagunas et al. 2021, https://arxiv.org/abs/2109.04838, section 3.2).
 
-    Square tiles as high as a head, or as long as the matrix where a tile does not divide it; of neurons, which are one row high,
-    whole rows and columns. A head goes with its values or with its columns of the output, never with its queries or keys alone.
+    Attention gets square tiles as high as a head, or as long as the matrix if a tile does not divide it; neurons, which are one row
+    high, get whole rows and columns. A head is removed by losing its values or its output columns, never its queries or keys alone.
     """
     groups = []
     for role, part in block.roles.items():
@@ -102,7 +102,7 @@ def _role_groups(block: Block) -> list[UnitGroup]:
 
 
 def _whole_group(name: str, blocks: Iterable[Block]) -> UnitGroup:
-    """Blocks that go as one unit, with everything they add to the residual stream: output biases too."""
+    """Blocks that are removed as one unit, with everything they add to the residual stream, including output biases."""
     sizes = [(part, len(part.rows)) for block in blocks for part in block.projections]
     biases = tuple(bias for part, rows in sizes for bias in _biases(part, rows))
     return UnitGroup(name, tuple(_row_view(part, rows) for part, rows in sizes), biases)

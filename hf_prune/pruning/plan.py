@@ -1,4 +1,4 @@
-"""What a pruner will do, module by module and step by step, and what `condense` will make of it, before it does anything."""
+"""What a pruner will do, module by module and step by step, and what `condense` will remove, reported in advance."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .rules import Rule
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """The effective setting of one module or block.
+    """The effective settings of one module or block.
 
-    `sparsity` is what it will have at the end: its own target under local scope; under global scope the share of all modules
-    of the budget together, each between `min_sparsity` and `max_sparsity`. `budget` names the rules that share it; `is_open` says
-    whether the rule has no target of its own. `units_left` are the fewest and the most units that can be left at the end: equal
-    under local scope, while under the others scores decide; `condense` cuts the others out if the pattern `is_condensable`.
+    `sparsity` is the final one: its own target under local scope; under global scope that of all modules of the budget together,
+    each between `min_sparsity` and `max_sparsity`. `budget` names the rules that share it; `is_open` tells whether the rule has no
+    target of its own. `units_left` are the smallest and the largest number of units that can be left at the end: equal under local
+    scope, while under the others scores decide; `condense` removes the other units if the pattern `is_condensable`.
     """
 
     name: str
@@ -54,17 +54,17 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class PlannedRule:
-    """The timetable of a rule, in optimizer steps of the run.
+    """The schedule of a rule, in optimizer steps of the run.
 
     Attributes:
         name: `"rules[0]"` and so on, or `"config"`.
         schedule: how sparsity rises.
-        steps: of the run.
+        steps: steps of the run.
         warmup: steps before pruning may begin.
         first_update, last_update: the steps after which masks change for the first and the last time; 0 if they never do.
-        updates: how often they change.
+        updates: number of mask updates.
         recovery: steps after the last update.
-        concerns: what is allowed and yet perhaps not what was meant.
+        concerns: warnings about settings that are allowed but perhaps not intended.
     """
 
     name: str
@@ -85,9 +85,9 @@ class PruningPlan:
     Attributes:
         groups: the modules and blocks.
         left_out: module or block → reason.
-        rules: their timetables.
-        parameters: how many the pruned modules have.
-        condensed_parameters: about how many of them are left after `condense`; zeros that it cannot cut out count as left, and so
+        rules: the schedules of the rules.
+        parameters: number of parameters of the pruned modules.
+        condensed_parameters: about how many of them are left after `condense`; zeros that it cannot remove count as left, and so
             does everything under threshold scope.
         sparsity: the final sparsity as in logs, report and card: the share of zeros in the weights of the model's body.
     """
@@ -120,11 +120,11 @@ class PruningPlan:
         title = f"Pruning plan: {self.sparsity:.2%} of the body's weights will be zero"
         table = table_of_modules(title, "module", "rule", "units", "weights", "target", "condensed", caption=saved)
         for group in self.groups:
-            figure = f"at most {group.max_sparsity:.0%}" if group.sparsity is None else f"{group.sparsity:.1%}"
+            sparsity = f"at most {group.max_sparsity:.0%}" if group.sparsity is None else f"{group.sparsity:.1%}"
             fewest, most = group.units_left
             left = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
             condensed = left if group.is_condensable else ""
-            table.add_row(group.name, group.rule, f"{group.units:,}", f"{group.weights:,}", figure, condensed)
+            table.add_row(group.name, group.rule, f"{group.units:,}", f"{group.weights:,}", sparsity, condensed)
         return table
 
     def _rules(self) -> Table:
@@ -156,9 +156,9 @@ class PruningPlan:
 
 
 def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: float) -> PruningPlan:
-    """The plan of what budgets are spent on, which makes up for `sparsity` of the weights of the model's body."""
+    """The plan of these budgets. `sparsity`: the final share of zeros in the weights of the model's body."""
     groups, planned = [], []
-    #: Parameter name → share that is left of it after condensing, and its size.
+    #: Parameter name → share of it that condensing leaves, and its size.
     left: dict[str, float] = {}
     sizes: dict[str, int] = {}
     for budget, rule in [(each, rule) for each in budgets for rule in each.rules]:
@@ -210,7 +210,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
 
 
 def _units_left(rule: Rule, group: UnitGroup) -> tuple[int, int]:
-    """The fewest and the most units of a group that can be left at the end."""
+    """The smallest and the largest number of units of a group that can be left at the end."""
     settings, number = rule.settings, group.num_units
     if settings.scope == "local":
         left = number - min(round(settings.target_sparsity * number), group.max_removable)

@@ -1,7 +1,7 @@
-"""The pruning loop's three moments: `observe()` after backward, `step()` after `optimizer.step()`, `finish()` at the end.
+"""The three calls of the pruning loop: `observe()` after backward, `step()` after `optimizer.step()`, `finish()` at the end.
 
-A parameter always holds its masked values, so any checkpoint at any moment is a plain transformers checkpoint with true zeros, and
-forward costs nothing extra.
+A parameter always holds its masked values, so every checkpoint is a plain transformers checkpoint with true zeros, and the forward
+pass costs nothing extra.
 
 ```python
 pruner = Pruner(model, PruningConfig(pattern="head", target_sparsity=0.5), total_steps=len(loader) * epochs)
@@ -45,15 +45,15 @@ _STATE_VERSION = 3
 
 
 class Pruner:
-    """Prunes a model while any loop trains it.
+    """Prunes a model in any training loop.
 
     Args:
-        model: the model, inside DDP or sharded by FSDP2 (`fully_shard`) if it is to be, or what holds it (a SentenceTransformer, a
-            SetFitModel; see `model/wrappers.py`); its parameters are changed in place, never renamed or wrapped. Under LoRA the
-            merged weights are pruned, see `model/lora.py`; other kinds of adapters are refused.
+        model: the model, already wrapped in DDP or sharded by FSDP2 (`fully_shard`) if it will be, or an object that holds it (a
+            SentenceTransformer, a SetFitModel; see `model/wrappers.py`). Its parameters are changed in place, never renamed or
+            wrapped. Under LoRA the merged weights are pruned, see `model/lora.py`; other kinds of adapters are refused.
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
-        steps_per_epoch: optimizer steps of an epoch, needed when the config counts in epochs.
+        steps_per_epoch: optimizer steps per epoch; required if the config counts in epochs.
 
     Raises:
         ConfigError: the config does not fit the model or the run. Nothing was changed.
@@ -63,12 +63,12 @@ class Pruner:
         model = bare_model(model)
         if any(is_attached(one) for one in _marked(model)):
             raise RuntimeError(
-                "A Pruner is attached to this model already; call its finish() or release() first. Two PruningCallbacks are one "
+                "A Pruner is already attached to this model; call its finish() or release() first. Two PruningCallbacks are one "
                 "with `rules`."
             )
         self.model = model
         self.config = config = config.filled(criterion="snip_momentum", update="zero")
-        #: Optimizer steps of the run that are over. Set it to begin with pruning late in a run: the first step then catches up.
+        #: Optimizer steps done so far. Set it to start pruning late in a run: the first step then catches up.
         self.steps = 0
         self._skipped = False
         #: The config's rules, matched to the model, and the budgets that they share.
@@ -87,9 +87,9 @@ class Pruner:
                 target.adapter.keep_exact()
         self._rewind.before_update(self.steps)
         self._look_ahead()
-        # No hook holds the pruner, so it goes with the last one who has it, and the hooks go with it.
+        # No hook refers to the pruner, so it is freed with the last reference to it, and its hooks with it.
         self._remove_hooks = weakref.finalize(self, _release, self._gradients, [rule.seen for rule in self.rules])
-        #: Whether the run goes on, if something can tell; whoever holds a pruner is else taken to be at it.
+        #: Whether the run still goes on, if its driver can tell; else a pruner that is referenced counts as in use.
         self.at_work: Callable[[], bool] = lambda: True
         for one in _marked(model):
             attach(one, self)
@@ -100,15 +100,15 @@ class Pruner:
 
     @torch.no_grad()
     def observe(self, scaled_loss: bool = False) -> None:
-        """Read gradients, complete, unscaled and clipped, before `optimizer.step()`; drop those of masked weights.
+        """Read the complete, unscaled and clipped gradients before `optimizer.step()`; zero those of masked weights.
 
         Args:
-            scaled_loss: a `GradScaler` is at work (fp16). It skips the step when a gradient is not finite; such a step counts as a
-                step of the schedule, and is no observation.
+            scaled_loss: whether a `GradScaler` is used (fp16). It skips the step if a gradient is not finite; such a step counts in
+                the schedule, but its gradients are not observed.
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite; names parameter and step. Nothing was changed.
-            RuntimeError: the model has no gradient at all, or other parameters than when the pruner was made.
+            RuntimeError: the model has no gradients, or not the parameters it had when the pruner was created.
         """
         self._check_parameters()
         broken = self._gradients.broken()
@@ -129,10 +129,10 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change masks if an update is due, and apply them; right after `optimizer.step()`.
+        """Update the masks if an update is due, and apply them, right after `optimizer.step()`.
 
         Raises:
-            RuntimeError: several processes train together and came to different masks.
+            RuntimeError: the masks differ between processes.
         """
         self.steps += 1
         due = [budget for budget in self.budgets if not self._skipped and budget.is_due(self.steps)]
@@ -147,10 +147,10 @@ class Pruner:
         self._look_ahead()
 
     def finish(self) -> None:
-        """Apply masks once more, remove hooks and let go of the model.
+        """Apply the masks once more, remove the hooks and detach from the model.
 
         Raises:
-            RuntimeError: mask updates were due, and there is no sparsity: they did not happen, or all of them removed nothing.
+            RuntimeError: mask updates were due but no weight is zero: they did not happen, or removed nothing.
         """
         self._apply()
         self.release()
@@ -162,14 +162,14 @@ class Pruner:
             )
 
     def release(self) -> None:
-        """Remove hooks and let go of the model as it is, after a run that was cut short."""
+        """Remove the hooks and detach from the model as it is, after an interrupted run."""
         self._remove_hooks()
         for one in _marked(self.model):
             detach(one, self)
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Inside, forwards count for criteria that read activations, whatever mode the model is in."""
+        """A context in which forward passes count for criteria that read activations, in training or evaluation mode."""
         with ExitStack() as stack:
             for rule in self.rules:
                 stack.enter_context(rule.seen.calibrating())
@@ -178,36 +178,36 @@ class Pruner:
     # ------------------------------------------------------------------------------------------------------------- reporting
 
     def plan(self) -> PruningPlan:
-        """Each module's effective setting, and what is left out and why; prints as a table."""
+        """Each module's effective settings, and what is left out and why; prints as tables."""
         density, sizes = self._densities(self.last_update), self._body()
         left = sum(density.get(f"{weight.name}.{weight.key}", 1.0) * size for weight, size in sizes.items())
         return make_plan(self.budgets, self._left_out, 1 - left / sum(sizes.values()) if sizes else 0.0)
 
     def sparsity(self) -> float:
-        """Share of true zeros in the weights of the model's body, each weight counted once: what the report and the card say."""
+        """Share of true zeros in the weights of the model's body, each weight counted once, as in the report and the card."""
         return _share(count_zeros([weight]) for weight in self._body())
 
     def reached_sparsity(self) -> float:
-        """How much of the weights that the rules name is zero; compare it with `target_sparsity()`."""
+        """Share of true zeros in the weights that the rules name; compare it with `target_sparsity()`."""
         return _share(count_zeros([target]) for target in self.weights.values())
 
     def _sparsities(self) -> tuple[float, float]:
-        """`sparsity()` and `reached_sparsity()`, whose weights are the same for the most part, each counted once."""
+        """`sparsity()` and `reached_sparsity()`, counting the weights that they share only once."""
         body = {f"{weight.name}.{weight.key}": count_zeros([weight]) for weight in self._body()}
         named = {name: body.get(name) or count_zeros([target]) for name, target in self.weights.items()}
         return _share(body.values()), _share(named.values())
 
     def target_sparsity(self, step: int | None = None) -> float:
-        """The sparsity that the schedules ask for at `step`, by default the current one, in the weights that the rules name."""
+        """The sparsity that the schedules request at `step` (default: now) in the weights that the rules name."""
         density = self._densities(self.steps if step is None else step)
         sizes = {name: target.parameter.numel() for name, target in self.weights.items()}
         return 1 - sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     @torch.no_grad()
     def regrown(self) -> list[str]:
-        """The names of modules in which a pruned weight is not zero: after `step()` none, until something else writes to them.
+        """The names of modules in which a pruned weight is not zero: none after `step()`, until something else changes them.
 
-        All processes have to ask together.
+        Collective: all processes have to call it.
         """
         names = set(self._locked.regrown())
         for rule in self.rules:
@@ -236,11 +236,11 @@ class Pruner:
         return found
 
     def unmasked_weights(self) -> dict[str, Tensor]:
-        """By name, the parameters under a criterion that lets weights come back, with the values that masked ones left with."""
+        """Name → parameter, under criteria that let weights come back, with the values that masked weights had before."""
         return self._regrowth.unmasked()
 
     def metrics(self) -> dict[str, float]:
-        """What to log: the three sparsities, and what the criteria report, summed over the rules."""
+        """The metrics to log: the three sparsities, and those of the criteria, summed over the rules."""
         sparsity, reached = self._sparsities()
         metrics = {"sparsity": sparsity, "reached_sparsity": reached, "target_sparsity": self.target_sparsity()}
         for rule in self.rules:
@@ -249,12 +249,12 @@ class Pruner:
         return metrics
 
     def summary(self) -> str:
-        """What is going to happen, in a line: each rule's pattern, target, steps and number of updates."""
+        """The plan in one line: each rule's pattern, target, steps and number of updates."""
         return "; ".join(rule.summary() for rule in self.rules) or "the zeros that are there stay"
 
     @property
     def concerns(self) -> tuple[str, ...]:
-        """What is allowed and yet perhaps not what was meant, rule by rule."""
+        """Warnings about settings that are allowed but perhaps not intended, rule by rule."""
         return tuple(concern for rule in self.rules for concern in rule.concerns)
 
     @property
@@ -269,7 +269,7 @@ class Pruner:
 
     @property
     def shortfall(self) -> str | None:
-        """What a model lacks whose pruning ended here, or None if it has its final masks."""
+        """Why pruning would be incomplete if it ended now, or None if the masks are final."""
         if self.is_finished:
             return None
         return (
@@ -281,9 +281,9 @@ class Pruner:
     # ----------------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Units left, criterion state and side buffers, as tensors by name; `steps` counts the optimizer steps seen.
+        """Remaining units, criterion state and side buffers, as tensors by name; `steps` is the number of optimizer steps.
 
-        The state of all processes together, the same on each: all of them have to ask for it, and one may save it.
+        Collective: the state is that of all processes together and the same on each, so all have to call it, and one may save it.
         """
         state = {"steps": torch.tensor(self.steps), "version": torch.tensor(_STATE_VERSION)}
         for budget in self.budgets:
@@ -303,19 +303,19 @@ class Pruner:
 
         Args:
             state: the state of a pruner, for a model that holds the weights of the same moment.
-            strict: the pruner had the same config and model. Otherwise a rule that `state` does not hold, or holds for other units,
-                begins with no scores; its units that are all zero are gone.
+            strict: require the same config and model. Otherwise a rule that `state` lacks, or holds for other units, starts without
+                scores, and its units that are all zero count as removed.
 
         Raises:
-            ValueError: the state is of another version, or strictly of another config or model. Nothing was changed.
+            ValueError: the state has another version, or, if `strict`, another config or model. Nothing was changed.
         """
         if int(state.get("version", torch.tensor(-1))) != _STATE_VERSION:
-            raise ValueError(f"The pruner state has version {state.get('version')}, this hf_prune reads {_STATE_VERSION}.")
+            raise ValueError(f"The pruner state has version {state.get('version')}; this hf_prune reads version {_STATE_VERSION}.")
         expected = {f"{rule.name}/kept/{group.name}": group.num_units for rule in self.rules for group in rule.groups}
         found = {key: value.numel() for key, value in state.items() if "/kept/" in key}
         others = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         if others and strict:
-            raise ValueError(f"The pruner state belongs to another config or model; it differs in {', '.join(others[:5])}.")
+            raise ValueError(f"The pruner state belongs to a different config or model; it differs in {', '.join(others[:5])}.")
         self.steps = int(state["steps"])
         for budget in self.budgets:
             fresh = [rule for rule in budget.rules if any(key.startswith(f"{rule.name}/") for key in others)]
@@ -337,7 +337,7 @@ class Pruner:
     # ------------------------------------------------------------------------------------------------------------ inner works
 
     def _update(self, budget: Budget) -> None:
-        """Spend what is due: choose units, let the others make up for them, mask."""
+        """Do the updates that are due: choose units, update the remaining weights, mask."""
         for rule, kept in zip(budget.rules, budget.allocate(self.steps)):
             if rule.settings.update != "zero":
                 rule.compensate(rule.kept, kept)
@@ -346,13 +346,13 @@ class Pruner:
             rule.seen.reset()
 
     def _apply(self, gradients: bool = False) -> None:
-        """Zero whatever is masked, in the parameters or in their gradients."""
+        """Zero all that is masked, in the parameters or in their gradients."""
         self._locked.apply(gradients)
         for rule in self.rules:
             rule.apply(gradients)
 
     def _look_ahead(self) -> None:
-        """Tell what is seen of activations when it is read next, if ever."""
+        """Announce the next mask update, before which large statistics are taken; remove the hooks after the last one."""
         for budget in self.budgets:
             for rule in budget.rules:
                 if budget.is_finished(self.steps):
@@ -361,18 +361,18 @@ class Pruner:
                     rule.seen.next_update_in(budget.timeline.next_due(self.steps) - self.steps)
 
     def _check_parameters(self) -> None:
-        """Raise if the optimizer trains other parameters than those that will be masked."""
+        """Raise if the optimizer does not train the parameters that will be masked."""
         present = {id(parameter) for parameter in self.model.parameters()}
         for name, target in self._targets.items():
-            # What FSDP2 gathers for a forward pass stands in for the shards, which stay the parameters.
+            # During a forward pass FSDP2 replaces the shards by gathered tensors; the shards remain the parameters.
             if id(target.parameter) not in present and not is_sharded(target.parameter):
                 raise RuntimeError(
-                    f"{name!r} is another parameter than when the Pruner was made; make it after whatever replaces parameters, "
-                    "such as `fully_shard`."
+                    f"{name!r} is not the parameter it was when the Pruner was created; create it after anything that replaces "
+                    "parameters, such as `fully_shard`."
                 )
 
     def _check_ranks(self, rules: list[Rule]) -> None:
-        """Raise on all ranks if the masks of some rules are not the same everywhere."""
+        """Raise on all ranks if some masks differ between them."""
         masks = {f"{rule.name}/{group.name}": kept for rule in rules for group, kept in zip(rule.groups, rule.kept)}
         if names := differing(masks):
             raise RuntimeError(
@@ -383,13 +383,13 @@ class Pruner:
 
 
 def _share(counts: Iterable[tuple[int, int]]) -> float:
-    """The share of zeros, from zeros and elements by weight."""
+    """The share of zeros, from the zeros and the sizes of the weights."""
     zeros, elements = map(sum, zip((0, 0), *counts))
     return zeros / elements if elements else 0.0
 
 
 def _marked(model: nn.Module) -> list[nn.Module]:
-    """What says that a pruner is attached: the transformers models in a model, whoever wraps them; without any the model itself."""
+    """The modules that record that a pruner is attached: the transformers models in a model, or, if there is none, the model."""
     return [*transformers_models(model).values()] or [contents(model)]
 
 

@@ -1,4 +1,4 @@
-"""From blocks to heads and neurons: after pruning by role, a unit of which anything is left gets all its weights back."""
+"""From blocks to heads and neurons: after block pruning by role, restore all weights of every unit that is not dead."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .patterns import build_groups
 
 @torch.no_grad()
 def recover(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Give every head and neuron that is not dead all its weights; what is dead becomes zero as a whole.
+    """Restore all weights of every head and neuron that is not dead; set those of dead ones to zero.
 
-    Movement pruning by role leaves heads of which some blocks are masked. As in NNI, such a head stays as it is in `weights`, and
-    a head goes when none of it is left; dead is what [`condense_plan`] says.
+    Movement pruning by role leaves heads with some masked blocks. As in NNI, such a head gets its values in `weights`, and a head
+    is removed only if nothing of it is left; [`condense_plan`] defines what is dead.
 
     Args:
-        model: as pruned; changed in place.
+        model: the pruned model; changed in place.
         weights: its parameters without masks, by name.
     """
     dead = {plan.block.name: plan.dead for plan in condense_plan(model).changed}

@@ -1,4 +1,4 @@
-"""A config matched to a model and a run: which units each rule prunes and when, everything checked before the first step."""
+"""Matching a config to a model and a run: which units each rule prunes and when. Everything is checked before the first step."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from .schedules import Timeline, phases, spacing
 from .statistics import Activations
 from .updates import UPDATES, Update
 
-#: Sparsity that rises in fewer updates than these comes as a shock.
+#: With fewer mask updates than this, sparsity rises too abruptly.
 _FEW_UPDATES = 3
 
-#: A share that rounding to whole units misses by more than this deserves a word.
+#: Warn if rounding to whole units misses the requested share by more than this.
 _NOTICEABLE = 0.005
 
 
 @dataclass
 class Rule:
-    """A rule at work.
+    """A rule matched to a model, with its state.
 
     Attributes:
         name: `"rules[0]"` and so on, or `"config"` for the config's own settings.
         settings: a complete config without rules.
-        pattern: what it removes together.
+        pattern: what is removed together.
         is_open: whether it has no target of its own and shares that of the config.
         groups: the units it ranks.
-        criterion: how it ranks them.
-        seen: the activations that its criterion and its update read.
+        criterion: how it scores them.
+        seen: the activation statistics that its criterion and its update read.
         timeline: when its masks change, and to what sparsity.
-        kept: bool `[units]` for each group, the units left.
-        removed_any: whether a unit is gone, so that masking has something to do.
+        kept: the remaining units, bool `[units]` for each group.
+        removed_any: whether any unit is removed, so that there is something to mask.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Rule:
     removed_any: bool = False
 
     def keep(self, kept: list[Tensor]) -> None:
-        """Set the units left."""
+        """Set the remaining units."""
         self.kept = kept
         self.removed_any = not all(bool(keep.all()) for keep in kept)
 
@@ -75,14 +75,14 @@ class Rule:
 
     @property
     def concerns(self) -> list[str]:
-        """What is allowed and yet not what was meant: a timetable that harms the model, shares that rounding to units misses."""
+        """Warnings about settings that are allowed but perhaps not intended: abrupt schedules, targets that rounding misses."""
         updates, total, settings, found = self.timeline.updates, self.timeline.total, self.settings, []
         if updates and settings.schedule != "constant" and len(updates) < min(_FEW_UPDATES, settings.updates or _FEW_UPDATES):
             given = f"updates={settings.updates}" if settings.updates else f"frequency={settings.frequency}"
             found.append(
                 f"{self.name}: {given} makes {len(updates)} mask update{'s' * (len(updates) > 1)} (at step "
-                f"{', '.join(map(str, updates))} of {total}), so much goes at once; more and smaller updates harm a model less. "
-                "Prune more often, or train longer."
+                f"{', '.join(map(str, updates))} of {total}), so each removes a lot at once; more and smaller updates harm a model "
+                "less. Prune more often, or train longer."
             )
         if updates and self.timeline.recovery < 1:
             found.append(
@@ -95,14 +95,14 @@ class Rule:
             if floor - gone / number > _NOTICEABLE:
                 found.append(
                     f"{self.name}: min_sparsity_per_module={floor} rounds to {gone} of the {number} units of {group.name}; the "
-                    f"nearest shares are {gone / number:.4g} and {(gone + 1) / number:.4g}."
+                    f"nearest possible values are {gone / number:.4g} and {(gone + 1) / number:.4g}."
                 )
         for group in self.groups if settings.scope == "local" else ():
             number, target = group.num_units, settings.target_sparsity
             if target and round(target * number) == 0:
                 found.append(
-                    f"{self.name}: target_sparsity={target} rounds to none of the {number} units of {group.name}; the nearest "
-                    f"share above is {1 / number:.4g}."
+                    f"{self.name}: target_sparsity={target} rounds to none of the {number} units of {group.name}; the smallest "
+                    f"possible value above 0 is {1 / number:.4g}."
                 )
         return found
 
@@ -119,7 +119,7 @@ class Rule:
 
     @property
     def update(self) -> Update:
-        """What the units that stay do when others go."""
+        """How the remaining weights are updated when units are removed."""
         return UPDATES[self.settings.update]
 
     def compensate(self, before: list[Tensor], after: list[Tensor]) -> None:
@@ -141,12 +141,12 @@ class Rule:
 
     @property
     def targets(self) -> list[Target]:
-        """The weights and biases that it masks."""
+        """The weights and biases that the rule masks."""
         return [view.target for group in self.groups for view in (*group.weights, *group.biases)]
 
     @property
     def weight_names(self) -> list[str]:
-        """Names of the weights it prunes, each once."""
+        """The names of the weights that the rule prunes, each once."""
         return list(dict.fromkeys(view.target.name for group in self.groups for view in group.weights))
 
 
@@ -198,7 +198,7 @@ def match_rules(
         level = patterns[name].level
         for module in dict.fromkeys(view.target.module_name for group in groups for view in group.weights):
             if (other := named.setdefault(module, {}).get(level)) is not None:
-                allowed = f"{other} names {module!r} already, with a pattern of the same level; exclude it from one of them."
+                allowed = f"{other} already names {module!r} with a pattern of the same level; exclude it from one of them."
                 raise ConfigError(f"{name}.target_modules", settings.target_modules, allowed)
             if name in open_rules and (rivals := sorted(open_rules & set(named[module].values()))):
                 allowed = f"must be given, since {rivals[0]} names {module!r} too and has none."
@@ -209,7 +209,7 @@ def match_rules(
     for module in modules:
         if module not in named and module not in left_out:
             left_out[module] = (
-                "no rule names it" if module.startswith(body) else "it is no part of the model's body, and no rule names it"
+                "no rule names it" if module.startswith(body) else "it is not part of the model's body, and no rule names it"
             )
     return rules, left_out
 
@@ -257,7 +257,7 @@ def all_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
 
 
 def alive_units(groups: Iterable[UnitGroup]) -> list[Tensor]:
-    """The units that have a weight which is not zero, bool `[units]` for each group."""
+    """The units with at least one nonzero weight, bool `[units]` for each group."""
     return [group.reduce(lambda target: target.weight() != 0, "max") > 0 for group in groups]
 
 
@@ -274,7 +274,7 @@ def _groups(
 
     Args:
         tied: ids of the parameters that several modules share.
-        others: the weights that the rule names and that cannot be pruned, with the reason; a structural pattern names blocks.
+        others: the weights that the rule names but that cannot be pruned, with the reason; structural patterns name blocks instead.
     """
     try:
         groups, left_out = build_groups(pattern, modules.items(), blocks)
@@ -310,7 +310,7 @@ def _groups(
 
 
 def _selects_block(settings: PruningConfig, block: Block, taken: set[str]) -> bool:
-    """A block is named by its own name or by that of any of its projections, and excluded likewise."""
+    """Whether a rule selects a block, by its own name or that of any of its projections; exclusion works the same way."""
     names = [block.name, *(projection.name for projection in block.projections)]
     if any(name in taken for name in names) or any(names_module(settings.exclude_modules, name) for name in names):
         return False
@@ -318,12 +318,12 @@ def _selects_block(settings: PruningConfig, block: Block, taken: set[str]) -> bo
 
 
 def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, steps_per_epoch: float | None) -> int | None:
-    """The steps of a phase, or None when the config leaves them open."""
+    """The steps of a phase, or None if the config does not give them."""
     epochs: float | None = getattr(settings, f"{phase}_epochs")
     steps: float | None = getattr(settings, f"{phase}_steps")
     if epochs:
         if steps_per_epoch is None:
-            raise ConfigError(f"{name}.{phase}_epochs", epochs, "needs steps_per_epoch, or give it in steps.")
+            raise ConfigError(f"{name}.{phase}_epochs", epochs, f"needs steps_per_epoch; pass it, or give {phase}_steps.")
         return round(epochs * steps_per_epoch)
     if steps is None:
         return None if epochs is None else 0
@@ -331,7 +331,7 @@ def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, 
 
 
 def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_epoch: float | None) -> Timeline:
-    """The rule's updates in steps of this run.
+    """The schedule of a rule in steps of this run.
 
     Raises:
         ConfigError: warm-up and cool-down leave no step for pruning.
@@ -358,7 +358,7 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
 
 
 def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
-    """Raise if caps leave too little to prune under global scope."""
+    """Raise if the caps make the target unreachable under global scope."""
     if settings.scope != "global":
         return
     cap, target = settings.max_sparsity_per_module, settings.target_sparsity
@@ -366,14 +366,14 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
     most = sum(most_removable(group, cap) * group.unit_size for group in groups)
     if target * total - most >= max(group.unit_size for group in groups):
         allowed = (
-            f"is out of reach: with max_sparsity_per_module={cap} at most {most / total:.4f} of these modules can go "
+            f"cannot be reached: with max_sparsity_per_module={cap} at most {most / total:.4f} of these modules can be removed "
             f"(a module of {groups[0].num_units} units keeps at least one); raise the cap or lower the target."
         )
         raise ConfigError(f"{name}.target_sparsity", target, allowed)
 
 
 def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
-    """Raise if the target is less than half a unit everywhere, so that nothing would go."""
+    """Raise if the target is less than half a unit everywhere, so that nothing would be removed."""
     target = settings.target_sparsity
     if settings.scope == "threshold" or not target:
         return
@@ -386,14 +386,14 @@ def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup])
     if round(wanted) == 0:
         number = round(1 / smallest)
         allowed = (
-            f"is {wanted:.2g} of {number} units and rounds to none; the nearest share that can be reached is {smallest:.4g} "
+            f"is {wanted:.2g} of {number} units and rounds to none; the smallest possible value above 0 is {smallest:.4g} "
             f"(1 unit of {number}{' in a module' if settings.scope == 'local' else ''})."
         )
         raise ConfigError(f"{name}.target_sparsity", target, allowed)
 
 
 def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) -> None:
-    """Raise if movement scores, which start at 0 and change by their learning rate a step, cannot come down to the threshold."""
+    """Raise if movement scores, which start at 0 and move by about their learning rate per step, cannot reach the threshold."""
     if settings.regularization != "auto" or settings.threshold is None:
         return
     way, steps = abs(math.log(settings.threshold / (1 - settings.threshold))), timeline.last_update - timeline.begin

@@ -66,9 +66,9 @@ def schedule(name: str) -> Callable[[float, float, float], float]:
 
 
 def phases(total_steps: int, warmup: int | None, cooldown: int | None) -> tuple[int, int]:
-    """Steps of warm-up and cool-down; where they are not given, a tenth of the run and a third of what comes after warm-up.
+    """Steps of warm-up and cool-down; by default a tenth of the run, and a third of what is left after warm-up.
 
-    Whatever is given of the two, what is derived leaves steps for pruning.
+    If only one of them is given, the default of the other leaves steps for pruning.
     """
     if warmup is None:
         warmup = max(total_steps - (cooldown or 0), 0) // 10
@@ -80,8 +80,8 @@ def phases(total_steps: int, warmup: int | None, cooldown: int | None) -> tuple[
 def spacing(steps: int, schedule: str, frequency: int | None, updates: int | None) -> float:
     """Steps between mask updates when pruning takes `steps` steps, 1 or more.
 
-    Where neither `frequency` nor `updates` is given there are 20 updates, or more in a long run: one every 50 steps. A lottery
-    draws 5 tickets, since it starts to train anew after each.
+    If neither `frequency` nor `updates` is given, there are 20 updates, or more in a long run: one every 50 steps. A lottery draws
+    5 tickets, since training starts again after each.
     """
     if updates is None and frequency is None:
         return min(max(steps / 20, 1), 50) if schedule != "lottery" else max(steps / 5, 1)
@@ -93,12 +93,12 @@ class Timeline:
     """When masks change and to what sparsity. Steps count from 1: step t is the t-th optimizer step.
 
     Attributes:
-        begin: last step of warm-up; the first update follows it (at step 1 without warm-up).
+        begin: last step of warm-up, after which the first update happens (after step 1 without warm-up).
         end: step of the last update; masks are frozen after it.
         frequency: steps between updates, 1 or more; a fraction spreads them as evenly as whole steps allow.
-        schedule: a name that `schedule()` knows.
-        initial, target: sparsity at the two ends.
-        total: steps of the run; those after the last update are left for recovery.
+        schedule: a name for `schedule()`.
+        initial, target: first and final sparsity.
+        total: steps of the run; those after the last update are for recovery.
     """
 
     begin: int
@@ -121,7 +121,7 @@ class Timeline:
 
     @property
     def updates(self) -> list[int]:
-        """The steps right after which masks change to a sparsity above 0, in order."""
+        """The steps after which masks change to a sparsity above 0, in order."""
         last = self.last_update
         counts = range(math.ceil((last - self.begin) / self.frequency) + 1)
         steps = {self.begin + math.floor(count * self.frequency + 0.5) for count in counts}
@@ -153,7 +153,7 @@ class Timeline:
         return found if found <= step else self.begin + math.floor((count - 1) * self.frequency + 0.5)
 
     def sparsity(self, step: int) -> float:
-        """The sparsity asked for at `step`."""
+        """The sparsity requested at `step`."""
         if step < max(self.begin, 1):
             return 0.0
         if step >= self.last_update:

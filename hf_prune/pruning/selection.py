@@ -1,7 +1,7 @@
-"""The lowest of many scores: exactly so many, ties spread evenly, and the n lowest of every m neighbours.
+"""Selecting the lowest scores: an exact number of them, ties spread evenly, or the n lowest of every m neighbours.
 
-A mask update ranks every unit of a model, up to one a weight, and this is most of what it costs. On the CPU numpy does it: it
-partitions and compares several times faster than torch. Elsewhere torch does. Both choose the same units.
+A mask update ranks every unit of a model, up to one per weight, and this is most of its cost. On the CPU numpy does it, which
+partitions and compares several times faster than torch; on other devices torch does. Both choose the same units.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 #: How many scores are sampled to bracket a threshold.
 _SAMPLE = 2**14
-#: Up to how many neighbours it is faster to compare them in pairs than to sort them.
+#: Up to this many neighbours, comparing them in pairs is faster than sorting them.
 _PAIRWISE = 8
-#: Neighbours that fit into one integer, a byte each.
+#: Numbers of neighbours that fit into one integer, one byte each.
 _LANES = (2, 4, 8)
 
 Scores = NDArray[Any]
@@ -39,13 +39,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def lowest_units(scores: Sequence[Tensor], gone: Sequence[Tensor], allowed: Sequence[Tensor | None], count: int) -> list[Tensor]:
-    """The `count` lowest of all scores together, as [`lowest`] marks them. What is gone goes first, what is not allowed last.
+    """The `count` lowest of all scores together, as [`lowest`] marks them: removed units first, those not allowed last.
 
     Args:
         scores: finite, `[units]` each.
-        gone: bool `[units]` each.
-        allowed: bool `[units]`, or None where all are, for each.
-        count: how many units go, those that are gone included.
+        gone: units already removed, bool `[units]` each.
+        allowed: units that may be removed, bool `[units]`, or None for all, for each.
+        count: how many units to mark, those already removed included.
 
     Returns:
         Bool `[units]` for each.
@@ -61,7 +61,7 @@ def lowest_units(scores: Sequence[Tensor], gone: Sequence[Tensor], allowed: Sequ
 
 
 def ranked(scores: Sequence[Tensor], gone: Sequence[Tensor], allowed: Sequence[Tensor | None]) -> Tensor:
-    """All scores in a row, -∞ where a unit is gone and +∞ where it is not allowed to go. `[units]` each → `[all units]`."""
+    """All scores concatenated, -∞ for units already removed and +∞ for those not allowed. `[units]` each → `[all units]`."""
     row = torch.cat(list(scores)).masked_fill_(torch.cat(list(gone)), -torch.inf)
     for score, may in zip(row.split([score.numel() for score in scores]), allowed):  # type: ignore[no-untyped-call]
         if may is not None:
@@ -70,12 +70,12 @@ def ranked(scores: Sequence[Tensor], gone: Sequence[Tensor], allowed: Sequence[T
 
 
 def candidates(scores: Tensor, n_of_m: tuple[int, int], gone: Tensor | None = None) -> Tensor:
-    """Mark the n lowest of every m neighbouring scores, the first of equals going first. `[k·m]` → bool `[k·m]`.
+    """Mark the n lowest of every m neighbouring scores; of equal ones, the first. `[k·m]` → bool `[k·m]`.
 
     Args:
         scores: `[k·m]`.
         n_of_m: `(n, m)`.
-        gone: bool `[k·m]`, units that go before all others.
+        gone: units already removed, which are marked first, bool `[k·m]`.
     """
     n, m = n_of_m
     if scores.device.type == "cpu" and m in _LANES:
@@ -114,9 +114,9 @@ def _lowest_tensor(scores: Tensor, count: int) -> Tensor:
 
 
 def _bracket(scores: Tensor, k: int) -> tuple[Tensor, int]:
-    """Some of the scores that hold the k-th lowest and all equal to it, and how many of the others are lower.
+    """A subset of the scores that contains the k-th lowest and all equal to it, and how many scores below it are left out.
 
-    A sorted sample says between which values the k-th lowest lies, so that selection need not look at all of them.
+    A sorted sample brackets the k-th lowest, so that selection does not have to look at all scores.
     """
     if scores.numel() > 16 * _SAMPLE:
         sample = scores[:: scores.numel() // _SAMPLE].sort().values
@@ -130,7 +130,7 @@ def _bracket(scores: Tensor, k: int) -> tuple[Tensor, int]:
 
 
 def _places(k: int, total: int, sampled: int) -> tuple[int, int]:
-    """Between which places of a sorted sample the k-th lowest of all lies, very likely."""
+    """The positions of a sorted sample between which the k-th lowest of all scores very likely lies."""
     place, margin = k * sampled // total, 4 * math.isqrt(sampled)
     return max(place - margin, 0), min(place + margin, sampled - 1)
 
@@ -139,7 +139,7 @@ def _places(k: int, total: int, sampled: int) -> tuple[int, int]:
 
 
 def _array(scores: Tensor) -> Scores:
-    """The scores as numpy knows them."""
+    """The scores as a numpy array."""
     return (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
 
 
@@ -148,7 +148,7 @@ def _count(mask: Mask) -> int:
 
 
 def _lowest_arrays(scores: Sequence[Scores], alive: Sequence[Mask], count: int) -> list[Mask]:
-    """Mark the `count` lowest of the scores that are alive, 1 or more and fewer than there are; see [`lowest`]."""
+    """Mark the `count` lowest of the living scores, at least 1 and not all of them; see [`lowest`]."""
     inside, below = _bracket_arrays(scores, alive, count)
     threshold = np.partition(inside, count - below - 1)[count - below - 1]
     missing = count - below - _count(inside < threshold)
@@ -165,7 +165,7 @@ def _lowest_arrays(scores: Sequence[Scores], alive: Sequence[Mask], count: int) 
 
 
 def _bracket_arrays(scores: Sequence[Scores], alive: Sequence[Mask], k: int) -> tuple[Scores, int]:
-    """As [`_bracket`], of the scores that are alive."""
+    """Like [`_bracket`], for the living scores only."""
     total = sum(map(_count, alive))
     if total > 16 * _SAMPLE:
         step = total // _SAMPLE | 1  # odd, so that it does not meet the same columns of a matrix again and again
@@ -182,7 +182,7 @@ def _bracket_arrays(scores: Sequence[Scores], alive: Sequence[Mask], k: int) -> 
 
 
 def _candidates_in_lanes(scores: Scores, n: int, m: int, gone: Mask | None) -> Mask:
-    """As [`candidates`], the m neighbours side by side in the bytes of an integer.
+    """Like [`candidates`], with the m neighbours side by side in the bytes of one integer.
 
     The rank of a score is the number of others that go before it. One that goes before another, `shift` places to the right, takes
     one from its own rank, which starts at the number of those to its right, and adds one to that of the other.

@@ -1,5 +1,5 @@
-"""What a pruner holds beside its masks, one companion for each: zeros that were there, values that may come back, values to rewind
-to. Each saves and loads its part of the pruner's state; a fourth, which has none, tells why gradients are broken.
+"""A pruner's state beside its masks, one companion for each part: existing zeros to keep, values that may come back, values to
+rewind to. Each saves and loads its part; a fourth companion, without state, diagnoses gradients that are not finite.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class Companion(Protocol):
     """A part of a pruner with a state of its own."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whole tensors by name, the same on all processes, which have to ask together."""
+        """Unsharded tensors by name, the same on all processes. Collective: all of them have to call it."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Resume from what `state_dict` returned."""
 
 
 class LockedZeros:
-    """The zeros that `keep_zeros` holds: of every weight that the config's `target_modules` names, and the biases of rows that are
-    all zero. Without `keep_zeros` there are none.
+    """The zeros that `keep_zeros` locks: those of every weight that the config's `target_modules` names, and the zero biases of
+    rows that are all zero. Without `keep_zeros` there are none.
 
     Attributes:
-        weights: every weight that was looked at.
-        targets: the weights and biases that hold zeros.
+        weights: every weight that was searched for zeros.
+        targets: the weights and biases with locked zeros.
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig) -> None:
@@ -43,7 +43,7 @@ class LockedZeros:
         self.targets: dict[str, Target] = {}
         self._kept: dict[str, Tensor] = {}
         names, exclude, found = config.target_modules, config.exclude_modules, list(weights(model)) if config.keep_zeros else []
-        alone = config.pattern is None  # else they are the pattern's names, and checked with it
+        alone = config.pattern is None  # otherwise the names belong to the pattern and are checked with it
         for field, given in (("target_modules", names), ("exclude_modules", exclude)) if found and alone else ():
             check_names(given, [weight.name for weight in found], field)
         chosen = selector(model, names, exclude, "target_modules") if found else None
@@ -64,25 +64,25 @@ class LockedZeros:
                 self._keep(bias, matrix.any(dim=1, keepdim=True) | (bias.matrix(bias.parameter.detach()) != 0))
 
     def apply(self, gradients: bool = False) -> None:
-        """Zero what is held, in the parameters or in their gradients."""
+        """Zero what is locked, in the parameters or in their gradients."""
         for name, kept in self._kept.items():
             self.targets[name].mask(kept, lambda tensor: tensor, adapted=True, gradients=gradients)
 
     def regrown(self) -> list[str]:
-        """The names of the held weights and biases of which something is not zero. All processes have to ask together."""
+        """The names of weights and biases in which a locked zero is no longer zero. Collective: all processes have to call it."""
         return [name for name, kept in self._kept.items() if bool(whole((self.targets[name].value() * ~kept).any()))]
 
     def density(self, name: str) -> float:
-        """The share of a weight that is not held at zero."""
+        """The share of a weight that is not locked."""
         kept = self._kept.get(name)
         return 1.0 if kept is None else int(whole(kept.sum())) / kept.numel()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks of the parameters' shapes, True where nothing is held."""
+        """Masks in the shapes of the parameters, False where a zero is locked."""
         return {name: whole(kept) for name, kept in self._kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Hold the zeros of an earlier moment."""
+        """Lock the zeros of a saved state."""
         self._kept = _placed(state, {name: target.parameter for name, target in self.targets.items()})
 
     def _keep(self, target: Target, matrix: Tensor) -> None:
@@ -91,7 +91,7 @@ class LockedZeros:
 
 
 class Regrowth:
-    """The values that masked weights left with, for criteria that let them come back. Their criteria read them as `values`."""
+    """The values that weights had when they were masked, for criteria that let them come back, which read them as `values`."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         regrowing = [rule for rule in rules if rule.criterion.regrows]
@@ -101,7 +101,7 @@ class Regrowth:
             rule.criterion.values = self._values  # type: ignore[attr-defined]
 
     def exchange(self, mask: Callable[[], None]) -> None:
-        """Bring back the values of weights whose mask was lifted, `mask`, and put aside what that takes away."""
+        """Call `mask` after restoring the values of weights that are no longer masked; keep those of newly masked ones."""
         for name, away in self._values.items():
             target = self._targets[name]
             restored = target.parameter + away
@@ -112,16 +112,16 @@ class Regrowth:
             away *= self._targets[name].value() == 0
 
     def unmasked(self) -> dict[str, Tensor]:
-        """The parameters with the values that masked ones left with."""
+        """The parameters without masks: masked weights have the values they had before."""
         return {name: self._targets[name].value() + away for name, away in self._values.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The values, and the weights under an adapter, which may have come back with another value than the base model's."""
+        """The values, and the weights under an adapter, which may differ from the base model's after they came back."""
         state = {f"value/{name}": whole(value) for name, value in self._values.items()}
         return state | {f"base/{name}": parameter.detach().clone() for name, parameter in self._adapted().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume; a value that `state` does not hold stays as it is."""
+        """Resume; values that `state` lacks stay as they are."""
         parameters = {name: target.parameter for name, target in self._targets.items()}
         for name, value in _placed(under(state, "value/"), parameters).items():
             self._values[name].copy_(value)
@@ -134,7 +134,7 @@ class Regrowth:
 
 
 class Rewind:
-    """Every parameter's value at the start of a lottery schedule, to which weights go back at each update until the last."""
+    """The parameters at the start of a lottery schedule, to which they are rewound at each update but the last."""
 
     def __init__(self, model: nn.Module, budgets: Iterable[Budget]) -> None:
         self._model = model
@@ -142,13 +142,13 @@ class Rewind:
         self._start: dict[str, Tensor] = {}
 
     def before_update(self, steps: int) -> None:
-        """Keep the values at the start of the schedule, or at the first step of a run that began later."""
+        """Keep the values at the start of the schedule, or at the first step of a run that starts later."""
         starts = [budget.timeline.begin for budget in self._running(steps)]
         if steps in starts or (starts and not self._start and steps > min(starts)):
             self._start = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
 
     def after_update(self, due: Iterable[Budget], steps: int) -> None:
-        """Rewind if a lottery was drawn; let go of the values after the last one."""
+        """Rewind after a lottery update; free the values after the last one."""
         if any(budget.is_lottery for budget in due):
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(self._start[name])
@@ -160,7 +160,7 @@ class Rewind:
         return {name: whole(value) for name, value in self._start.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume, if there is a lottery."""
+        """Resume, if the config has a lottery schedule."""
         self._start = _placed(state, dict(self._model.named_parameters())) if self._lotteries else {}
 
     def _running(self, steps: int) -> list[Budget]:
@@ -168,10 +168,11 @@ class Rewind:
 
 
 class GradientCheck:
-    """Finds gradients that are not finite, and tells where backward met the first: clipping spreads them to all parameters.
+    """Detects gradients that are not finite, and finds the first in the order of backward, since clipping spreads them to all
+    parameters.
 
-    Whether one is broken is read from all gradients, once a step. Where it began is read from a row and a column of each, as
-    backward leaves it, since NaN and infinity in a layer's inputs or in the gradient of its outputs fill whole columns or rows.
+    All gradients are checked once per step. Their origin is found from one row and one column of each gradient as backward computes
+    it: NaN and infinity in a layer's inputs or in the gradient of its outputs fill whole columns or rows.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -185,7 +186,7 @@ class GradientCheck:
         ]
 
     def broken(self) -> list[str]:
-        """The names of the gradients that hold NaN or infinity; in one pass and with one synchronisation if there are none.
+        """The names of the gradients with NaN or infinity; one pass and one synchronisation if there are none.
 
         Raises:
             RuntimeError: there is no gradient.
@@ -204,7 +205,7 @@ class GradientCheck:
         return [name for name, gradient in gradients.items() if not bool(torch.isfinite(_values(whole(gradient))).all())]
 
     def message(self, broken: list[str], step: int) -> str:
-        """What to say about them at `step`."""
+        """The error message for the gradients at `step`."""
         probed = [name for name, probe in self._probes.items() if not torch.isfinite(probe)]
         first, *more = probed or broken
         others = f", as are those of {len(more)} more parameters" if more else ""
@@ -212,7 +213,7 @@ class GradientCheck:
         return f"Step {step}: the gradient of {first!r} is NaN or infinite{others}{cause}. No weight was changed."
 
     def forget(self) -> None:
-        """The step's gradients are read."""
+        """Forget the sums of this step's gradients."""
         self._probes.clear()
 
     def release(self) -> None:
@@ -227,7 +228,7 @@ class GradientCheck:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """What of a gradient is on this rank, and of a sparse one (`nn.Embedding(sparse=True)`) the rows that it has."""
+    """The part of a gradient on this rank; of a sparse one (`nn.Embedding(sparse=True)`) the rows it stores."""
     return gradient.coalesce().values() if gradient.is_sparse else local(gradient)
 
 
@@ -237,6 +238,6 @@ def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _placed(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a state that belong to parameters, where those are."""
+    """The entries of a state that belong to parameters, placed (device, shards) like them."""
     own = {name: value for name, value in state.items() if name in parameters}
     return {name: placed_like(value.to(parameters[name].device), parameters[name]) for name, value in own.items()}

@@ -1,4 +1,4 @@
-"""Criteria that read what flows through a layer."""
+"""Criteria that read the activations of a layer."""
 
 from __future__ import annotations
 

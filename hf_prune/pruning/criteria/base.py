@@ -40,7 +40,7 @@ class Criterion:
         settings: the rule's complete settings; `reduction` says how elements become units.
     """
 
-    #: Whether masked weights may come back, so that their values must be kept.
+    #: Whether masked weights can come back, so that their values have to be kept.
     regrows = False
     #: Whether it needs the gradients of the weights it scores, which frozen weights do not have.
     reads_gradients = False
@@ -71,7 +71,7 @@ class Criterion:
         return group.weights
 
     def obstacle(self, group: UnitGroup) -> str:
-        """Why it cannot score the units of a group, or an empty string; asked before training."""
+        """Why it cannot score the units of a group, or an empty string; called before training."""
         if self.scores_inputs and len(group.compensated) != 1:
             return "scores inputs of a weight, and no unit leaves through those of one weight alone"
         if self.scores_columns and not group.compensated[0].owns_columns:
@@ -81,11 +81,11 @@ class Criterion:
         return ""
 
     def attach(self, groups: Sequence[UnitGroup], seen: Activations) -> None:
-        """Called once before training, with what will be scored and what is seen of it."""
+        """Called once before training, with the groups to score and the statistics of their activations."""
         self.seen = seen
 
     def begin_step(self, progress: float) -> None:
-        """Called before the groups of an optimizer step are observed. `progress`: how far the schedule is, 0 to 1 at the target."""
+        """Called before the groups of an optimizer step are observed. `progress`: of the schedule, from 0 to 1 at the target."""
 
     def observe(self, group: UnitGroup) -> None:
         """Take note of weights and gradients, once an optimizer step."""

@@ -11,7 +11,7 @@ from .registry import register_criterion
 
 
 class _Gradient(Criterion):
-    """Keeps one accumulated number a unit."""
+    """Keeps one accumulated number per unit."""
 
     reads_gradients = True
 

@@ -1,4 +1,4 @@
-"""Movement pruning: scores that are trained beside the model."""
+"""Movement pruning: scores that are trained along with the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Movement(_Gradient):
     """S, trained by Adam on ∂L/∂S = Σ ∂L/∂W'·W over the unit, straight through the mask (Sanh et al. 2020,
     https://arxiv.org/abs/2005.07683, eq. 5; blocks as in Lagunas et al. 2021, https://arxiv.org/abs/2109.04838).
 
-    W' = W⊙M is the parameter, so its gradient is ∂L/∂W' at every element; W is the value that a masked weight left with. Scores
-    start at 0 and masked units come back when theirs rises again.
+    W' = W⊙M is the parameter, so its gradient is ∂L/∂W' at every element; W holds the values that masked weights had before.
+    Scores start at 0, and a masked unit comes back when its score rises again.
     """
 
     regrows = True
@@ -31,7 +31,7 @@ class Movement(_Gradient):
     def __init__(self, settings: PruningConfig) -> None:
         super().__init__(settings)
         self.reduction = "sum"
-        #: Parameter name → values of masked weights; the pruner keeps it true.
+        #: Parameter name → values of masked weights; kept up to date by the pruner.
         self.values: dict[str, Tensor] = {}
 
     def observe(self, group: UnitGroup) -> None:
@@ -47,7 +47,7 @@ class Movement(_Gradient):
         self.state |= {**dict(zip(names, (score, first, second))), f"{group.name}.step": count}
 
     def add_penalty_gradient(self, score: Tensor, gradient: Tensor) -> None:
-        """Add the gradient of a penalty on S to that of the loss, both `[units]`."""
+        """Add the gradient of a penalty on S to the gradient of the loss, both `[units]`."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.state.items()}  # the next step changes them in place
@@ -56,22 +56,22 @@ class Movement(_Gradient):
         self.state = {name: value.clone() for name, value in state.items()}
 
     def _weight(self, target: Target) -> Tensor:
-        """W: the values that masked weights left with, and the parameter elsewhere."""
+        """W: the values that masked weights had before, and the parameter elsewhere."""
         kept = self.values.get(target.name)
         return weight(target) if kept is None else weight(target) + target.matrix(kept)
 
 
 @register_criterion("soft_movement")
 class SoftMovement(Movement):
-    """Movement scored by σ(S), with λ·r·mean σ(S) added to the loss, where r says how far the schedule is (Sanh et al. 2020,
+    """Movement scored by σ(S), with λ·r·mean σ(S) added to the loss, where r is the progress of the schedule (Sanh et al. 2020,
     section 4.2).
 
-    With `scope="threshold"` a unit goes when σ(S) is at most τ·r, so λ decides how many do. Under `regularization="auto"` λ is
-    steered: the score halfway between the last head (neuron, unit) that shall go and the first that shall stay is brought down to
-    logit(τ), where it arrives when r is 0.9. Adam moves a score by about its learning rate at most, whatever the gradient, so a
-    proportional and integral controller works on that scale: with e = gap/(10·rate), the drift wanted is e plus 0.03 of its sum
-    over the steps, in shares of the rate, and λ makes the penalty that many times as large as the root mean square of the score
-    gradients. λ is negative while scores have to be held up.
+    With `scope="threshold"` a unit is removed when σ(S) ≤ τ·r, so λ decides how many are. Under `regularization="auto"` a
+    proportional-integral controller sets λ: it lowers the boundary, the score halfway between the last head (neuron, unit) to
+    remove and the first to keep, to logit(τ), which it reaches at r = 0.9. Adam moves a score by at most about its learning rate,
+    whatever the gradient, so the controller works in units of that rate: with e = gap/(10·rate), the requested drift is e plus 0.03
+    of the sum of e over the steps, and λ makes the penalty's gradient that many times the root mean square of the score gradients.
+    λ is negative while scores have to be kept from falling.
     """
 
     regularizes = True
@@ -108,7 +108,7 @@ class SoftMovement(Movement):
         return {"regularization": self.regularization, "penalty": self.regularization * self._progress * mean}
 
     def _steer(self) -> None:
-        """Set λ for the step at hand."""
+        """Set λ for the current step."""
         names = [group.name for group in self._groups]
         if self._progress == 0 or names[0] not in self.state:
             return
@@ -130,7 +130,7 @@ def _clipped(value: float, limit: float) -> float:
 
 
 def _boundary(scores: Tensor, sizes: Tensor, share: float) -> float:
-    """The score halfway between the lowest ones that make up `share` of the sizes, as nearly as can be, and the others."""
+    """The score halfway between the lowest scores, whose sizes add up to about `share` of the total, and the others."""
     ordered, order = scores.double().sort()
     spent = torch.cat([sizes.new_zeros(1), sizes[order]]).double().cumsum(0)
     count = int((spent - share * spent[-1]).abs().argmin())

@@ -33,7 +33,8 @@ class Random(Criterion):
 
 @register_criterion("fpgm")
 class FPGM(Criterion):
-    """Σ_j ‖w_i − w_j‖₂ over the rows of a matrix: rows near the geometric median go (He et al. 2019, https://arxiv.org/abs/1811.00250)."""
+    """Σ_j ‖w_i − w_j‖₂ over the rows of a matrix: rows near the geometric median are removed (He et al. 2019,
+    https://arxiv.org/abs/1811.00250)."""
 
     scores_rows = True
 
