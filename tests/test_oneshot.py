@@ -287,6 +287,10 @@ def unusable() -> Iterator[tuple[str, Any, str]]:
     yield "attached", attached, "attached to a Pruner"
     adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
     yield "adapters", adapted, "merge"
+    quantized: Any = tiny_bert()
+    layer = quantized.bert.encoder.layer[0].output.dense
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    yield "quantized", quantized, "is quantized"
     small = tiny_bert()
     prune(small, config(), batches(small))
     yield "condensed", condense(small), "condensed already"

@@ -20,6 +20,8 @@ from ..settings.errors import ConfigError, closest
 from .layers import Batch
 from .walk import Rows
 
+#: What weights can be solved for in; others are read and written by kernels of their own.
+_FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 #: Fewer rows say nothing about a layer.
 _FEWEST_ROWS = 8
 #: What in a batch is the answer, not the question.
@@ -43,7 +45,7 @@ def check_model(model: PreTrainedModel) -> None:
         ConfigError: it is quantized, has adapters, is sharded, condensed, or attached to a pruner; says what to do.
     """
     name = type(model).__name__
-    if getattr(model, "is_quantized", False):
+    if any(parameter.dtype not in _FLOATS for parameter in model.parameters()):  # a GGUF file, once read, is as good as any
         raise ConfigError("model", name, "is quantized; prune first and quantize what comes out.")
     if any(is_adapted(module) for module in model.modules()):
         raise ConfigError("model", name, "has adapters; merge them first (`merge_and_unload()`).")
