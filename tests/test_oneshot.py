@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_prune import ConfigError, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
 from hf_prune.model import find_blocks, spec_for
 from hf_prune.model.blocks import layer_lists
+from hf_prune.oneshot.calibration import calibration
 from hf_prune.oneshot.layers import Stream, record
 from hf_prune.oneshot.walk import advance, find_site
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
@@ -363,3 +364,19 @@ def test_flap_is_variance_times_weight_and_the_mean_goes_to_the_bias() -> None:
     assert set(scores.argsort()[: int(gone.sum())].tolist()) == set(gone.nonzero().flatten().tolist())
     expected = bias + weight[:, gone] @ inputs.mean(dim=0)[gone]
     torch.testing.assert_close(projection.bias.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(4, 2048), (32, 1024), (1, 2048)])
+def test_rows_are_taken_until_there_are_tokens_enough(tokens: int, rows: int) -> None:
+    """32,768 tokens or 2,048 rows, whichever comes first, and no batch is asked for in vain."""
+    model: Any = tiny_bert()
+    given = 0
+
+    def endless() -> Iterator[dict[str, Tensor]]:
+        nonlocal given
+        while True:
+            given += 32
+            yield {"input_ids": torch.ones(32, tokens, dtype=torch.long)}
+
+    assert calibration(model, endless(), None, 0.1, False, 0).number == rows
+    assert given <= rows + 32

@@ -22,6 +22,11 @@ from .walk import Rows
 
 #: What weights can be solved for in; others are read and written by kernels of their own.
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+#: How many tokens are enough where the number of rows is not given, and how many rows at most.
+_TOKENS = 2**15
+_MOST_ROWS = 2048
+#: What a row of no text counts for.
+_PATCHES = 64
 #: Fewer rows say nothing about a layer.
 _FEWEST_ROWS = 8
 #: What in a batch is the answer, not the question.
@@ -72,13 +77,15 @@ def at_once(config: PruningConfig) -> PruningConfig:
     return replace(config, **_AT_ONCE, rules=rules)
 
 
-def calibration(model: PreTrainedModel, dataloader: Iterable[Any], rows: int, held_out: float, labels: bool, seed: int) -> Rows:
+def calibration(
+    model: PreTrainedModel, dataloader: Iterable[Any], rows: int | None, held_out: float, labels: bool, seed: int
+) -> Rows:
     """The first rows of a dataloader on the model's device.
 
     Args:
         model: the model.
         dataloader: batches as the model's forward takes them, dictionaries of tensors.
-        rows: how many; fewer if there are no more.
+        rows: how many; by default as many as it takes for `_TOKENS` tokens, up to `_MOST_ROWS`. Fewer if there are no more.
         held_out: the share of rows that is held out.
         labels: whether labels stay in the batches.
         seed: says which rows are held out.
@@ -86,15 +93,16 @@ def calibration(model: PreTrainedModel, dataloader: Iterable[Any], rows: int, he
     Raises:
         ConfigError: there are too few rows, or batches are not what the model's forward takes.
     """
-    if rows < 1:
+    if rows is not None and rows < 1:
         raise ConfigError("calibration_rows", rows, "must be a positive whole number.")
     if not 0 <= held_out < 1:
         raise ConfigError("held_out", held_out, "must be in [0, 1).")
     parameters = inspect.signature(model.forward).parameters
     batches: list[dict[str, Tensor]] = []
-    found = 0
+    found = tokens = 0
+    most = _MOST_ROWS if rows is None else rows
     for batch in dataloader:
-        if found >= rows:
+        if found >= most or (rows is None and tokens >= _TOKENS):
             break
         if not isinstance(batch, Mapping):
             raise ConfigError("dataloader", type(batch).__name__, "must give batches as dictionaries of tensors.")
@@ -107,11 +115,12 @@ def calibration(model: PreTrainedModel, dataloader: Iterable[Any], rows: int, he
                 raise ConfigError(
                     "dataloader", key, f"is nothing that {type(model).__name__} takes: {known}.", closest(key, parameters)
                 )
-        tensors = {key: value[: rows - found].to(model.device) for key, value in kept.items() if isinstance(value, Tensor)}
+        tensors = {key: value[: most - found].to(model.device) for key, value in kept.items() if isinstance(value, Tensor)}
         if not tensors:
             raise ConfigError("dataloader", sorted(batch), "must give batches of tensors.")
         _check_lengths(model, tensors)
         found += len(next(iter(tensors.values())))
+        tokens += _count_tokens(tensors)
         batches.append(tensors)
     if found < _FEWEST_ROWS:
         raise ConfigError("dataloader", f"{found} rows", f"must give at least {_FEWEST_ROWS} rows.")
@@ -120,6 +129,15 @@ def calibration(model: PreTrainedModel, dataloader: Iterable[Any], rows: int, he
     mask[order[: round(held_out * found)]] = True
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     return Rows(batches, [part.to(model.device) for part in mask.split(sizes)])  # type: ignore[no-untyped-call]
+
+
+def _count_tokens(batch: Batch) -> int:
+    """The tokens in a batch, padding aside; of rows that are no text, about as many as images have patches."""
+    counted = batch.get("attention_mask")
+    if counted is not None:
+        return int(counted.sum())
+    ids = batch.get("input_ids")
+    return len(next(iter(batch.values()))) * _PATCHES if ids is None else ids.numel()
 
 
 def _check_lengths(model: PreTrainedModel, batch: Batch) -> None:

@@ -100,7 +100,7 @@ def prune(
     dataloader: Iterable[Any],
     *,
     labels: bool = False,
-    calibration_rows: int = 512,
+    calibration_rows: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
     offload_folder: str | Path | None = None,
@@ -119,7 +119,8 @@ def prune(
         dataloader: batches as the model's forward takes them. Without `labels`, labels in them are not read.
         labels: criteria that need a loss take the model's own on the labels in the batches. By default they take the
             log-likelihood of labels that the model itself draws, whose squared gradient is the curvature of the KL divergence.
-        calibration_rows: how many rows to take.
+        calibration_rows: how many rows to take. By default enough for 32,768 tokens, at most 2,048: solving for weights takes some
+            ten tokens for each input of a layer.
         held_out: share of the rows on which updates are judged. One that makes a projection's error on them larger than zeros
             alone is not taken.
         seed: of what is drawn: labels, and the rows that are held out.
