@@ -54,8 +54,17 @@ def run(update: str, pattern: str, steps: int = 6, **settings: Any) -> Pruner:
     return pruner
 
 
-@pytest.mark.parametrize("pattern", ["head", "neuron", "channelx1", "4x1", "2:4", "1x1"])
-def test_an_update_repairs_what_it_can_and_masks_hold(pattern: str, registered: str) -> None:
+PATTERNS = ("head", "neuron", "channelx1", "4x1", "2:4", "1x1")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "update"),
+    [
+        *((pattern, update) for pattern in PATTERNS for update in ("refit", "sparsegpt")),
+        *((pattern, update) for pattern in PATTERNS[:3] for update in ("obs", "least_squares")),
+    ],
+)
+def test_an_update_repairs_what_it_can_and_masks_hold(pattern: str, update: str, registered: str) -> None:
     """The output projection of the feed-forward block gives what it gave before more nearly with the update than without."""
 
     def error(pruner: Pruner) -> float:
@@ -72,7 +81,7 @@ def test_an_update_repairs_what_it_can_and_masks_hold(pattern: str, registered: 
         inputs = torch.cat([batch.flatten(0, -2) for batch in seen])
         return float(((inputs @ (found.weight - wanted.weight).T) ** 2).sum())
 
-    plain, repaired = (run(update, pattern, schedule="constant", warmup_steps=4) for update in ("zero", registered))
+    plain, repaired = (run(update, pattern, schedule="constant", warmup_steps=4) for update in ("zero", update))
     assert error(repaired) < error(plain)
     assert repaired.reached_sparsity() == plain.reached_sparsity() > 0.4
 
@@ -97,6 +106,11 @@ def test_masks_only_grow_under_an_update(registered: str) -> None:
 def test_what_brings_weights_back_takes_no_update_but_zero(settings: dict[str, Any], registered: str) -> None:
     with pytest.raises(ConfigError, match="update='refit'"):
         PruningConfig(pattern="neuron", update=registered, **settings)
+
+
+def test_an_update_of_the_bias_is_for_pruning_without_training() -> None:
+    with pytest.raises(ConfigError, match=r"config.update='bias': changes biases"):
+        Pruner(tiny_bert(), PruningConfig(pattern="neuron", update="bias"), total_steps=4)
 
 
 def test_an_update_under_lora_is_refused(registered: str) -> None:

@@ -33,11 +33,13 @@ from ..model.sharding import differing, is_sharded, rank
 from ..model.targets import Weight, body_prefixes, weights
 from ..model.wrappers import bare_model, contents, transformers_models
 from ..settings.config import PruningConfig
+from ..settings.errors import ConfigError
 from .budget import Budget, make_budgets
 from .plan import PruningPlan, make_plan
 from .rules import Rule, alive_units, match_rules
 from .state import Companion, GradientCheck, LockedZeros, Regrowth, Rewind, under
 from .statistics import Activations
+from .updates import UPDATES
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Pruner:
         #: Optimizer steps done so far. Set it to start pruning late in a run: the first step then catches up.
         self.steps = 0
         self._skipped = False
+        _check_updates(config)
         #: The config's rules, matched to the model, and the budgets that they share.
         self.rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch)
         self.budgets = make_budgets(self.rules)
@@ -391,6 +394,18 @@ def _share(counts: Iterable[tuple[int, int]]) -> float:
 def _marked(model: nn.Module) -> list[nn.Module]:
     """The modules that record that a pruner is attached: the transformers models in a model, or, if there is none, the model."""
     return [*transformers_models(model).values()] or [contents(model)]
+
+
+def _check_updates(config: PruningConfig) -> None:
+    """Raise if an update needs what training does not give it.
+
+    Raises:
+        ConfigError: a rule's update changes the bias of a layer.
+    """
+    for name, settings in config.resolved_rules().items():
+        if UPDATES[settings.update].moves_bias:
+            allowed = "changes biases, which only `prune()` gives it; while training take 'zero', 'obs' or 'sparsegpt'."
+            raise ConfigError(f"{name}.update", settings.update, allowed)
 
 
 def _release(gradients: GradientCheck, seen: Iterable[Activations]) -> None:
