@@ -3,8 +3,8 @@
     python scripts/prune_pipeline.py --recipe scripts/recipes/mrpc_half.json --task_name mrpc --train_file train.jsonl \\
         --validation_file validation.jsonl --model_name_or_path bert-base-uncased --output_dir runs/mrpc_half --bf16
 
-A run that was stopped goes on where it was when the same command is given again. At the end a table is printed, and
-`pipeline_results.json` lies in `output_dir`, each stage's model in a folder below.
+An interrupted run resumes when the same command is run again. At the end it prints a table and writes `pipeline_results.json` to
+`output_dir`; each stage's model is in a folder below.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe
 
 @dataclass
 class PipelineArguments:
-    """Which recipe, and how much of it."""
+    """The recipe, and which part of it to run."""
 
     recipe: str = field(metadata={"help": "A JSON file; see hf_prune.training.recipe.Recipe."})
     stages: list[str] | None = field(
-        default=None, metadata={"help": "Only these stages, for example all after `fine-tune` for a model that is fine-tuned."}
+        default=None, metadata={"help": "Run only these stages, such as all after `fine-tune` for a fine-tuned model."}
     )
-    no_distillation: bool = field(default=False, metadata={"help": "Train every stage on the task loss alone, to compare with."})
+    no_distillation: bool = field(default=False, metadata={"help": "Train every stage with the task loss alone, as a baseline."})
 
 
 def main(arguments: Sequence[str] | None = None) -> PipelineResult:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> PipelineResult:
     if pipeline_args.no_distillation:
         recipe = recipe.without_distillation()
     task = load_task(model_args, data_args, {"train", "validation"})
-    set_seed(training_args.seed)  # of a classifier that is new
+    set_seed(training_args.seed)  # weights of a new classifier are random
     result = Pipeline(
         recipe=recipe,
         model=model_args.load(task.load),

@@ -1,8 +1,8 @@
-"""The whole way in two minutes, offline: fine-tune a tiny BERT, prune half its heads and neurons, condense it, reload it, compare.
+"""The full workflow in two minutes, offline: fine-tune a tiny BERT, prune half its heads and neurons, condense, reload, compare.
 
-The task is made here. A sentence such as "the young hen was chased by the quiet wolf in the night" either makes sense (the larger
-animal chases the smaller one) or does not. Turning the sentence round turns the label, so the words alone say nothing: a bag of
-words stays near 50 %, which is printed for comparison; the order of the words and the direction of the verb decide.
+The task is synthetic. A sentence such as "the young hen was chased by the quiet wolf in the night" either makes sense (the larger
+animal chases the smaller one) or does not. Swapping the animals flips the label, so the words alone are not informative: a
+bag-of-words classifier, printed for comparison, stays near 50 %; word order and the direction of the verb decide.
 
 Training, pruning and condensing are `run_glue.py`'s, called with the arguments that its command line takes.
 """
@@ -37,7 +37,7 @@ from transformers import (
 from hf_prune import PruningConfig, PruningRule
 from hf_prune.measure.latency import benchmark
 
-#: Where everything goes; made anew by each run.
+#: The output folder; each run recreates it.
 HOME = Path(__file__).parents[1] / "runs" / "quickstart"
 
 SEED = 0
@@ -54,7 +54,7 @@ Row = dict[str, str]
 
 
 def make_rows(count: int, seed: int) -> list[Row]:
-    """Sentences with the label "sense" or "nonsense", half of each. 70 % of the verbs go from large to small."""
+    """Sentences with the label "sense" or "nonsense", half of each. In 70 % the verb implies a larger subject."""
     choose = random.Random(seed)
     rows = []
     for index in range(count):
@@ -81,7 +81,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def make_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word, trained on the spot."""
+    """A tokenizer with one token per word, trained on these texts."""
     tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.train_from_iterator(sentences, WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))
@@ -100,7 +100,7 @@ def make_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_start(folder: Path, sentences: list[str]) -> None:
-    """Save a tiny BERT with random weights, and its tokenizer: what training starts from."""
+    """Save a tiny BERT with random weights and its tokenizer, from which training starts."""
     tokenizer = make_tokenizer(sentences)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -116,7 +116,7 @@ def make_start(folder: Path, sentences: list[str]) -> None:
 
 
 def halve_heads_and_neurons() -> PruningConfig:
-    """Half of the heads and half of the neurons, wherever in the model they matter least."""
+    """Prune half of the heads and half of the neurons, wherever in the model they matter least."""
     return PruningConfig(
         warmup_epochs=0.5,
         cooldown_epochs=2,
@@ -126,7 +126,7 @@ def halve_heads_and_neurons() -> PruningConfig:
 
 
 def run_jobs(home: Path) -> dict[str, dict[str, float]]:
-    """Fine-tune, then prune and condense what came out; the metrics of both jobs."""
+    """Fine-tune, then prune and condense the result; return the metrics of both runs."""
     common = [
         f"--train_file={home / 'train.jsonl'}",
         f"--validation_file={home / 'validation.jsonl'}",
@@ -182,7 +182,7 @@ def compare(home: Path, metrics: dict[str, dict[str, float]]) -> Table:
     table = Table(
         title=f"Half of the heads and neurons, each model as loaded from disk; batches of {len(sentences)} rows, one thread"
     )
-    for column in ("", "accuracy", "parameters", "weights on disk", "CPU ms a batch"):
+    for column in ("", "accuracy", "parameters", "weights on disk", "CPU ms per batch"):
         table.add_column(column, justify="right" if column else "left")
     for name, model in models.items():
         table.add_row(

@@ -1,7 +1,7 @@
 """Fine-tune, prune and condense a causal language model on text: `.txt`, or `.csv`, `.json`, `.jsonl` with a column `text`.
 
-Arguments for pruning and distillation, and what is written, are those of `run_glue.py`. The metric is perplexity. Copy this file
-and change it: it needs nothing that lies beside it.
+Arguments for pruning and distillation, and output files, are those of `run_glue.py`. The metric is perplexity. The script is
+self-contained: copy it and change it.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from transformers import (
 from hf_prune.training.arguments import DataArguments, ModelArguments, needed_splits, parse_arguments
 from hf_prune.training.stage import Task, load_model, run_stage
 
-#: What reads a file, by its ending.
+#: Extension of a file → the loader of `datasets` that reads it.
 READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass
 class DataTrainingArguments(DataArguments):
-    """Which data, and how it is cut; numbers of samples are of rows before that."""
+    """The data and its preprocessing; `max_*_samples` count rows of text, before they are cut into blocks."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data on the Hub, such as Salesforce/wikitext."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as wikitext-2-raw-v1."})
     text_column: str = field(default="text", metadata={"help": "The column with the text."})
-    block_size: int = field(default=1024, metadata={"help": "Tokens of a row; the model may take fewer."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens per block; fewer if the model has fewer positions."})
 
     def load(self) -> DatasetDict:
         """The rows of text.
 
         Raises:
-            ValueError: there is no data, a file has an unknown ending, or there is no such column.
+            ValueError: there is no data, a file has an unknown extension, or the column does not exist.
         """
         given = self.files()
         for split, file in given.items():
             if Path(file).suffix not in READERS:
-                raise ValueError(f"{split}_file={file!r}: the ending must be one of {', '.join(READERS)}.")
+                raise ValueError(f"{split}_file={file!r}: the extension must be one of {', '.join(READERS)}.")
         if given:
             raw = DatasetDict(
                 {split: load_dataset(READERS[Path(file).suffix], data_files=file, split="train") for split, file in given.items()}
@@ -69,12 +69,12 @@ class DataTrainingArguments(DataArguments):
 
 
 def blocks_of_text(raw: DatasetDict, tokenizer: PreTrainedTokenizerBase, column: str, size: int) -> DatasetDict:
-    """Join the tokens of all rows of a split and cut them into rows of one size.
+    """Concatenate the tokens of all rows of a split and cut them into blocks of equal size.
 
-    What is left over at the end of every thousand rows is dropped.
+    The remainder of every thousand rows is dropped.
 
     Raises:
-        ValueError: a split has fewer tokens than a row needs.
+        ValueError: a split has fewer tokens than a block.
     """
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -102,15 +102,15 @@ def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """e to the mean of [`token_losses`]."""
+    """exp of the mean of [`token_losses`]."""
     return {"perplexity": float(np.exp(np.asarray(prediction.predictions, dtype=np.float64).mean()))}
 
 
 def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, args: TrainingArguments) -> Task:
-    """Load and cut the splits that the run needs.
+    """Load the splits that the run needs and cut them into blocks.
 
     Raises:
-        ValueError: the data is not what the arguments say.
+        ValueError: the data does not fit the arguments.
     """
     if args.do_predict:
         raise ValueError("do_predict=True: must not be set; give the text as --validation_file, with --do_eval.")

@@ -2,10 +2,10 @@
 
 The script is transformers' `run_glue.py` with two more groups of arguments: pruning (`--do_prune`, `--pruning_pattern`,
 `--target_sparsity`, …, or `--pruning_config file.json` for rules) and distillation (`--teacher_model_name_or_path`,
-`--distill_alpha_hidden`, …). Without `--do_prune` it is plain fine-tuning; `--push_to_hub` publishes what came out. In
-`--output_dir` it writes the trained model, the condensed one (`condensed/`) where whole heads or neurons were pruned, and
-`all_results.json` with the metrics of both. Arguments may also come from one `.json` or `.yaml` file:
-`python run_glue.py arguments.json`. Copy this file and change it: it needs nothing that lies beside it.
+`--distill_alpha_hidden`, …). Without `--do_prune` it is plain fine-tuning; `--push_to_hub` publishes the result. It writes to
+`--output_dir` the trained model, the condensed one (`condensed/`) if whole heads or neurons were pruned, and `all_results.json`
+with the metrics of both. Arguments can also be given in one `.json` or `.yaml` file: `python run_glue.py arguments.json`. The
+script is self-contained: copy it and change it.
 
 GLUE: Wang et al. 2018, https://arxiv.org/abs/1804.07461. Nothing here needs the Hub when the data comes from local files.
 """
@@ -66,15 +66,15 @@ _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 @dataclass
 class DataTrainingArguments(DataArguments):
-    """Which data, and how it is cut."""
+    """The data and its preprocessing."""
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(TASK_TO_KEYS)}."})
     glue_dir: str | None = field(
         default_factory=lambda: os.environ.get("HF_PRUNE_GLUE_DIR"),
         metadata={"help": "A folder with TASK/SPLIT.jsonl (or .json, .csv) instead of the Hub's GLUE; or set HF_PRUNE_GLUE_DIR."},
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens that a row is cut to.", "aliases": ["--max_length"]})
-    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every row to max_seq_length, not to its batch."})
+    max_seq_length: int = field(default=128, metadata={"help": "Maximum tokens per row.", "aliases": ["--max_length"]})
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every row to max_seq_length."})
 
     def __post_init__(self) -> None:
         if self.task_name is not None and self.task_name not in TASK_TO_KEYS:
@@ -86,7 +86,7 @@ class DataTrainingArguments(DataArguments):
         return given if given or self.glue_dir is None or self.task_name is None else glue_files(self.glue_dir, self.task_name)
 
     def card_facts(self) -> dict[str, Any]:
-        """What a model card says of the data: its id on the Hub, when it is GLUE."""
+        """What the model card says about the data: its id on the Hub, if it is GLUE."""
         if self.task_name is None or self.train_file or self.validation_file:
             return {}
         return {"dataset": "nyu-mll/glue", "dataset_config": self.task_name, "dataset_split": "validation", "language": "en"}
@@ -111,14 +111,14 @@ def load_raw_datasets(task_name: str | None, files: dict[str, str]) -> DatasetDi
     """Load ``{split: file}`` (CSV, JSON or JSON lines), or the GLUE task from the Hub when no files are given.
 
     Raises:
-        ValueError: neither files nor a task, or a file whose ending is not known.
+        ValueError: neither files nor a task are given, or a file has an unknown extension.
     """
     if files:
         readers = set()
         for split, file in files.items():
             suffix = Path(file).suffix.lower()
             if suffix not in _READERS:
-                raise ValueError(f"{split}_file={file!r}: the ending must be one of {', '.join(_READERS)}.")
+                raise ValueError(f"{split}_file={file!r}: the extension must be one of {', '.join(_READERS)}.")
             readers.add(_READERS[suffix])
         if len(readers) > 1:
             raise ValueError(f"All data files must have the same format, got {files}.")
@@ -166,7 +166,7 @@ def tokenize(
     max_seq_length: int,
     pad_to_max_length: bool,
 ) -> DatasetDict:
-    """Tokenise every split and turn labels into indices of `names` (floats for regression); -1 stays, it means no label in GLUE.
+    """Tokenize every split and turn labels into indices of `names` (floats for regression); -1, GLUE's "no label", stays.
 
     Raises:
         ValueError: a label is not one of `names`.
@@ -205,7 +205,7 @@ def tokenize(
 
 
 def metrics_for(task_name: str | None, regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The official metric of the task, by `evaluate` where its module can be had, else the same numbers computed here."""
+    """The official metric of the task, from `evaluate` if its module is available, else computed here, with the same values."""
     module = None if task_name is None else metric_module("glue", "mnli" if task_name.startswith("mnli") else task_name)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -222,7 +222,7 @@ def metrics_for(task_name: str | None, regression: bool) -> Callable[[EvalPredic
 
 
 def metric_module(*name: str) -> Any:
-    """A metric of `evaluate`, or None where it is out of reach. `name`: as for `evaluate.load`."""
+    """A metric of `evaluate`, or None if it is not available. `name`: as for `evaluate.load`."""
     if HF_HUB_OFFLINE:
         return None
     try:
@@ -230,7 +230,7 @@ def metric_module(*name: str) -> Any:
 
         return evaluate.load(*name)
     except (ImportError, OSError) as error:
-        logger.info("evaluate's metric %s is out of reach (%s); the same numbers are computed here.", " ".join(name), error)
+        logger.info("evaluate's metric %s is not available (%s); the same values are computed here.", " ".join(name), error)
         return None
 
 
@@ -238,10 +238,10 @@ def glue_scores(task_name: str | None, predicted: Array, labels: Array, regressi
     """MCC for CoLA, Pearson and Spearman for regression (STS-B), accuracy for the rest, with F1 for MRPC and QQP.
 
     Args:
-        task_name: of GLUE; None for own data.
+        task_name: a GLUE task; None for your own data.
         predicted: classes, or values of a regression, `[rows]`.
         labels: the same, `[rows]`.
-        regression: whether they are values.
+        regression: whether they are values of a regression.
     """
     if regression:
         return {"pearson": float(pearsonr(predicted, labels)[0]), "spearmanr": float(spearmanr(predicted, labels)[0])}
@@ -275,7 +275,7 @@ def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, kind
     """Load and tokenize the splits of these kinds.
 
     Raises:
-        ValueError: the data is not what the arguments say.
+        ValueError: the data does not fit the arguments.
     """
     start, task = model_args.model_name_or_path, data_args.task_name
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer, **model_args.remote)
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parsed = parse_arguments(DataTrainingArguments, sys.argv[1:] if arguments is None else arguments)
     model_args, data_args, training_args, pruning_args, distillation_args = parsed
     task = load_task(model_args, data_args, needed_splits(training_args))
-    set_seed(training_args.seed)  # of a classifier that is new
+    set_seed(training_args.seed)  # weights of a new classifier are random
     teacher = distillation_args.teacher_model_name_or_path
     return run_stage(
         task,

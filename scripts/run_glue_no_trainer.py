@@ -1,11 +1,11 @@
-"""What `run_glue.py` does, as a loop of your own with Accelerate: fine-tune, prune and condense a text classifier.
+"""`run_glue.py` as a custom training loop with Accelerate: fine-tune, prune and condense a text classifier.
 
     accelerate launch scripts/run_glue_no_trainer.py --task_name mrpc --model_name_or_path bert-base-cased --output_dir runs/mrpc \\
         --do_prune --pruning_pattern 2:4 --target_sparsity 0.5 --distill_loss_weight 5
 
 The command lines of Intel Neural Compressor's walkthrough for Hugging Face models run as they are. Pruning is three calls around
-the optimizer: `observe`, `step`, `finish`. With `--checkpointing_steps` a run that was stopped goes on, bit for bit, with
-`--resume_from_checkpoint`. Data and metrics are those of `run_glue.py`, which has to lie beside it.
+the optimizer: `observe`, `step`, `finish`. With `--checkpointing_steps`, an interrupted run resumes bit for bit with
+`--resume_from_checkpoint`. Data and metrics are those of `run_glue.py`, which has to be in the same folder.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ PRUNER_STATE = "pruner.safetensors"
 
 @dataclass
 class LoopArguments:
-    """How to train, as in transformers' scripts without the Trainer."""
+    """Training arguments, as in transformers' scripts without the Trainer."""
 
-    output_dir: str = field(metadata={"help": "Where the model goes."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a batch on each device."})
+    output_dir: str = field(metadata={"help": "The folder for the model."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Batch size per device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "The same for evaluation."})
     learning_rate: float = field(default=5e-5, metadata={"help": "After warm-up."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW, for all but biases and norms."})
-    num_train_epochs: int = field(default=3, metadata={"help": "How often the data is seen."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer steps, in the place of epochs."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step."})
-    lr_scheduler_type: SchedulerType = field(default=SchedulerType.LINEAR, metadata={"help": "Schedule of the learning rate."})
-    num_warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises."})
-    seed: int | None = field(default=None, metadata={"help": "For a run that can be repeated."})
-    use_cpu: bool = field(default=False, metadata={"help": "Even where there is a GPU."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no or bf16; by default what accelerate is set to."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, except for biases and norms."})
+    num_train_epochs: int = field(default=3, metadata={"help": "Number of epochs."})
+    max_train_steps: int | None = field(default=None, metadata={"help": "Number of optimizer steps; overrides num_train_epochs."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
+    lr_scheduler_type: SchedulerType = field(default=SchedulerType.LINEAR, metadata={"help": "Learning rate schedule."})
+    num_warmup_steps: int = field(default=0, metadata={"help": "Warm-up steps of the learning rate."})
+    seed: int | None = field(default=None, metadata={"help": "Random seed, for reproducible runs."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no or bf16; default: accelerate's setting."})
     checkpointing_steps: str | None = field(default=None, metadata={"help": "Steps between checkpoints, or `epoch`."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "The checkpoint's folder."})
-    with_tracking: bool = field(default=False, metadata={"help": "Log to the tools in report_to."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "The folder of a checkpoint to resume from."})
+    with_tracking: bool = field(default=False, metadata={"help": "Log to the trackers in report_to."})
     report_to: str = field(default="all", metadata={"help": "Such as tensorboard or wandb."})
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the condensed model, or the pruned one, with its card."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Where to; by default the name of output_dir."})
-    hub_token: str | None = field(default=None, metadata={"help": "By default the one that is stored."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "The repository; default: the name of output_dir."})
+    hub_token: str | None = field(default=None, metadata={"help": "The Hub token; default: the stored one."})
 
     def __post_init__(self) -> None:
         self.lr_scheduler_type = SchedulerType(self.lr_scheduler_type)  # the parser gives its value
@@ -83,7 +83,7 @@ class LoopArguments:
         if every not in (None, "epoch") and not (every.isdigit() and int(every) > 0):
             raise ValueError(f"checkpointing_steps={every!r}: must be a number of steps, or epoch.")
         if self.resume_from_checkpoint is not None and not Path(self.resume_from_checkpoint).is_dir():
-            raise ValueError(f"resume_from_checkpoint={self.resume_from_checkpoint!r}: is no folder.")
+            raise ValueError(f"resume_from_checkpoint={self.resume_from_checkpoint!r}: is not a folder.")
 
 
 def make_optimizer(model: nn.Module, args: LoopArguments) -> Optimizer:
@@ -122,16 +122,16 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, batch_size:
 
 
 class Loop:
-    """The training loop, and what it needs to go on from a checkpoint.
+    """The training loop and its state, which can be saved and resumed.
 
     Args:
-        accelerator: on which devices, and how.
-        args: how to train.
-        task: on what.
-        model: what is trained.
-        pruning: what is pruned; None for plain fine-tuning.
-        distillation: the weights of the losses; None for the task's alone.
-        teacher: whom the model learns from, with `distillation`.
+        accelerator: the Accelerator.
+        args: the training arguments.
+        task: the data and its metrics.
+        model: the model to train.
+        pruning: what to prune; None for plain fine-tuning.
+        distillation: the weights of the losses; None for the task loss alone.
+        teacher: the teacher, with `distillation`.
     """
 
     def __init__(
@@ -146,14 +146,14 @@ class Loop:
     ) -> None:
         self.accelerator, self.args, self.task, self.distillation = accelerator, args, task, distillation
         rows: Dataset = task.data["train"]
-        # A generator of its own: to begin an epoch again, in the middle, must not draw from the one of dropout.
+        # A separate generator: restarting in the middle of an epoch must not draw from the one that dropout uses.
         drawn = {"shuffle": True, "generator": torch.Generator()}
         loader = DataLoader(rows, args.per_device_train_batch_size, collate_fn=task.data_collator, **drawn)
         optimizer = make_optimizer(model, args)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
         self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
-        processes = accelerator.num_processes  # a prepared scheduler is stepped once a process
+        processes = accelerator.num_processes  # a prepared scheduler steps once per process
         schedule = get_scheduler(
             args.lr_scheduler_type, optimizer, args.num_warmup_steps * processes, num_training_steps=self.total_steps * processes
         )
@@ -165,7 +165,7 @@ class Loop:
         self.step = 0
 
     def run(self) -> None:
-        """Train to the end, from the start or from the checkpoint that the arguments name."""
+        """Train from the start, or from the checkpoint in the arguments, to the end."""
         args, accelerator = self.args, self.accelerator
         if args.resume_from_checkpoint is not None:
             self.load(Path(args.resume_from_checkpoint))
@@ -176,17 +176,17 @@ class Loop:
             batches = accelerator.skip_first_batches(self.loader, done * args.gradient_accumulation_steps)
             losses = self.epoch(batches, bar)
             metrics = evaluate(accelerator, self.model, self.task, args.per_device_eval_batch_size)
-            figures = {} if self.pruner is None else self.pruner.metrics()
-            accelerator.print(f"epoch {epoch + 1}:", {**metrics, **figures})
+            metrics |= {} if self.pruner is None else self.pruner.metrics()
+            accelerator.print(f"epoch {epoch + 1}:", metrics)
             if args.with_tracking:
-                accelerator.log({**metrics, **figures, "train_loss": losses, "epoch": epoch}, step=self.step)
+                accelerator.log({**metrics, "train_loss": losses, "epoch": epoch}, step=self.step)
             if args.checkpointing_steps == "epoch":
                 self.save(Path(args.output_dir, f"epoch_{epoch}"))
         if self.pruner is not None:
             self.pruner.finish()
 
     def epoch(self, batches: Any, bar: Any) -> float:
-        """Train on the batches that are left of an epoch; return their mean loss."""
+        """Train on the remaining batches of an epoch; return their mean loss."""
         accelerator, total, count = self.accelerator, 0.0, 0
         self.model.train()
         for batch in batches:
@@ -212,7 +212,7 @@ class Loop:
         return total / max(count, 1)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch, from the teacher too when there is distillation."""
+        """The loss of a batch, including distillation if there is a teacher."""
         if self.distillation is None or self.teacher is None:
             plain: Tensor = self.model(**batch).loss
             return plain
@@ -229,7 +229,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.accelerator.load_state(str(folder))
         state = load_file(folder / PRUNER_STATE)
         self.step = int(state.pop("step"))
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def card_facts(loop: Loop) -> CardFacts:
-    """What a model card says of the data and of the model before training; a run that goes on finds it written down."""
+    """What the model card says about the data and the model before training; a resumed run reads it from disk."""
     folder = loop.args.output_dir
     if loop.args.resume_from_checkpoint is not None:
         return CardFacts.load(folder)
@@ -291,7 +291,7 @@ def card_facts(loop: Loop) -> CardFacts:
 
 
 def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts, pad_to_multiple_of: int | None) -> dict[str, float]:
-    """Save the model with its card, condense it where there is something to cut out; return the metrics of both."""
+    """Save the model with its card, condense it if anything can be removed; return the metrics of both."""
     accelerator, args, task = loop.accelerator, loop.args, loop.task
     facts.metrics = evaluate(accelerator, loop.model, task, args.per_device_eval_batch_size)
     found = {"eval": facts.metrics}
@@ -319,7 +319,7 @@ def finish(loop: Loop, pruning: PruningConfig | None, facts: CardFacts, pad_to_m
 
 
 def publish(args: LoopArguments) -> None:
-    """Push to the Hub: the condensed model when there is one, else the model as it was trained."""
+    """Push the condensed model, if there is one, or else the trained model to the Hub."""
     folder = Path(args.output_dir)
     source = folder / CONDENSED if (folder / CONDENSED).is_dir() else folder
     push_to_hub(source, args.hub_model_id or folder.resolve().name, token=args.hub_token)

@@ -12,7 +12,7 @@ MIXED = Path(__file__).parent / "recipes" / "inc_mixed.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the job that the arguments (by default the command line's) describe; those for pruning win over the example's."""
+    """Run the job that the arguments (by default the command line's) describe; pruning arguments override the example's."""
     given = sys.argv[1:] if arguments is None else arguments
     return run_glue_no_trainer.main(["--pruning_config", str(MIXED), *given])
 

@@ -1,10 +1,10 @@
-"""Fine-tune, prune and condense a model that finds answers in texts, on data in SQuAD's format.
+"""Fine-tune, prune and condense an extractive question-answering model on data in SQuAD's format.
 
-An example has `id`, `question`, `context` and `answers` with `text` and `answer_start`, as many as there are; none where the
-context does not answer (SQuAD 2). Files hold a list of these, or SQuAD's own nesting of articles and paragraphs.
+An example has `id`, `question`, `context` and `answers` with lists `text` and `answer_start`; both are empty if the context has no
+answer (SQuAD 2). Files hold a list of examples, or SQuAD's own nesting of articles and paragraphs.
 
-Arguments for pruning and distillation, and what is written, are those of `run_glue.py`; besides, `predict_predictions.json` has
-the answers for the test file. Copy this file and change it: it needs nothing that lies beside it.
+Arguments for pruning and distillation, and output files, are those of `run_glue.py`; in addition, `predict_predictions.json` has
+the answers for the test file. The script is self-contained: copy it and change it.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ COLUMNS = ("id", "question", "context")
 
 @dataclass
 class DataTrainingArguments(DataArguments):
-    """Which data, how it is cut, and how answers are chosen."""
+    """The data, its preprocessing, and how answers are chosen."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data on the Hub, such as rajpurkar/squad."})
-    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window, question included."})
+    max_seq_length: int = field(default=384, metadata={"help": "Maximum number of tokens per window, question included."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
-    n_best_size: int = field(default=20, metadata={"help": "How many starts and ends of a window are tried."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
+    n_best_size: int = field(default=20, metadata={"help": "Number of start and end candidates per window."})
+    max_answer_length: int = field(default=30, metadata={"help": "Maximum number of tokens of an answer."})
     version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer, as in SQuAD 2."})
     null_score_diff_threshold: float = field(
         default=0.0,
-        metadata={"help": "There is no answer where the score for that is higher than the best one's by more than this."},
+        metadata={"help": "Predict no answer if its score exceeds that of the best answer by more than this."},
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class DataTrainingArguments(DataArguments):
 
 
 def load_squad(files: dict[str, str], dataset_name: str | None) -> DatasetDict:
-    """The files, or without any the data with this name on the Hub.
+    """The data from files, or from the Hub if there are none.
 
     Raises:
         ValueError: neither is given, or a file is not in SQuAD's format; names the file.
@@ -112,7 +112,7 @@ def _nested(article: Row) -> Iterator[Row]:
 
 
 def _checked(file: str, number: int, example: Row) -> Row:
-    """The columns that are needed, with the answers as lists of texts and of starts."""
+    """The required columns, with the answers as lists of texts and of starts."""
     for name in (*COLUMNS, "answers"):
         if name not in example:
             raise ValueError(f"{file}: example {number} has no {name!r}, only {', '.join(example)}.")
@@ -143,12 +143,12 @@ def windows(
             needs.
 
     Returns:
-        Rows with `start_positions` and `end_positions`: both that of the first token where the row does not hold the answer.
+        Rows with `start_positions` and `end_positions`, both 0 (the first token) if the row does not hold the answer.
     """
 
     def encode(rows: Row, numbers: list[int]) -> Row:
         encoded = tokenizer(
-            [question.strip() for question in rows["question"]],  # some have spaces, which would take the context's place
+            [question.strip() for question in rows["question"]],  # leading spaces would take up tokens of the context
             rows["context"],
             truncation="only_second",
             max_length=min(max_seq_length, tokenizer.model_max_length),
@@ -171,7 +171,7 @@ def windows(
 
 
 def _span(answers: Row, offsets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The first and the last token of the first answer; (0, 0) if the window does not hold it whole."""
+    """The first and the last token of the first answer; (0, 0) if the window does not hold all of it."""
     if not answers["text"]:
         return 0, 0
     start = answers["answer_start"][0]
@@ -197,12 +197,12 @@ def best_answers(
 
     Args:
         logits: of starts and of ends, `[rows, tokens]` each.
-        rows: of [`windows`], with `keep`, in the order of the logits.
-        examples: what they were cut from.
-        n_best_size: how many starts and ends of a window are tried.
-        max_answer_length: tokens.
-        null_score_diff_threshold: with a number, there may be no answer, `""`: where the first token's score is higher than the
-            best answer's by more than this. None: there always is one.
+        rows: the rows from [`windows`], with `keep`, in the order of the logits.
+        examples: the examples that they were cut from.
+        n_best_size: number of start and end candidates per window.
+        max_answer_length: maximum number of tokens.
+        null_score_diff_threshold: predict no answer, `""`, if the first token's score exceeds that of the best answer by more than
+            this. None: there is always an answer.
     """
     best = [(-np.inf, "") for _ in range(len(examples))]
     null = np.full(len(examples), np.inf)
@@ -224,11 +224,11 @@ def best_answers(
 def metrics_for(
     rows: Dataset, examples: Dataset, find: Callable[..., list[str]], without_answers: bool
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Exact match and F1 in percent, by `evaluate` where its module can be had, else the same numbers computed here.
+    """Exact match and F1 in percent, from `evaluate` if its module is available, else computed here, with the same values.
 
     Args:
-        rows: of [`windows`], with `keep`.
-        examples: what they were cut from.
+        rows: the rows from [`windows`], with `keep`.
+        examples: the examples that they were cut from.
         find: [`best_answers`] with its settings.
         without_answers: whether there are questions without an answer (SQuAD 2).
     """
@@ -249,9 +249,9 @@ def metrics_for(
 
 
 def squad_scores(found: list[str], answers: list[list[str]]) -> dict[str, float]:
-    """The means over the questions of the best match with any of its answers, in percent (Rajpurkar et al. 2016, section 6.1).
+    """The mean over the questions of the best match with any of their answers, in percent (Rajpurkar et al. 2016, section 6.1).
 
-    A question without answers is matched by `""` alone.
+    A question without answers is matched only by `""`.
     """
     pairs = [(text, texts or [""]) for text, texts in zip(found, answers)]
     exact = [max(float(_normalized(text) == _normalized(answer)) for answer in texts) for text, texts in pairs]
@@ -274,7 +274,7 @@ def _f1(text: str, answer: str) -> float:
 
 
 def metric_module(*name: str) -> Any:
-    """A metric of `evaluate`, or None where it is out of reach. `name`: as for `evaluate.load`."""
+    """A metric of `evaluate`, or None if it is not available. `name`: as for `evaluate.load`."""
     if HF_HUB_OFFLINE:
         return None
     try:
@@ -282,7 +282,7 @@ def metric_module(*name: str) -> Any:
 
         return evaluate.load(*name)
     except (ImportError, OSError) as error:
-        logger.info("evaluate's metric %s is out of reach (%s); the same numbers are computed here.", " ".join(name), error)
+        logger.info("evaluate's metric %s is not available (%s); the same values are computed here.", " ".join(name), error)
         return None
 
 
@@ -293,7 +293,7 @@ def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, args
     """The task, and the examples before they were cut into windows.
 
     Raises:
-        ValueError: the data is not what the arguments say, or the run would mix up the windows of its examples.
+        ValueError: the data does not fit the arguments, or the run would mix up the windows of its examples.
     """
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError(
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             file = Path(str(training_args.output_dir), "predict_predictions.json")
             file.write_text(json.dumps(dict(zip(examples["test"]["id"], found)), indent=2, ensure_ascii=False) + "\n")
 
-    set_seed(training_args.seed)  # of a head that is new
+    set_seed(training_args.seed)  # weights of a new head are random
     teacher = distillation_args.teacher_model_name_or_path
     return run_stage(
         task,

