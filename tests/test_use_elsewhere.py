@@ -1,4 +1,4 @@
-"""Condensed models where models are used: `pipeline`, sentence-transformers, onnxruntime (`compare_condensed.py`)."""
+"""Condensed models in use: `pipeline`, sentence-transformers, onnxruntime (`scripts/results/compare_condensed.py`)."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
     value head goes with the last of its heads; see [`regroup`] for what becomes of the others.
 
     Args:
-        model: the model, or what holds it (see `wrappers.py`).
+        model: the model, or what holds it (see `model/wrappers.py`).
         pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this (or zero).
 
     Raises:

@@ -1,7 +1,8 @@
 """How units are scored: the larger the score, the longer a unit is kept.
 
 A criterion turns weight, gradient or activation into a quantity of elements or rows, the pattern reduces it to units, and the
-criterion accumulates that over steps: its state is one number a unit, held as tensors. What it reads is taken by `statistics.py`.
+criterion accumulates that over steps: its state is one number per unit, held as tensors. `pruning/statistics.py` collects what it
+reads.
 
 A custom criterion is one class, registered under its name:
 

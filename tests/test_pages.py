@@ -1,0 +1,103 @@
+"""What pages, docstrings and comments name exists: files, modules, anchors, commands, and the names in cross-references."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hf_prune.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "model_cards" / "README.md", ROOT / "model_cards" / "results" / "README.md"]
+SOURCES = sorted(path for folder in ("hf_prune", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
+#: Where a path may begin besides the folder of the file that names it.
+FOLDERS = [ROOT, *(ROOT / name for name in ("hf_prune", "scripts", "scripts/recipes", "tests"))]
+#: The kinds of files of which a name is meant as a path in this repository, when they are no results of a run.
+PATH = re.compile(
+    r"(?<![\w./{}-])(?:[\w.-]+/)*[\w-]+\.(?:py|sh|toml|cfg)(?![\w./])|(?:scripts|model_cards)/[\w./-]+\.(?:json|md|py|sh)"
+)
+#: Files named that are not in this repository: those of a checkpoint, of transformers and of other projects.
+ELSEWHERE = {"modeling_hf_prune.py", "run_bertology.py", "modeling.py", "setup.py"}
+
+
+def texts(path: Path) -> str:
+    """The docstrings and comments of a module, the whole of a page."""
+    content = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return content
+    tree = ast.parse(content)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = [ast.get_docstring(node, clean=False) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+    comments = [token.string for token in tokenize.generate_tokens(io.StringIO(content).readline) if token.type == tokenize.COMMENT]
+    return "\n".join([*docs, *comments])
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=relative)
+def test_files_and_modules_exist(path: Path) -> None:
+    found = texts(path)
+    missing = {
+        name
+        for name in PATH.findall(found)
+        if Path(name).name not in ELSEWHERE and not any((folder / name).is_file() for folder in (path.parent, *FOLDERS))
+    }
+    modules = re.findall(r"`(hf_prune(?:\.[a-z_]+)+)`", found)
+    assert missing | {name for name in modules if find_spec(name) is None} == set()
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_commands_exist() -> None:
+    """Those in prose too; command lines of their own are run by `test_readme.py`."""
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    named = {name for path in [*PAGES, *SOURCES] for name in re.findall(r"`hf-prune ([a-z]+)", texts(path))}
+    assert named - commands == set()
+    assert named
+
+
+def definitions(tree: ast.AST, prefix: str = "") -> Iterator[str]:
+    """The names that a module defines, those in classes with their class."""
+    for node in ast.iter_child_nodes(tree):
+        names = [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else []
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        yield from (prefix + name for name in names)
+        if isinstance(node, ast.ClassDef):
+            yield from definitions(node, f"{node.name}.")
+
+
+def test_cross_references_name_something() -> None:
+    """A name in [`…`] is one that the library or the scripts define; of a class of others, such as transformers', none is."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES if "tests" not in path.parts}
+    known = {name for tree in trees.values() for name in definitions(tree)}
+    dangling = [
+        f"{relative(path)}: {name}"
+        for path in trees
+        for name in re.findall(r"\[`([\w.]+)`\]", texts(path))
+        if name.removeprefix("hf_prune.") not in known
+    ]
+    assert dangling == []
