@@ -489,7 +489,7 @@ def test_a_block_whose_weights_are_computed_is_left_out(part: str, tensor: str) 
         torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=1e-5)
     stayed = [row for row in rows if row["left_out"]]
     assert [row["before"] for row in stayed] == [40 if part == "output.dense" else 4]
-    assert f"its {tensor} is no parameter but computed from {tensor}_orig" in stayed[0]["left_out"]
+    assert f"its {tensor} is not a parameter but computed from {tensor}_orig" in stayed[0]["left_out"]
     assert all(row["before"] in (2, 38) for row in rows if not row["left_out"])
     assert stayed[0]["left_out"] in str(condense_plan(model))
 

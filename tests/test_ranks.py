@@ -216,7 +216,7 @@ def test_tensor_parallel_layers_are_pruned_as_whole_ones(shards: Runs, tmp_path:
 def test_deepspeed_is_refused() -> None:
     """By the name of its engine, since DeepSpeed itself is not installed where tests run."""
     engine = type("DeepSpeedEngine", (torch.nn.Linear,), {})(4, 4)
-    with pytest.raises(ConfigError, match="is trained by DeepSpeed, which shows gradients to no one"):
+    with pytest.raises(ConfigError, match="is trained by DeepSpeed, which does not expose gradients"):
         Pruner(engine, PruningConfig(pattern="1x1"), total_steps=1)
 
 
@@ -231,7 +231,7 @@ def test_deepspeed_is_refused() -> None:
             "adapted",
             "ConfigError: config.target_modules=None: names 'bert.encoder.layer.0.attention.self.query', which has a LoRA",
         ),
-        ("flat", "ConfigError: model='FullyShardedDataParallel': holds weights as flat pieces"),
+        ("flat", "ConfigError: model='FullyShardedDataParallel': holds weights as flat parameters"),
         ("tensor parallel", "ConfigError: config.criterion='apoz': reads activations, which tensor parallelism splits"),
     ],
 )

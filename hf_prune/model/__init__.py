@@ -1,9 +1,9 @@
-"""Where the prunable parts of each model family live: data, not code.
+"""Where the prunable parts of each model family are: data, not code.
 
 An [`ArchitectureSpec`] names, relative to a transformer layer, the projections of its attention and feed-forward blocks, and the
-attributes a module keeps about its own size. Everything that knows about heads and neurons (patterns, condensing, reloading)
-reads these specs and has no other knowledge of a family. `find_blocks(model)` gives the real modules of a model as [`Block`]s,
-which know their units: how many there are, which rows and columns belong to them, and what the config calls their number.
+module attributes that hold sizes. Everything that deals with heads and neurons (patterns, condensing, reloading) reads these specs
+and knows nothing else about a family. `find_blocks(model)` returns the modules of a model as [`Block`]s, which know their units:
+how many there are, which rows and columns belong to them, and how the config names their number.
 
 To add a family, write one `ArchitectureSpec` and pass it to `register_architecture`, in every process that condenses or loads:
 
@@ -25,12 +25,12 @@ To add a family, write one `ArchitectureSpec` and pass it to `register_architect
         )
     )
 
-What the spec names and the model does not have is an error. `condense` shows whether the spec tells everything: it compares
-outputs, and puts the model back if they differ.
+It is an error if a spec names what the model does not have. `condense` reveals whether the spec is complete: it compares outputs,
+and restores the model if they differ.
 
-A condensed model of a family that transformers itself has loads with `trust_remote_code=True` too, since its spec is written into
-the modelling file of the checkpoint. One whose classes are your own loads with these after `import hf_prune` and
-`register_architecture`; no modelling file is written for it, because that file could not hold your classes.
+A condensed model of a family in transformers also loads with `trust_remote_code=True`, since its spec is written into the modelling
+file of the checkpoint. One with custom classes loads with these classes after `import hf_prune` and `register_architecture`; no
+modelling file is written for it, because that file could not contain the classes.
 """
 
 from .blocks import Block, Projection, blocks

@@ -15,7 +15,7 @@ from .spec import ArchitectureSpec, Part
 
 
 def active_copy(module: Any) -> Any:
-    """What computes in the place of a module that PEFT's `modules_to_save` names: its active copy. Any other module as it is."""
+    """The active copy of a module that PEFT's `modules_to_save` names; any other module itself."""
     if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
         return module
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
@@ -23,13 +23,13 @@ def active_copy(module: Any) -> Any:
 
 
 class Adapted:
-    """Base of what is mixed into stock classes to give their modules another `forward`; see [`adapted`]."""
+    """Base of the mixins that give modules of stock classes a different `forward`; see [`adapted`]."""
 
     stock_class: type[Any]
     mixins: tuple[type[Any], ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled as what the class was made of, because no module has it under its name."""
+        """Pickle the mixins and the stock class, since no module contains the class itself."""
         stock: Any = super()
         _, _, *state = stock.__reduce_ex__(max(protocol, 2))
         return _new, (self.stock_class, self.mixins), *state
@@ -37,7 +37,7 @@ class Adapted:
 
 @functools.cache
 def adapted(stock: Any, mixins: tuple[type[Any], ...]) -> type[Any]:
-    """A subclass of a stock class, by its name, with [`Adapted`] mixins in front."""
+    """A subclass of a stock class with the same name and [`Adapted`] mixins in front."""
     return type(stock.__name__, (*mixins, stock), {"__module__": stock.__module__, "stock_class": stock, "mixins": mixins})
 
 
@@ -47,7 +47,7 @@ def _new(stock: Any, mixins: tuple[type[Any], ...]) -> Any:
 
 
 def is_adapted(module: Any) -> bool:
-    """Whether a module is a layer of PEFT around a layer of the model."""
+    """Whether a module is a PEFT layer around a layer of the model."""
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
 
 
@@ -74,10 +74,10 @@ class Projection:
     """A projection of a block.
 
     Attributes:
-        name: its module's name in the model, without what PEFT adds to it.
+        name: the name of its module in the model, without PEFT's additions.
         module: the module, with its adapters.
         layer: the layer of the model under the adapters.
-        part: what the spec says of it.
+        part: its entry in the spec.
         rows: which outputs of the module belong to it, `[n]` on the CPU.
     """
 
@@ -89,7 +89,7 @@ class Projection:
 
     @functools.cached_property
     def index(self) -> slice | Tensor:
-        """What picks the rows of a matrix: a slice, and so a view, where they follow each other, else `rows`."""
+        """The index of its rows in a matrix: a slice, which gives a view, if they are contiguous, else `rows`."""
         start = int(self.rows[0]) if len(self.rows) else 0
         stop = start + len(self.rows)
         return slice(start, stop) if self.rows.equal(torch.arange(start, stop, device="cpu")) else self.rows
@@ -97,25 +97,26 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Units side by side: each has `unit_width` rows of every projection in `inputs`, and as many columns of `output`.
+    """An attention or feed-forward block: parallel units, each with `unit_width` rows of every projection in `inputs` and as many
+    columns of `output`.
 
-    Rows of the first input belong to one unit alone. Those of the others belong to `units_per_group` neighbouring units, which is
-    one but for key and value heads that several query heads share.
+    Rows of the first input belong to one unit each. Rows of the others belong to `units_per_group` neighbouring units: one, except
+    for key and value heads that several query heads share.
 
     Attributes:
-        kind: what it is to its layer, `"attention"` or `"feed_forward"`.
-        unit: what lives or dies as a whole in it, `"head"` or `"neuron"`; the pattern of that name makes units of them.
+        kind: `"attention"` or `"feed_forward"`.
+        unit: what its units are, `"head"` or `"neuron"`; the pattern of that name prunes them.
         layer: the layer's name without the task head's prefix.
         name: the block's name in the model.
-        key: its place in the layer, which is what `config.hf_prune` calls it.
-        roles: its projections by what they do (`query`, `key`, `value`, `up`, `gate`, …), the one out of it last.
-        size_names: what the config calls the number of units, and that of groups if there can be fewer.
-        unit_width: rows of an input, and columns of the output, that a unit has.
-        module: the module whose `forward` splits features into units; None if nothing does.
-        attributes: those of the module that say how many units it has, see `AttentionSpec.sizes`.
-        own_units: the numbers that the units have in the stock model, where the module has to know them.
-        activation: what a neuron applies; None for heads.
-        spec: the record that it was found by.
+        key: its path in the layer, by which `config.hf_prune` names it.
+        roles: role (`query`, `key`, `value`, `up`, `gate`, …) → projection, the output projection last.
+        size_names: the config's name for the number of units, and for that of groups if there can be fewer.
+        unit_width: rows of an input, and columns of the output, per unit.
+        module: the module whose `forward` splits features into units; None if there is none.
+        attributes: the attributes of the module that hold the number of units, see `AttentionSpec.sizes`.
+        own_units: the indices of the units in the stock model, where the module has to know them.
+        activation: the activation function of a neuron; None for heads.
+        spec: the spec that describes it.
     """
 
     kind: str
@@ -149,7 +150,7 @@ class Block:
 
     @functools.cached_property
     def makers(self) -> dict[str, Projection]:
-        """The inputs that make the features, by role; queries and keys only weigh them."""
+        """The inputs that compute the features, by role; queries and keys only weight them."""
         return {role: self.roles[role] for role in ("value", "up", "gate") if role in self.roles}
 
     @functools.cached_property
@@ -159,17 +160,17 @@ class Block:
 
     @functools.cached_property
     def num_groups(self) -> int:
-        """Number of groups of units that share rows: key and value heads, fewer than heads under grouped-query attention."""
+        """Number of groups of units that share rows: key and value heads; fewer than heads under grouped-query attention."""
         return len(self.inputs[-1].rows) // self.unit_width
 
     @functools.cached_property
     def units_per_group(self) -> int:
-        """How many units share rows (1 when no unit is left)."""
+        """How many units share rows (1 if no unit is left)."""
         return self.num_units // self.num_groups if self.num_units else 1
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """The sizes that condensing changes, as the config calls them."""
+        """The sizes that condensing changes, by their names in the config."""
         return dict(zip(self.size_names, (self.num_units, self.num_groups)))
 
     def features(self, units: Tensor) -> Tensor:
@@ -193,18 +194,18 @@ def _projection(layer: nn.Module, layer_name: str, part: Part, width: int = 1) -
 
 
 def body(model: Any) -> Any:
-    """What a task head of transformers holds: the bare model, which a model without a task head is itself."""
+    """The base model inside a model with a task head; a model without one is its own body."""
     return getattr(model, "base_model", model)
 
 
 def body_prefix(model: nn.Module) -> str:
-    """What the names of the modules of a model's body begin with, `""` for a bare model."""
+    """The prefix of module names in a model's body, `""` for a base model."""
     inner = body(model)
     return next((f"{name}." for name, module in model.named_modules() if module is inner and name), "")
 
 
 def layer_lists(model: Any, path: str) -> dict[str, Any]:
-    """The module lists of a model's body that a path of `ArchitectureSpec.layers` names, by their names; empty if it has none."""
+    """The module lists in a model's body at a path of `ArchitectureSpec.layers`, by their names; empty if there are none."""
     found = {"": body(model)}
     for step in path.split("."):
         found = {
@@ -217,12 +218,12 @@ def layer_lists(model: Any, path: str) -> dict[str, Any]:
 
 
 def blocks(model: nn.Module, spec: ArchitectureSpec, prefix: str = "") -> Iterator[Block]:
-    """Yield every block of a transformers model that `spec` describes, layer by layer; adapters in it are seen through.
+    """Yield every block of a transformers model that `spec` describes, layer by layer, with or without adapters.
 
     Args:
-        model: the model; of what the spec names, what it lacks is passed over.
-        spec: its family's.
-        prefix: what the blocks' names begin with, for a model inside another.
+        model: the model; parts that the spec names but the model lacks are skipped.
+        spec: the spec of its family.
+        prefix: prefix of the blocks' names, for a model inside another.
 
     Raises:
         ValueError: a block lacks a projection.

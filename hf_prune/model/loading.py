@@ -1,4 +1,4 @@
-"""Models from their folders: whole, or not at all."""
+"""Loading models from folders; incomplete checkpoints are errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NAMED = 10
 
 
 def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model in a folder, of the class that its config names.
+    """Load the model in a folder, of the class that its config names.
 
     Raises:
-        ValueError: the config names no class that transformers has, or see [`load_whole`].
+        ValueError: the config names no class of transformers; and see [`load_whole`].
     """
     names = AutoConfig.from_pretrained(folder).architectures or ["(none)"]
     cls = getattr(transformers, names[0], None)
@@ -35,7 +35,7 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 @contextmanager
 def readable(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A file of weights that is cut short or damaged is a ValueError that names `path`."""
+    """Turn errors about truncated or damaged weight files into a ValueError that names `path`."""
     try:
         yield
     except SafetensorError as error:
@@ -43,13 +43,13 @@ def readable(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def load_whole(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """`cls.from_pretrained(path, **kwargs)`, but for a checkpoint without some of the model's tensors.
+    """`cls.from_pretrained(path, **kwargs)` that refuses a checkpoint without some of the model's tensors.
 
-    transformers fills those with random numbers and a warning, which is right for a head that is to be trained, but not for a model
-    that is to be measured, written or published. Tensors that need not be saved, such as tied weights, are not missing.
+    transformers initialises those randomly, with a warning: right for a head that will be trained, but not for a model that will be
+    measured, saved or published. Tensors that need not be saved, such as tied weights, do not count.
 
     Raises:
-        ValueError: names the tensors; or a file of weights cannot be read.
+        ValueError: tensors are missing, which the message names, or a file of weights cannot be read.
     """
     model: PreTrainedModel
     with readable(path):

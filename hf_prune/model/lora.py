@@ -1,14 +1,13 @@
-"""Weights under LoRA: what counts is the merged weight W + s·BA, by which the layer computes and which `merge_and_unload()` leaves.
+"""Weights under LoRA: what counts is the merged weight W + s·BA, which the layer computes with and `merge_and_unload()` keeps.
 
-Its zeros are made in two ways. Where a unit holds whole rows (or columns), its rows of W and B (columns of W and A) are zero, and
-the gradients of these rows of B (columns of A) are dropped. Elsewhere W takes the value −s·BA after each step, so that the sum is
-zero; the product is PEFT's own, so that it is exactly zero. There the gradients of A and B, in which dead and living weights have
-their share, stay those of the merged weight as if nothing were dead, straight through the mask, and what a step on them changes in
-dead weights is taken back. Living base weights are never changed, except that one whose mask is lifted brings the merged weight
-back to the value it left with.
+Zeros are made in two ways. If a unit holds whole rows (or columns), its rows of W and B (columns of W and A) are set to zero, and
+the gradients of these rows of B (columns of A) are zeroed. Otherwise W is set to −s·BA after each step; PEFT itself computes the
+product, so that the sum is exactly zero. In this case the gradients of A and B, to which dead and living weights contribute, are
+those of the merged weight without a mask (a straight-through estimator), and what a step changes in dead weights is undone. Living
+base weights are never changed, except that a weight whose mask is lifted gets a base value that restores the old merged weight.
 
-The base model alone is no longer what it was, so adapters are not switched off or exchanged afterwards. Merge on the device that
-pruned: another may round the product differently. With `lora_dropout` a training forward sees dead weights as noise of mean zero.
+The base model alone is changed, so adapters must not be disabled or exchanged afterwards. Merge on the device that pruned: another
+may round the product differently. With `lora_dropout`, training sees dead weights as noise with zero mean.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ class Adapter:
 
     @property
     def lora_A(self) -> nn.Module:
-        """Its first projection, with a weight of `[rank, in]`."""
+        """The first projection, with a weight of shape `[rank, in]`."""
         module: nn.Module = self.layer.lora_A[self.name]
         return module
 
     @property
     def lora_B(self) -> nn.Module:
-        """Its second projection, with a weight of `[out, rank]`."""
+        """The second projection, with a weight of shape `[out, rank]`."""
         module: nn.Module = self.layer.lora_B[self.name]
         return module
 
@@ -54,17 +53,17 @@ class Adapter:
         return any(part.get_parameter("weight").requires_grad for part in (self.lora_A, self.lora_B))
 
     def delta(self) -> Tensor:
-        """s·BA as `merge_and_unload` adds it to the weight, in the weight's shape."""
+        """s·BA as `merge_and_unload` adds it to the weight, in the shape of the weight."""
         delta: Tensor = self.layer.get_delta_weight(self.name)
         return delta.detach()
 
     def merged(self) -> Tensor:
-        """W + s·BA as `merge_and_unload` leaves it, in the weight's shape and dtype."""
+        """W + s·BA as `merge_and_unload` computes it, in the shape and dtype of the weight."""
         weight: Tensor = self.base.weight.detach()
         return (weight + self.delta()).to(weight.dtype)
 
     def merged_bias(self) -> Tensor:
-        """The layer's bias, with that of the adapter if it has one (`lora_bias`), as `merge_and_unload` leaves it, `[out]`."""
+        """The layer's bias plus the adapter's, if any (`lora_bias`), as `merge_and_unload` computes it, `[out]`."""
         bias: Tensor = self.base.bias.detach()
         own: Tensor | None = getattr(self.lora_B, "bias", None)
         return bias if own is None else bias + own.detach() * self.layer.scaling[self.name]
@@ -72,16 +71,15 @@ class Adapter:
     def gradient(self) -> Tensor:
         """The gradient of the merged weight, estimated from those of A and B, in the weight's shape; zero where they have none.
 
-        s·(∂L/∂B·A + B·∂L/∂A − ∂L/∂B·∂L/∂A), by how much a gradient step of size one on A and B lowers the merged weight: the
-        LoRA-guided criterion of LoRAPrune (Zhang et al. 2023, https://arxiv.org/abs/2305.18403), with the scaling s that PEFT
-        multiplies BA with.
+        s·(∂L/∂B·A + B·∂L/∂A − ∂L/∂B·∂L/∂A), the decrease of the merged weight in a gradient step of size one on A and B: the
+        LoRA-guided criterion of LoRAPrune (Zhang et al. 2023, https://arxiv.org/abs/2305.18403), with PEFT's scaling s of BA.
         """
         (a, a_step), (b, b_step) = (_matrix_and_step(part.get_parameter("weight")) for part in (self.lora_A, self.lora_B))
         product: Tensor = (b_step @ (a - a_step) + b @ a_step) * self.layer.scaling[self.name]
         return product.T if getattr(self.layer, "fan_in_fan_out", False) else product.reshape(self.base.weight.shape)
 
     def keep_exact(self) -> None:
-        """Let a weight of lower precision than its adapter be merged exactly: see [`RoundsToBase`]."""
+        """Make merging exact for a weight of lower precision than its adapter; see [`RoundsToBase`]."""
         stock: Any = type(self.layer)
         if self.lora_B.get_parameter("weight").dtype != self.base.weight.dtype and not issubclass(stock, RoundsToBase):
             self.layer.__class__ = adapted(stock, (RoundsToBase,))
@@ -94,10 +92,10 @@ def _matrix_and_step(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
 
 
 class RoundsToBase(Adapted):
-    """Mixin of LoRA layers whose adapter has another dtype than the weight, as PEFT makes them for models in half precision.
+    """Mixin for LoRA layers whose adapter and weight differ in dtype, as PEFT creates them for models in half precision.
 
-    `merge()` adds the adapter's product in float32 and rounds the sum, so that W = −s·BA, itself rounded, leaves a rest. Here the
-    product is rounded first, which is what `merge(safe_merge=True)` does.
+    `merge()` adds the adapter's product in float32 and rounds the sum, so that W = −s·BA, itself rounded, leaves a remainder. Here
+    the product is rounded first, as `merge(safe_merge=True)` does.
     """
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -114,7 +112,7 @@ def adapter_of(name: str, module: nn.Module) -> Adapter | None:
         module: the layer.
 
     Raises:
-        ValueError: the weight that the layer computes with is not W + s·BA for one trained pair A, B.
+        ValueError: the weight that the layer computes with is not W + s·BA for a single trained pair A, B.
     """
     if not is_adapted(module):
         return None

@@ -1,4 +1,4 @@
-"""Passes over whole weights, equal bit by bit to what torch does, in less time on the CPU.
+"""Passes over whole weights: bit for bit what torch computes, but faster on the CPU.
 
 torch converts a bool mask in a pass of its own before it multiplies or counts; numpy needs none. numpy runs on one thread, so where
 torch has more it multiplies itself.
@@ -13,20 +13,20 @@ from torch.autograd.graph import increment_version
 
 from .sharding import is_sharded, whole
 
-#: What numpy knows of the types that weights have.
+#: The dtypes of weights that numpy supports.
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64, torch.bool)
 
 
 @torch.no_grad()
 def keep_(tensor: Tensor, kept: Tensor) -> None:
-    """`tensor.mul_(kept)` for a bool mask of a shape that broadcasts."""
+    """`tensor.mul_(kept)` for a bool mask whose shape broadcasts."""
     if is_sharded(tensor):
         tensor.mul_(kept)
     elif _on_one_thread(tensor) and kept.shape[-1:] == tensor.shape[-1:]:  # else the mask is small, and converted in no time
         values = tensor.detach().numpy()
         with np.errstate(invalid="ignore"):  # torch has no word on ∞ · 0 either
             np.multiply(values, kept.numpy(), out=values)
-        increment_version(tensor)  # so that whoever keeps a copy of a weight notices
+        increment_version(tensor)  # so that code that keeps a copy of a weight notices
     else:
         tensor.mul_(kept.view(torch.uint8))
 
@@ -37,7 +37,7 @@ def _on_one_thread(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def count_nonzero(tensor: Tensor) -> int:
-    """How many elements are not zero, of a sharded tensor on all ranks together."""
+    """The number of nonzero elements, of a sharded tensor over all ranks."""
     if is_sharded(tensor) or tensor.device.type != "cpu" or tensor.dtype not in _OF_NUMPY:
         return int(whole(torch.count_nonzero(tensor)))
     values = tensor.detach().numpy()

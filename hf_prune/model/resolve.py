@@ -1,4 +1,4 @@
-"""The blocks of a real model by the spec of its family, and an error for what the spec names and the model does not have."""
+"""The blocks of a model by the spec of its family; what the spec names but the model does not have is an error."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .wrappers import transformers_models
 
 
 def find_blocks(model: Any) -> list[Block]:
-    """The blocks of the transformers models in a model (of one, if it is one), by their `config.model_type`.
+    """The blocks of a transformers model, or of all transformers models inside a wrapper, by their `config.model_type`.
 
     Raises:
-        ValueError: a family has no spec, or a model is not what its spec describes; see [`check_spec`].
+        ValueError: a family has no spec, or a model does not match its spec; see [`check_spec`].
     """
     found: list[Block] = []
     for name, one in (transformers_models(model) or {"": model}).items():
@@ -30,15 +30,15 @@ def find_blocks(model: Any) -> list[Block]:
 
 
 def check_spec(model: Any, spec: ArchitectureSpec) -> None:
-    """Check that a model has what a spec names: nothing of it is passed over by mistake.
+    """Check that a model has what a spec names, so that nothing is skipped by mistake.
 
-    A model may be a part of what its family has (an encoder alone): a list of layers that it lacks is passed over if it has none
-    besides that could be meant. In each list, some layer has attention, if the spec knows any, and some layer a feed-forward block.
-    Every block is in some layer of the model; an `optional` one need not be, unless a layer has attention that no block names. A
-    block that is there is there as a whole.
+    A model may be only a part of its family's (an encoder): a list of layers that it lacks is skipped if it has no other list that
+    could be meant. In each list, some layer has attention, if the spec names any, and some layer a feed-forward block. Every block
+    is in some layer of the model, except that an `optional` one may be missing unless a layer has attention that no block names. A
+    block has all of its modules.
 
     Raises:
-        ValueError: names the path, the class of the model, and what comes closest.
+        ValueError: names the path, the class of the model, and the closest match.
     """
     lists = {path: layer_lists(model, path) for path in spec.layers}
     absent = [path for path, found in lists.items() if not found]
@@ -67,7 +67,7 @@ def check_spec(model: Any, spec: ArchitectureSpec) -> None:
 
 
 def _check_block(model: Any, layer: nn.Module, block: AttentionSpec | FeedForwardSpec) -> None:
-    """Check that a layer has all that makes up a block."""
+    """Check that a layer has all modules of a block."""
     if isinstance(block, FeedForwardSpec):
         parts, modules = [block.up, block.down, *([block.gate] if block.gate else [])], [block.activation]
     else:
@@ -91,7 +91,7 @@ def _has(layer: nn.Module, block: AttentionSpec | FeedForwardSpec) -> bool:
 
 
 def _unnamed(layer: nn.Module, block: AttentionSpec | FeedForwardSpec, spec: ArchitectureSpec) -> list[str]:
-    """The modules of a layer that have heads as an attention block would, but are named by no block of the spec."""
+    """The modules of a layer that look like attention but are named by no block of the spec."""
     if isinstance(block, FeedForwardSpec):
         return []
     named = [other.module for other in spec.attentions]
@@ -99,7 +99,7 @@ def _unnamed(layer: nn.Module, block: AttentionSpec | FeedForwardSpec, spec: Arc
 
 
 def _lists_besides(model: Any, known: list[str]) -> list[str]:
-    """The paths of a model's lists of layers that are neither these nor inside of them."""
+    """The paths of a model's lists of layers other than the `known` ones and those inside them."""
     inside = tuple(f"{name}." for name in known)
     names = [name for name, module in body(model).named_modules() if isinstance(module, nn.ModuleList) and name not in known]
     return sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in names if not f"{name}.".startswith(inside)})

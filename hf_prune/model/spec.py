@@ -1,4 +1,4 @@
-"""The vocabulary in which a model family is described."""
+"""The data classes that describe a model family."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """One projection: a module path relative to the layer, and which of `parts` equal shares of its outputs is meant.
+    """One projection: a module path relative to the layer, and the index of the part if its outputs pack several equal `parts`.
 
-    `Part("attn.c_attn", 1, 3)` is the key in GPT-2's packed query-key-value projection, where all queries come first, then all
-    keys, then all values. Where the shares are `interleaved`, as in GPT-NeoX, each head has its query, key and value side by side.
+    `Part("attn.c_attn", 1, 3)` is the key in GPT-2's packed query-key-value projection: first all queries, then all keys, then all
+    values. If the parts are `interleaved`, as in GPT-NeoX, the query, key and value of each head are side by side.
     """
 
     path: str
@@ -24,7 +24,7 @@ class Part:
     interleaved: bool = False
 
     def rows(self, size: int, width: int) -> Tensor:
-        """Which of a module's `size` outputs are the projection's when a unit has `width` of them, ascending, `[size / parts]`."""
+        """The projection's rows among the module's `size` outputs, ascending, `[size / parts]`, if a unit has `width` of them."""
         rows = torch.arange(size, device="cpu")
         if self.interleaved:
             return rows.view(size // (self.parts * width), self.parts, width)[:, self.index].flatten()
@@ -39,13 +39,13 @@ class AttentionSpec:
         module: path, relative to the layer, of the module whose `forward` computes attention.
         query, key, value, output: its projections, paths relative to the layer.
         head_size: name of the attribute of `module` that holds the width of one head.
-        sizes: attributes of `module` that must follow the number of heads: `"heads"` for the number itself, `"width"` for
-            heads times head size, `"groups"` for how many query heads share a key and value head.
-        after: modules of `module` that it applies to what its output projection returns, in this order.
-        residual_norm: LayerNorm of `module` that it applies in the end to that plus its own input, `""` for none.
-        extra: other projections of `module` with rows for every head, where it has them (DeBERTa's of positions).
-        position_bias: whether a bias for every head of the stock model is handed to `forward`: `"taken"`, `"passed on"` to the
-            next layer by returning it as the second output, or `""`.
+        sizes: attributes of `module` that depend on the number of heads: `"heads"` for the number itself, `"width"` for heads times
+            head size, `"groups"` for how many query heads share a key and value head.
+        after: submodules of `module` that it applies to the result of its output projection, in this order.
+        residual_norm: LayerNorm of `module` that it finally applies to that plus its own input, `""` for none.
+        extra: optional further projections of `module` with rows for every head (DeBERTa's positions).
+        position_bias: whether `forward` receives a bias with an entry for every head of the stock model: `"taken"`, `"passed on"`
+            (also returned as the second output, for the next layer), or `""`.
         optional: some models of the family have no such block (cross-attention).
     """
 
@@ -70,7 +70,7 @@ class FeedForwardSpec:
     Attributes:
         up, down, gate: its projections, paths relative to the layer.
         activation: path, relative to the layer, of the activation function.
-        optional: some models of the family have no such block (but another of those that the family lists).
+        optional: some models of the family have no such block (but another one that the spec lists).
     """
 
     up: Part
@@ -85,17 +85,17 @@ class ArchitectureSpec:
     """A model family.
 
     Attributes:
-        model_types: the `config.model_type` values it serves.
+        model_types: the values of `config.model_type` of the family.
         layers: the module lists that hold the layers, relative to the base model (`"encoder.layer"`); a `*` stands for every
             member of a list of lists.
-        attentions, feed_forwards: the blocks of a layer. A layer need not have each of them, but some layer has, unless a block is
+        attentions, feed_forwards: the blocks of a layer. Each is in some layer, though not necessarily in all, unless it is
             `optional`.
-        depths: for families whose layers only add to what they are given (pre-norm), feed-forward last: the config attributes that
-            hold how many layers each of `layers` has. A layer without blocks can then go. Default: every layer stays.
-        depths_when: values that config attributes, where they exist, must have for `depths` to hold.
-        widths: for each of `layers`, the config attributes that hold the size of every block alike, by what `config.hf_prune` calls
-            the size; `head_dim` beside `num_attention_heads` where the width of a head does not follow from their number. A model
-            whose sizes they can say is an ordinary one. Default: the config has no say.
+        depths: for families whose layers only add to their input (pre-norm), feed-forward last: the config attributes with the
+            number of layers in each of `layers`. Layers without blocks can then be removed. Default: every layer stays.
+        depths_when: values that config attributes, if they exist, must have for `depths` to apply.
+        widths: for each of `layers`, name of a size in `config.hf_prune` → the config attribute that holds it for all blocks alike;
+            `head_dim` beside `num_attention_heads` if the width of a head is independent of their number. A model whose sizes these
+            attributes can express is an ordinary one. Default: none.
     """
 
     model_types: tuple[str, ...]

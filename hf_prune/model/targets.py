@@ -29,21 +29,21 @@ ModuleNames = str | list[str] | None
 
 
 def computed(module: nn.Module) -> str:
-    """Which of a layer's weight and bias is no parameter but computed from others, in words; `""` if neither is.
+    """A message if a layer's weight or bias is not a parameter but computed from others; `""` if neither is.
 
-    So do `torch.nn.utils.parametrize`, `torch.nn.utils.prune` and weight norm, of which wav2vec2 makes use. Zeros that are written
-    into such a tensor are gone with the next forward.
+    `torch.nn.utils.parametrize`, `torch.nn.utils.prune` and weight norm, which wav2vec2 uses, do that. Zeros written into such a
+    tensor are lost in the next forward pass.
     """
     layer = base_layer(module)
     for name in ("weight", "bias"):
         if name not in layer._parameters and getattr(layer, name, None) is not None:
             sources = [key for key, _ in layer.named_parameters() if any(step.startswith(name) for step in key.split("."))]
-            return f"its {name} is no parameter but computed from {', '.join(sources)}"
+            return f"its {name} is not a parameter but computed from {', '.join(sources)}"
     return ""
 
 
 def computed_part(parts: Iterable[Projection]) -> str:
-    """Which projection of a block has a weight or bias that is [`computed`], in words; `""` if none has."""
+    """A message if a projection of a block has a weight or bias that is [`computed`]; `""` if none has."""
     found = ((part.name, computed(part.module)) for part in parts)
     return next((f"of {name}: {reason}" for name, reason in found if reason), "")
 
@@ -53,13 +53,13 @@ class Target:
     """A parameter seen as a matrix: a weight as `[out, in]`, a bias as `[out, 1]`.
 
     Attributes:
-        name: the parameter's name in the model, without what PEFT adds to it.
+        name: the parameter's name in the model, without PEFT's additions.
         module_name: the name of its module.
         parameter: the parameter itself; under LoRA that of the base layer.
         transposed: the parameter is stored `[in, out]`.
         kernel_first: a convolution is flattened to `[out, kernel·in]` instead of `[out, in·kernel]`, so that neighbouring columns
             are neighbouring inputs.
-        adapter: the LoRA adapter that adds to the parameter.
+        adapter: the LoRA adapter of the parameter, if any.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Target:
     adapter: Adapter | None = None
 
     def value(self) -> Tensor:
-        """What the layer computes with, in the parameter's shape: the parameter, or under LoRA the merged weight."""
+        """The parameter, or under LoRA the merged weight, in the parameter's shape."""
         return self.parameter.detach() if self.adapter is None else self.adapter.merged()
 
     def weight(self) -> Tensor:
@@ -78,7 +78,7 @@ class Target:
         return self.matrix(self.value())
 
     def gradient(self) -> Tensor:
-        """Its gradient as `[out, in]`: under LoRA with a frozen parameter an estimate; zero where it took no part in the loss."""
+        """Its gradient as `[out, in]`: an estimate under LoRA if the parameter is frozen; zero if it did not affect the loss."""
         if self.adapter is not None and not self.parameter.requires_grad:
             return self.matrix(self.adapter.gradient())
         gradient = self.parameter.grad
@@ -95,9 +95,9 @@ class Target:
 
         Args:
             kept: bool, of a shape that broadcasts to that of the part.
-            part: from a tensor of the parameter's shape to a view of what is masked.
-            adapted: whether the adapter adds something there.
-            gradients: mask the gradient.
+            part: from a tensor of the parameter's shape to a view of the part to mask.
+            adapted: whether the adapter contributes to that part.
+            gradients: mask the gradient instead of the value.
         """
         tensor = self.parameter.grad if gradients else self.parameter
         if tensor is None:
@@ -154,7 +154,7 @@ def bias_target(name: str, module: nn.Module) -> Target | None:
 
 
 class BlockWeights:
-    """The weights and biases that a block computes with: under LoRA the merged ones, each merged once.
+    """The effective weights and biases of a block: under LoRA the merged ones, each merged once.
 
     Args:
         block: the block.
@@ -188,10 +188,10 @@ class BlockWeights:
 
 
 def named_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, with PEFT and other containers seen through (see `wrappers.py`).
+    """`named_modules`, looking through PEFT and other containers (see `model/wrappers.py`).
 
-    Names are those of the model without adapters. A layer comes together with its adapters, as one module, and what
-    `modules_to_save` names as its active copy. What computes a layer's weight (a parametrization) is a part of the layer.
+    Names are those of the model without adapters. A layer and its adapters are one module, a module that `modules_to_save` names is
+    its active copy, and a parametrization belongs to its layer.
     """
     seen: set[int] = set()
 
@@ -213,9 +213,9 @@ class Weight:
     """A weight that counts, whether or not it can be pruned.
 
     Attributes:
-        name: of its layer; of the parameter where that is not called `weight` (`mlp.experts.down_proj`).
+        name: the name of its layer, or of the parameter if that is not called `weight` (`mlp.experts.down_proj`).
         module: the layer, with its adapters.
-        key: what the layer calls it.
+        key: its attribute name in the layer.
         left_out: why it cannot be pruned, `""` if it can.
     """
 
@@ -225,7 +225,7 @@ class Weight:
     left_out: str = ""
 
     def value(self) -> Tensor:
-        """What the layer computes with, in its own shape; of a weight that can be pruned under LoRA the merged one.
+        """The effective weight in its own shape: under LoRA the merged one, if it can be pruned.
 
         Raises:
             ValueError: the layer has an adapter other than a plain LoRA one.
@@ -242,11 +242,11 @@ class Weight:
 
 
 def weights(model: Any) -> Iterator[Weight]:
-    """Yield every weight that sparsity is counted over, each once: of linear and convolutional layers, and what is like one.
+    """Yield every weight that counts for sparsity, each once: those of linear and convolutional layers, and similar ones.
 
-    A parameter of another module, of two dimensions or more, counts too (experts, routers), since it is multiplied with what flows
-    through the model, and is left out of pruning. Tables do not count: embeddings, and parameters of one row, such as the positions
-    of ViT, `[1, tokens, hidden]`.
+    Parameters of other modules with two or more dimensions count too (experts, routers), since activations are multiplied by them,
+    but are left out of pruning. Lookup tables do not count: embeddings, and parameters of one row, such as the positions of ViT,
+    `[1, tokens, hidden]`.
     """
     seen: set[object] = set()
     for name, module in named_layers(model):
@@ -256,7 +256,7 @@ def weights(model: Any) -> Iterator[Weight]:
         elif isinstance(layer, nn.Embedding):
             found = []
         else:
-            reason = f"it is held by {type(layer).__name__}, no linear or convolutional layer"
+            reason = f"it belongs to {type(layer).__name__}, which is not a linear or convolutional layer"
             own = {key: getattr(layer, key) for key in (*layer._parameters, *getattr(layer, "parametrizations", ()))}
             found = [
                 Weight(name if key == "weight" else f"{name}.{key}".lstrip("."), module, key, reason)
@@ -264,7 +264,7 @@ def weights(model: Any) -> Iterator[Weight]:
                 if value is not None and value.ndim > 1 and len(value) > 1
             ]
         for weight in found:
-            parameter = layer._parameters.get(weight.key)  # what is computed is another tensor each time it is asked for
+            parameter = layer._parameters.get(weight.key)  # a computed weight is a new tensor at each access
             identity = (id(layer), weight.key) if parameter is None else id(parameter)
             if identity not in seen:
                 seen.add(identity)
@@ -272,28 +272,28 @@ def weights(model: Any) -> Iterator[Weight]:
 
 
 def prunable_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `(name, module)` for every layer whose weight can be pruned; a weight that layers share is yielded once."""
+    """Yield `(name, module)` for every layer whose weight can be pruned; a shared weight is yielded once."""
     return ((weight.name, weight.module) for weight in weights(model) if not weight.left_out)
 
 
 def body_prefixes(model: Any) -> tuple[str, ...]:
-    """What the names of the modules of a model's body begin with, for `str.startswith`: the body is what a task head, or a wrapper,
-    holds, `("",)` when the model is a bare body. A wrapper of several transformers models has several."""
+    """The prefixes of module names in a model's body, for `str.startswith`. The body is the model without its task head or wrapper;
+    for a base model, `("",)`. A wrapper of several transformers models has several prefixes."""
     inside: Mapping[str, nn.Module] = transformers_models(model) or {"": contents(bare_model(model))}
     return tuple(f"{name}.{body_prefix(one)}" if name else body_prefix(one) for name, one in inside.items())
 
 
 def selector(model: Any, names: ModuleNames, exclude: ModuleNames, field: str) -> Callable[[str], bool]:
-    """Which names of modules `names` selects; without `names` all that are in the model's body.
+    """A predicate on module names: those that `names` selects; without `names`, all in the model's body.
 
     Args:
         model: the model.
         names: see [`names_module`].
-        exclude: names of modules that are left out.
-        field: where the names come from, for the message.
+        exclude: names of modules to leave out.
+        field: the config field of the names, for the message.
 
     Raises:
-        ConfigError: there are no names to say which of several transformers models is meant.
+        ConfigError: there are several transformers models and no names to choose one.
     """
     if names is None and len(several := transformers_models(model)) > 1:
         example = re.escape(next(iter(several))) + r"\..*"
@@ -310,7 +310,7 @@ def body_weights(model: Any) -> Iterator[Weight]:
     return (weight for weight in weights(model) if weight.name.startswith(body))
 
 
-#: CPU seconds for one regular expression on one name. A few of them take longer than anybody waits.
+#: CPU seconds for one regular expression on one name. Some expressions would take practically forever.
 _SECONDS = 1
 
 
@@ -326,9 +326,7 @@ def names_module(names: ModuleNames, name: str, field: str = "target_modules") -
         try:
             return regex.fullmatch(names, name, timeout=_SECONDS) is not None
         except TimeoutError:
-            allowed = (
-                f"takes more than {_SECONDS} s to compare with {name!r}; write it without repeats of repeats, such as '(a+)+'."
-            )
+            allowed = f"takes more than {_SECONDS} s to match against {name!r}; avoid nested repetition, such as '(a+)+'."
             raise ConfigError(field, names, allowed) from None
     return any(name == item or name.endswith(f".{item}") for item in names)
 
@@ -337,7 +335,7 @@ def check_names(names: ModuleNames, known: list[str], field: str, model_type: st
     """Raise unless every expression or list item matches one of the `known` module names.
 
     Raises:
-        ConfigError: something matches nothing; names the closest module, or what the family `model_type` calls it.
+        ConfigError: an item matches nothing; names the closest module, or that module's name in the family `model_type`.
     """
     for item in [names] if isinstance(names, str) else [[entry] for entry in names or ()]:
         if not [name for name in known if names_module(item, name, field)]:
@@ -357,7 +355,7 @@ def check_names(names: ModuleNames, known: list[str], field: str, model_type: st
 
 
 def _renamed(text: str, model_type: str) -> str | None:
-    """`text` with the name at its end as the family calls it, if it is another family's: `query` for `q_proj` in BERT."""
+    """`text` with a last component from another family replaced by this family's name: `query` for `q_proj` in BERT."""
     tail, own = re.search(r"\w+$", text), SPECS.get(model_type)
     if tail is None or own is None:
         return None
@@ -371,7 +369,7 @@ def _renamed(text: str, model_type: str) -> str | None:
 
 
 def _roles(spec: ArchitectureSpec) -> list[tuple[str, str]]:
-    """What the projections of a family's blocks do, and their paths below a layer."""
+    """The roles of the projections in a family's blocks, and their paths in a layer."""
     parts = [
         (role, getattr(block, role))
         for blocks, roles in ((spec.attentions, ("query", "key", "value", "output")), (spec.feed_forwards, ("up", "gate", "down")))

@@ -1,8 +1,8 @@
-"""Units: what lives or dies together, as blocks laid over matrices.
+"""Units: weights that are kept or removed together, as blocks of matrices.
 
-A [`View`] is a grid of equal blocks over (some rows of) a parameter; a [`UnitGroup`] ties views whose blocks, counted row by row,
-are the same units: an attention head is a block of rows in query, key and value and a block of columns in the output projection.
-Criteria, allocation and masks know units only; which units a pattern makes is the business of `pruning/patterns.py`.
+A [`View`] is a grid of equal blocks over (some rows of) a parameter; a [`UnitGroup`] combines views whose blocks, numbered row by
+row, belong to the same units: an attention head is a block of rows in query, key and value and a block of columns in the output
+projection. Criteria, allocation and masks deal only with units; `pruning/patterns.py` decides which units a pattern has.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .targets import Target, bias_target, weight_target
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A grid of `height`×`width` blocks over a target's matrix; block number = unit number, row by row.
+    """A grid of `height`×`width` blocks over a target's matrix; blocks, and so units, are numbered row by row.
 
     Attributes:
         target: the parameter.
-        height, width: of a block.
-        rows: those of the matrix that the grid lies over, by default all. Neighbours may lie apart, as the rows of a head do in a
+        height, width: the size of a block.
+        rows: the rows of the matrix that the grid covers, by default all. They need not be contiguous, as those of a head in a
             packed projection; a slice is masked in place, through a view.
     """
 
@@ -41,7 +41,7 @@ class View:
 
     @cached_property
     def num_rows(self) -> int:
-        """How many rows the grid lies over."""
+        """The number of rows that the grid covers."""
         if isinstance(self.rows, slice):
             return len(range(*self.rows.indices(self.target.shape[0])))
         return len(self.rows)
@@ -54,7 +54,7 @@ class View:
         return matrix[self.rows].reshape(rows, height, columns, width)
 
     def spread(self, kept: Tensor) -> Tensor:
-        """From units to elements. `kept`: bool `[units]`. Returns bool `[out, in]`, True in rows that are not the view's."""
+        """From units to elements. `kept`: bool `[units]`. Returns bool `[out, in]`, True in rows outside of the view."""
         rows, height, columns, width = self.grid
         matrix = torch.ones(self.target.shape, dtype=torch.bool, device=kept.device)
         matrix[self.rows] = kept.view(rows, 1, columns, 1).expand(self.grid).reshape(rows * height, columns * width)
@@ -62,7 +62,7 @@ class View:
 
     @property
     def owns_rows(self) -> bool:
-        """Whether a unit holds whole rows of the target, that is outputs of its own."""
+        """Whether a unit holds whole rows of the target, that is, whole outputs."""
         return self.width == self.target.shape[1]
 
     @property
@@ -77,9 +77,9 @@ class View:
 
     @cached_property
     def adapters(self) -> tuple[View, ...]:
-        """The views of LoRA matrices whose units go with these: rows of B with whole rows, columns of A with whole columns.
+        """The views of LoRA matrices that are masked with these units: rows of B for whole rows, columns of A for whole columns.
 
-        Where a unit holds neither, the matrices stay as they are, and there is none.
+        Empty if a unit holds neither; the matrices then stay as they are.
         """
         adapter, name = self.target.adapter, self.target.module_name
         if adapter is None:
@@ -96,8 +96,8 @@ class View:
     def apply(self, kept: Tensor, gradients: bool = False) -> None:
         """Zero the blocks of units that are not kept, in place, in the target or in its gradient.
 
-        Nothing of the size of the parameter is made, except for convolutions, shards, rows that lie apart, and under LoRA: `kept`
-        is broadcast over the blocks.
+        It allocates nothing of the parameter's size, except for convolutions, shards, rows that are not contiguous, and under LoRA:
+        `kept` is broadcast over the blocks.
 
         Args:
             kept: bool `[units]`.
@@ -124,12 +124,12 @@ class UnitGroup:
     """Units that are ranked together locally: the blocks of one weight, the heads of one attention block.
 
     Attributes:
-        name: the module or block it stands for.
-        weights: views whose elements count, in score and in sparsity.
-        biases: views that follow: the bias of a removed row goes with it.
-        n_of_m: `(n, m)` when at most n of every m neighbouring units may go (N:M), else None.
-        block: the block whose heads or neurons these units are parts of; `""` when each unit stands for itself.
-        unit_axis: `"rows"` or `"columns"` when a head or neuron is gone as soon as all units in its row or column of this grid are.
+        name: the name of the module or block.
+        weights: views whose elements count in score and sparsity.
+        biases: views that are masked along with them: the bias of a removed row.
+        n_of_m: `(n, m)` if at most n of every m neighbouring units may be removed (N:M), else None.
+        block: the block whose heads or neurons these units are parts of; `""` if units are independent.
+        unit_axis: `"rows"` or `"columns"` if removing all units in a row or column of this grid removes its head or neuron.
     """
 
     name: str
@@ -147,7 +147,7 @@ class UnitGroup:
 
     @property
     def unit_size(self) -> int:
-        """Weights a unit holds."""
+        """Number of weights of a unit."""
         return sum(view.height * view.width for view in self.weights)
 
     @property
@@ -162,24 +162,24 @@ class UnitGroup:
 
     @property
     def size(self) -> int:
-        """Weights the group holds."""
+        """Number of weights of the group."""
         return self.num_units * self.unit_size
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return self.weights[0].target.parameter.device
 
     @property
     def max_removable(self) -> int:
-        """The largest number of units the pattern lets go."""
+        """The largest number of units that the pattern allows to remove."""
         return self.num_units * self.n_of_m[0] // self.n_of_m[1] if self.n_of_m else self.num_units
 
     def reduce(self, elements: Callable[[Target], Tensor], how: str, views: Iterable[View] | None = None) -> Tensor:
-        """From elements to units: one number a unit over all its views. Returns `[units]`, float32 at least.
+        """From elements to units: one number per unit over all its views. Returns `[units]`, float32 at least.
 
         Args:
-            elements: the quantity of a target, `[out, in]`, or `[out, 1]` where it belongs to whole rows.
+            elements: the quantity of a target, `[out, in]`, or `[out, 1]` if it belongs to whole rows.
             how: `"mean"`, `"sum"`, `"l2"` or `"max"`.
             views: some of the group's views; default its weights.
         """
@@ -202,16 +202,16 @@ class UnitGroup:
 
 
 def whole_scores(groups: Sequence[UnitGroup], scores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Scores and sizes of what can go as a whole: heads and neurons where units are parts of them, else the units themselves.
+    """Scores and sizes of whole heads and neurons if units are parts of them, else of the units themselves.
 
-    The largest score of a line decides when all of it is gone, and the first line to go takes the head with it.
+    A row or column is removed once its largest score is low enough, and the first row or column to be removed removes its head.
 
     Args:
         groups: the groups of one rule.
         scores: unit scores, `[units]` each.
 
     Returns:
-        Scores and weights held, `[heads and neurons]` each.
+        Scores and numbers of weights, `[heads and neurons]` each.
     """
     whole: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}

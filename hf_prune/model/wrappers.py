@@ -1,9 +1,9 @@
-"""Models inside other things: what is trained and saved as one is often more than the transformers model that is pruned.
+"""Models inside wrappers: the object that is trained and saved is often more than the transformers model that is pruned.
 
-Wrappers come in three kinds, in any nesting. Containers that only pass calls on (DDP, `torch.compile`, `PeftModel`) are seen
-through: modules have the names that they have without. Modules that hold a transformers model beside others (a SentenceTransformer,
-a module of one's own) stay: the transformers model is their body, as it is under a task head, and names begin at the wrapper.
-Objects that hold such a module as an attribute (a SetFitModel, a `pipeline`) stand for it. Nothing here knows a library by name.
+Wrappers come in three kinds, nested in any way. Containers that only forward calls (DDP, `torch.compile`, `PeftModel`) are
+transparent: modules have the same names as without them. Modules that hold a transformers model among others (a
+SentenceTransformer, a custom module) are kept: the transformers model is their body, as under a task head, and names start at the
+wrapper. Objects with such a module as an attribute (a SetFitModel, a `pipeline`) stand for it. No library is referred to by name.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if dist.is_available():
 
 
 def bare_model(model: Any) -> nn.Module:
-    """The module that is trained: of an object that is none, the one it holds; inside DDP and `torch.compile`, where modules have
-    their own names. Shards are put back in place, and adapters stay.
+    """The module that is trained: the one inside DDP and `torch.compile`, or the one that an object holds if it is not a module.
+    Shards are put back in place; adapters stay.
 
     Raises:
-        ConfigError: there is no transformers model, or several, in an object that is no module; or the model is in a wrapper
-            that hides weights or gradients.
+        ConfigError: an object that is not a module holds no transformers model, or several; or the model is in a wrapper that hides
+            weights or gradients.
     """
     if type(model).__name__ == "DeepSpeedEngine":
-        raise ConfigError("model", "DeepSpeedEngine", "is trained by DeepSpeed, which shows gradients to no one; use DDP or FSDP2.")
+        raise ConfigError("model", "DeepSpeedEngine", "is trained by DeepSpeed, which does not expose gradients; use DDP or FSDP2.")
     held = model if isinstance(model, nn.Module) else _held(model)
     if dist.is_available() and any(isinstance(module, FullyShardedDataParallel) for module in held.modules()):
-        allowed = "holds weights as flat pieces without rows and columns (FSDP1); use FSDP2 (`fully_shard`, `fsdp_version=2`)."
+        allowed = "holds weights as flat parameters without rows and columns (FSDP1); use FSDP2 (`fully_shard`, `fsdp_version=2`)."
         raise ConfigError("model", "FullyShardedDataParallel", allowed)
     bare: nn.Module = extract_model_from_parallel(held, keep_torch_compile=False)
     for module in bare.modules():
@@ -44,13 +44,13 @@ def bare_model(model: Any) -> nn.Module:
 
 
 def contents(module: nn.Module) -> nn.Module:
-    """What a container that only passes calls on holds: the module in DDP, `torch.compile` or a `PeftModel`. Others as they are."""
+    """The module inside a container that only forwards calls: DDP, `torch.compile`, `PeftModel`; any other module itself."""
     inner: nn.Module = without_peft(extract_model_from_parallel(module, keep_torch_compile=False))
     return module if inner is module else contents(inner)
 
 
 def transformers_models(model: Any) -> dict[str, PreTrainedModel]:
-    """The outermost transformers models in a model, by the names they have there: `{"": model}` if it is one itself."""
+    """The outermost transformers models in a model, by their names in it: `{"": model}` if it is one itself."""
     found: dict[str, PreTrainedModel] = {}
 
     def walk(module: nn.Module, name: str) -> None:
@@ -66,7 +66,7 @@ def transformers_models(model: Any) -> dict[str, PreTrainedModel]:
 
 
 def transformers_model(model: Any) -> Any:
-    """The one transformers model in a model; a module that holds none as it is.
+    """The transformers model in a model; a module without one itself.
 
     Raises:
         ConfigError: there are several; says how to choose.
@@ -80,12 +80,12 @@ def transformers_model(model: Any) -> Any:
 
 
 def listed(models: dict[str, PreTrainedModel]) -> str:
-    """Transformers models for an error: their names with their classes."""
+    """The names and classes of transformers models, for an error message."""
     return ", ".join(f"{name!r} ({type(one).__name__})" for name, one in models.items())
 
 
 def _held(holder: Any) -> nn.Module:
-    """The module with a transformers model that an object has as an attribute.
+    """The module with a transformers model among an object's attributes.
 
     Raises:
         ConfigError: there is none, or there are several.

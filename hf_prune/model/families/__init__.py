@@ -1,4 +1,4 @@
-"""The families hf_prune knows: every `ArchitectureSpec` of the modules here, one a family."""
+"""The families that hf_prune supports: every `ArchitectureSpec` in the modules here, one per family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPECS: dict[str, ArchitectureSpec] = {}
 
 
 def register_architecture(spec: ArchitectureSpec) -> None:
-    """Make a family known under each of its `model_types`; a later registration replaces an earlier one."""
+    """Register a family under each of its `model_types`; a later registration replaces an earlier one."""
     for model_type in spec.model_types:
         SPECS[model_type] = spec
 
@@ -19,7 +19,7 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     """The spec of a family.
 
     Raises:
-        ValueError: the family has none; says how to write one.
+        ValueError: the family has none; explains how to write one.
     """
     if model_type not in SPECS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Decoders: models that go on with a text."""
+"""Decoders: causal language models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders with decoders that attend to them."""
+"""Encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _t5_attention(module: str, optional: bool = False) -> AttentionSpec:
 
 
 def _t5_feed_forwards(name: str) -> tuple[FeedForwardSpec, FeedForwardSpec]:
-    """The plain one, and the gated one of later versions."""
+    """The plain feed-forward block, and the gated one of later versions."""
     down, activation = Part(f"{name}.wo"), f"{name}.act"
     return (
         FeedForwardSpec(up=Part(f"{name}.wi"), down=down, activation=activation, optional=True),
@@ -43,7 +43,7 @@ def _t5_feed_forwards(name: str) -> tuple[FeedForwardSpec, FeedForwardSpec]:
     )
 
 
-#: The first layer of each stack computes a position bias, for all of its heads, and every layer passes it on.
+#: The first layer of each stack computes a position bias for all heads, and every layer passes it on.
 T5 = ArchitectureSpec(
     model_types=("t5",),
     layers=("encoder.block", "decoder.block"),

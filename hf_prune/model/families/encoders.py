@@ -1,4 +1,4 @@
-"""Encoders of text."""
+"""Text encoders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DISTILBERT = ArchitectureSpec(
     widths=({"intermediate_size": "hidden_dim"},),
 )
 
-#: The layers of a group are one layer that is run several times.
+#: The layers of a group are a single layer that is applied several times.
 ALBERT = ArchitectureSpec(
     model_types=("albert",),
     layers=("encoder.albert_layer_groups.*.albert_layers",),

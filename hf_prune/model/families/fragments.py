@@ -1,4 +1,4 @@
-"""What records of several families share."""
+"""Parts that the specs of several families share."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import Any
 
 from ..spec import AttentionSpec, FeedForwardSpec, Part
 
-#: How the config of most families calls the number of neurons.
+#: The name of the number of neurons in the config of most families.
 NEURONS = {"intermediate_size": "intermediate_size"}
-#: The same, and heads whose width is set apart from their number.
+#: The same, for families whose config has a separate head width.
 HEADS = {"num_attention_heads": "num_attention_heads", "head_dim": "head_dim"}
 
 
 def attention(module: str, names: str, **settings: Any) -> AttentionSpec:
-    """Attention with projections of these `names` in `module`: query, key, value and, if it is no other module's, output."""
+    """Attention with projections of these `names` in `module`: query, key, value and, unless another module has it, output."""
     parts = {role: Part(f"{module}.{name}") for role, name in zip(("query", "key", "value", "output"), names.split())}
     return AttentionSpec(module=module, **parts | settings)
 
 
 def packed(path: str, count: int) -> tuple[Part, ...]:
-    """The equal shares of a projection that does the work of several, one after the other."""
+    """The equal parts of a packed projection, one after the other."""
     return tuple(Part(path, index, count) for index in range(count))
 
 
 def bert_like(module: str, names: str, **settings: Any) -> AttentionSpec:
-    """Attention that keeps its size as BERT does."""
+    """Attention whose module stores its sizes like BERT's."""
     sizes = {"num_attention_heads": "heads", "all_head_size": "width"}
     return attention(module, names, head_size="attention_head_size", sizes=sizes, **settings)
 

@@ -1,4 +1,4 @@
-"""Encoders of images and of sound."""
+"""Image and audio encoders."""
 
 from __future__ import annotations
 
