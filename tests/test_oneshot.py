@@ -214,10 +214,12 @@ def test_patterns_inside_a_weight(pattern: str, update: str) -> None:
     settings = {name: PruningConfig(pattern=pattern, criterion="wanda", update=name, target_sparsity=0.5) for name in models}
     reports = {name: prune(model, settings[name], correlated(model, 128)) for name, model in models.items()}
     assert reports[update].sparsity == pytest.approx(0.5, abs=1e-3)
+    if update == "zero":
+        return
     errors = [(module.error, module.error_masked) for module in reports[update].modules if module.error is not None]
-    assert len(errors) == 3 * 6
+    assert len(errors) == 3 * 6 + 1  # the pooler too
     assert all(error <= masked for error, masked in errors)
-    assert update == "zero" or sum(error < masked for error, masked in errors) > 9
+    assert sum(error < masked for error, masked in errors) > 9
 
 
 def test_labels_and_none_score_differently_and_both_work() -> None:
@@ -309,6 +311,7 @@ def test_models_that_cannot_be_changed_are_refused(name: str, model: Any, messag
         ({"pattern": "1x1", "update": "obs"}, "update='obs'.*whole columns"),
         ({"pattern": "layer", "criterion": "obs"}, "criterion='obs'.*leave through inputs"),
         ({"pattern": "1xchannel"}, "criterion='obs'.*leave through inputs"),
+        ({"pattern": "neuron", "keep_zeros": True}, "keep_zeros=True"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -380,3 +383,37 @@ def test_rows_are_taken_until_there_are_tokens_enough(tokens: int, rows: int) ->
 
     assert calibration(model, endless(), None, 0.1, False, 0).number == rows
     assert given <= rows + 32
+
+
+def test_rules_of_several_criteria_and_levels() -> None:
+    """One rule reads gradients, one activations, one measures; 2:4 inside the heads that are left leaves the others gone."""
+    model = tiny_bert()
+    settings = PruningConfig(
+        scope="local",
+        rules=[
+            PruningRule(pattern="head", target_sparsity=0.5, criterion="fisher", update="zero"),
+            PruningRule(pattern="neuron", target_sparsity=0.5),
+            PruningRule(
+                pattern="2:4", target_sparsity=0.5, criterion="wanda", update="sparsegpt", target_modules=["value", "dense"]
+            ),
+        ],
+    )
+    prune(model, settings, correlated(model))
+    for block in sparsity_report(model).blocks:
+        assert block.alive <= block.units / 2
+    for block in find_blocks(model):
+        weight = block.output.module.weight
+        assert int((weight == 0).view(-1, 4).sum(dim=1).min()) >= 2
+        if block.kind == "attention":
+            width = block.unit_width
+            dead = (weight.view(len(weight), -1, width) == 0).all(dim=2).all(dim=0)
+            assert (block.roles["value"].module.weight.view(-1, width, weight.shape[1])[dead] == 0).all()
+
+
+def test_a_weight_outside_the_layers_is_pruned_too() -> None:
+    """The pooler has no place in the chain of layers; its inputs come from the whole model."""
+    model = tiny_bert()
+    report = prune(model, PruningConfig(pattern="1x1", update="sparsegpt", target_sparsity=0.5), correlated(model))
+    (pooler,) = [module for module in report.modules if "pooler" in module.name]
+    assert pooler.error is not None
+    assert 0 < int((model.bert.pooler.dense.weight == 0).sum()) == pooler.units - pooler.units_left

@@ -72,6 +72,8 @@ def at_once(config: PruningConfig) -> PruningConfig:
         if settings.criterion in DECLARED["regrows"]:
             allowed = "learns its scores while a model trains, and nothing trains here; use one that reads weights or data."
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
+    if config.keep_zeros:
+        raise ConfigError("keep_zeros", True, "keeps weights zero while they train; here nothing but units that go becomes zero.")
     inherited: dict[str, Any] = dict.fromkeys(_AT_ONCE)
     rules = [replace(rule, **inherited) for rule in config.rules]
     return replace(config, **_AT_ONCE, rules=rules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from ..pruning.updates import DAMPING, zero
 from ..settings.config import PruningConfig
 from ..settings.errors import ConfigError
 from .calibration import at_once, calibration, check_model
-from .layers import Call, Stream, record
+from .layers import Call, Stream, record, run
 from .report import PrunedModule, PruneReport
 from .sensitivity import Importance, Prediction, divergence, importance, predictions, surprise
-from .walk import Rows, Site, advance, find_site, moments_at, moments_within
+from .walk import Rows, Site, advance, find_site, moments_at, moments_during
 
 #: The share of a token's importance that all tokens have alike: what the model's output does not read today it may tomorrow.
 _EVEN = 0.1
@@ -75,10 +75,10 @@ class _Work:
         bias: nn.Parameter | None = getattr(self.module, "bias", None)
         return bias
 
-    def gone(self, matrix: Tensor, kept: Tensor | None = None) -> Tensor:
-        """What of `matrix` goes when the units `kept` stay, by default those that do; bool `[out, in (+ 1)]`."""
-        gone = ~self.view.spread(self.kept if kept is None else kept)
-        return torch.cat([gone, gone.new_zeros(len(gone), matrix.shape[1] - gone.shape[1])], dim=1)
+    @property
+    def is_solved(self) -> bool:
+        """Whether its units are chosen again, or its weights solved for."""
+        return self.rule.update.reads_second_moments or (isinstance(self.rule.criterion, OBS) and self.view.owns_columns)
 
     def fill(self, matrix: Tensor) -> None:
         """Put a changed weight and bias in place."""
@@ -142,7 +142,7 @@ def prune(
     work = _work(model, rules)
     with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
         before = predictions(model, rows)
-        passes = _Passes(model, rows, work, offload_folder, progress)
+        passes = _Passes(model, rules, rows, work, offload_folder, progress)
         predicted = _choose(model, rules, rows, passes, labels, generator)
         modules = passes.update()
         for rule in rules:
@@ -226,13 +226,14 @@ def _choose(
         passes.cares = importance(model, rows.batches, watched, generator)
         passes.score()
     others = [rule for rule in rules if rule not in measured]
-    if any(rule.criterion.reads_gradients for rule in others):
-        _observe(model, others, rows, labels, generator)
-    elif any(rule.criterion.activations for rule in others):
+    with ExitStack() as stack:
         for rule in others:
-            with rule.seen.calibrating():
-                for batch in rows.batches:
-                    model(**batch)
+            stack.enter_context(rule.seen.calibrating())
+        if any(rule.criterion.reads_gradients for rule in others):
+            _observe(model, others, rows, labels, generator)
+        elif any(rule.criterion.activations for rule in others):
+            for batch in rows.batches:
+                model(**batch)
     predicted = 0.0
     for budget in make_budgets(rules):
         for rule, kept in zip(budget.rules, budget.allocate(1)):
@@ -265,6 +266,7 @@ class _Passes:
 
     Args:
         model: the model.
+        rules: the rules at work.
         rows: the calibration rows.
         work: the weights to be updated.
         folder: where hidden states go.
@@ -274,12 +276,13 @@ class _Passes:
     def __init__(
         self,
         model: PreTrainedModel,
+        rules: list[Rule],
         rows: Rows,
         work: list[_Work],
         folder: str | Path | None,
         progress: Callable[[range], Iterable[int]],
     ) -> None:
-        self._model, self._rows, self.work, self._folder = model, rows, work, folder
+        self._model, self._rules, self._rows, self.work, self._folder = model, rules, rows, work, folder
         #: Module name → what an error of its output costs.
         self.cares: Mapping[str, Importance] = {}
         self.extra_bytes = 0
@@ -306,15 +309,32 @@ class _Passes:
             calls = record(self._model, self._rows.batches, layers, stream)
             for layer, layer_calls in zip(layers, calls):
                 next(self._ticks, None)
-                items = [item for item in self._inside(layer) if isinstance(item.rule.criterion, OBS)]
-                sites, importances = [Site(item.module) for item in items], [self._importance(item) for item in items]
-                found = moments_within(sites, layer, stream, layer_calls, self._rows, importances)
-                for item, (moments, held_out) in zip(items, found):
-                    self._check(item, (moments, held_out), 0)
-                    scale = self._scale(item) / self._rows.number
-                    costs = removal_costs(item.view, item.matrix() * scale.sqrt()[:, None], moments.inputs)
-                    measured, estimated = self._measure(item, moments, costs, probe, dense)
-                    item.rule.criterion.state[item.group.name] = costs * (measured / estimated if estimated > 0 else 1.0)
+
+                def through(
+                    index: int, layer: nn.Module = layer, calls: Sequence[Call] = layer_calls, stream: Stream = stream
+                ) -> None:
+                    stream.replace(index, run(layer, stream[index], calls[index]))
+
+                self._score(through, self._inside(layer), stream.nbytes, probe, dense)
+        self._score(self._run, self._outside(), 0, probe, dense)
+
+    def _score(
+        self, forward: Callable[[int], object], items: Sequence[_Work], streams: int, probe: Rows, dense: Sequence[Prediction]
+    ) -> None:
+        """Score the units of some weights, on batches that `forward` runs."""
+        items = [item for item in items if isinstance(item.rule.criterion, OBS)]
+        sites, importances = [Site(item.module) for item in items], [self._importance(item) for item in items]
+        found = moments_during(forward, sites, self._rows, importances)
+        self._check(items, found, streams)
+        for item, (moments, _) in zip(items, found):
+            scale = self._scale(item) / self._rows.number
+            costs = removal_costs(item.view, item.matrix() * scale.sqrt()[:, None], moments.inputs)
+            measured, estimated = self._measure(item, moments, costs, probe, dense)
+            item.rule.criterion.state[item.group.name] = costs * (measured / estimated if estimated > 0 else 1.0)
+
+    def _run(self, index: int) -> None:
+        """The whole model on a batch."""
+        self._model(**self._rows.batches[index])
 
     def _measure(
         self, item: _Work, moments: Moments, costs: Tensor, probe: Rows, dense: Sequence[Prediction]
@@ -326,7 +346,7 @@ class _Passes:
         old, parameters = item.matrix(), [item.view.target.parameter, *([] if item.bias is None else [item.bias])]
         values = [parameter.detach().clone() for parameter in parameters]
         try:
-            item.fill(item.rule.update.compute(old, moments, item.gone(old, kept)))
+            item.fill(item.rule.update.compute(old, moments, self._gone(item, old, kept)))
             measured = divergence(self._model, probe, dense)
         finally:
             for parameter, value in zip(parameters, values):
@@ -337,6 +357,15 @@ class _Passes:
     def update(self) -> list[PrunedModule]:
         """Go through the layers in order and let the weights that stay make up for those that go."""
         done: dict[str, PrunedModule] = {}
+        if any(item.is_solved for item in self.work):
+            self._solve(done)
+        for rule in {id(item.rule): item.rule for item in self.work}.values():
+            for group, kept in zip(rule.groups, rule.kept):
+                done.setdefault(group.name, PrunedModule(group.name, group.num_units, int(kept.sum())))
+        return list(done.values())
+
+    def _solve(self, done: dict[str, PrunedModule]) -> None:
+        """The pass through the layers; adds what was done to `done`."""
         dense: list[tuple[Stream, list[list[Call]]]] = []
         for layers in self._lists:
             stream = Stream(self._folder)
@@ -355,30 +384,30 @@ class _Passes:
                 at = iter(advance(layer, wanted, layer_dense, [site for site, aim in zip(sites, aims) if aim]))
                 for item, site, aim in zip(items, sites, aims):
                     target = next(at) if aim else None
-                    done[item.group.name] = self._update(item, site, layer, stream, layer_calls, target)
+                    if target is not None or not item.kept.all():
+                        found = moments_at(site, layer, stream, layer_calls, self._rows, target, self._importance(item))
+                        self._check([item], [found], sum(part.nbytes for part in target or ()) + wanted.nbytes + stream.nbytes)
+                        done[item.group.name] = self._update(item, *found, toward_dense=aim)
                 advance(layer, stream, layer_calls)
+        for item in self._outside():
+            found = moments_during(self._run, [Site(item.module)], self._rows, [self._importance(item)])[0]
+            self._check([item], [found], 0)
+            done[item.group.name] = self._update(item, *found)
         next(self._ticks, None)  # the last layer is done
-        for rule in {id(item.rule): item.rule for item in self.work}.values():
-            for group, kept in zip(rule.groups, rule.kept):
-                done.setdefault(group.name, PrunedModule(group.name, group.num_units, int(kept.sum())))
-        return list(done.values())
 
-    def _update(
-        self, item: _Work, site: Site, layer: nn.Module, stream: Stream, calls: Sequence[Call], target: Sequence[Tensor] | None
-    ) -> PrunedModule:
+    def _update(self, item: _Work, moments: Moments, held_out: Moments, toward_dense: bool = False) -> PrunedModule:
         """Choose a group's units again where its criterion can, solve for what stays, and judge that on the rows held out."""
         number, gone = item.group.num_units, int((~item.kept).sum())
-        if not gone and target is None:
-            return PrunedModule(item.group.name, number, number)
-        moments, held_out = self._moments(item, site, layer, stream, calls, target)
         old = item.matrix()
         if isinstance(item.rule.criterion, OBS) and item.view.owns_columns and gone:
             damp = damping(moments.inputs, DAMPING)
-            whole = refit(old, moments, torch.ones(old.shape[1], dtype=torch.bool, device=old.device), damp) if target else old
+            whole = (
+                refit(old, moments, torch.ones(old.shape[1], dtype=torch.bool, device=old.device), damp) if toward_dense else old
+            )
             scaled = whole * self._scale(item).sqrt()[:, None]
             order, _ = elimination(scaled, inverse(moments.inputs, damp), item.view.columns, gone)
             item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
-        removed = item.gone(old)
+        removed = self._gone(item, old, item.kept)
         masked = zero(old, None, removed)
         new = item.rule.update.compute(old, moments, removed)
         judged = held_out if held_out.tokens else moments
@@ -388,36 +417,37 @@ class _Passes:
         item.write(new if updated else masked)
         return PrunedModule(item.group.name, number, number - gone, errors[0], errors[1 if updated else 0], updated)
 
-    def _moments(
-        self,
-        item: _Work,
-        site: Site,
-        layer: nn.Module,
-        stream: Stream,
-        calls: Sequence[Call],
-        target: Sequence[Tensor] | None = None,
-    ) -> tuple[Moments, Moments]:
-        """The moments of a module's inputs, of the rows that count and of those held out.
+    def _gone(self, item: _Work, matrix: Tensor, kept: Tensor) -> Tensor:
+        """What of a weight goes when the units `kept` stay, what other rules take of it included; bool `[out, in (+ 1)]`."""
+        gone = ~item.view.spread(kept)
+        for rule in self._rules:
+            for group, others in zip(rule.groups, rule.kept):
+                for view in group.weights if group is not item.group else ():
+                    if view.target.parameter is item.view.target.parameter:
+                        gone |= ~view.spread(others)
+        return torch.cat([gone, gone.new_zeros(len(gone), matrix.shape[1] - gone.shape[1])], dim=1)
+
+    def _check(self, items: Sequence[_Work], found: Sequence[tuple[Moments, Moments]], streams: int) -> None:
+        """Note the memory that is taken, and raise where something is not finite.
 
         Raises:
-            ConfigError: something that flows there is not finite.
+            ConfigError: something that flows into a module, or out of it, is NaN or infinite.
         """
-        found = moments_at(site, layer, stream, calls, self._rows, target, self._importance(item))
-        self._check(item, found, sum(part.nbytes for part in target or ()) + 2 * stream.nbytes)
-        return found
-
-    def _check(self, item: _Work, found: tuple[Moments, Moments], streams: int) -> None:
-        """Note the memory that is taken, and raise where something is not finite."""
-        held = streams + sum(part.nbytes for part in found)
-        self.extra_bytes = max(self.extra_bytes, held)
-        if not all(bool(torch.isfinite(part.inputs).all() and torch.isfinite(part.targets).all()) for part in found):
-            allowed = f"gives NaN or infinity on the calibration rows, in {item.name!r} or before it."
-            raise ConfigError("model", type(self._model).__name__, allowed)
+        self.extra_bytes = max(self.extra_bytes, streams + sum(part.nbytes for parts in found for part in parts))
+        for item, parts in zip(items, found):
+            if not all(bool(torch.isfinite(part.inputs).all() and torch.isfinite(part.targets).all()) for part in parts):
+                allowed = f"gives NaN or infinity on the calibration rows, in {item.name!r} or before it."
+                raise ConfigError("model", type(self._model).__name__, allowed)
 
     def _inside(self, layer: nn.Module) -> list[_Work]:
         """The work in a layer, in the order in which the layer runs its modules."""
         modules = {module: index for index, module in enumerate(layer.modules())}
         return sorted((item for item in self.work if item.module in modules), key=lambda item: modules[item.module])
+
+    def _outside(self) -> list[_Work]:
+        """The work in no layer."""
+        layers = {module for layers in self._lists for layer in layers for module in layer.modules()}
+        return [item for item in self.work if item.module not in layers]
 
     def _importance(self, item: _Work) -> list[Tensor] | None:
         """What each token of each batch matters for what a module gives; Σᵢ gᵢ², of which a share is spread evenly."""

@@ -6,7 +6,7 @@ the statistics of one of its projections by running it on a stream up to that pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,23 +177,22 @@ def moments_at(
 
 
 @torch.no_grad()
-def moments_within(
-    sites: Sequence[Site],
-    layer: nn.Module,
-    stream: Stream,
-    calls: Sequence[Call],
-    rows: Rows,
-    importance: Sequence[Sequence[Tensor] | None],
+def moments_during(
+    forward: Callable[[int], object], sites: Sequence[Site], rows: Rows, importance: Sequence[Sequence[Tensor] | None]
 ) -> list[tuple[Moments, Moments]]:
-    """The moments of several projections of a layer, of which none changes, with what they give as the target; see [`moments_at`].
+    """The moments of several projections, of which none changes, with what they give as the target; see [`moments_at`].
 
-    The stream is taken behind the layer on the way.
+    Args:
+        forward: runs whatever they are in on the batch of a number.
+        sites: the projections.
+        rows: which tokens count.
+        importance: for each site, see [`moments_at`].
     """
     found = [(_no_moments(site), _no_moments(site)) for site in sites]
     modules = [site.module for site in sites]
-    for index, call in enumerate(calls):
+    for index in range(len(rows.batches)):
         with Taps(modules, modules) as taps:
-            stream.replace(index, run(layer, stream[index], call))
+            forward(index)
         for each, site, weights in zip(found, sites, importance):
             _add(each, site, index, taps.inputs[site.module], taps.outputs[site.module], rows, weights)
     return found
