@@ -1,4 +1,4 @@
-"""`hf-prune`: look at, shrink, measure, describe and publish pruned models from the command line.
+"""`hf-prune`: look at, prune, shrink, measure, describe and publish pruned models from the command line.
 
 Every command takes a folder or a Hub id of a model with any task head, and prints a table, or with `--json` a single JSON object on
 stdout. Exit codes: 0 success, 1 failure, 2 wrong usage.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -73,6 +76,13 @@ Against = Annotated[str | None, typer.Option(help="The dense model; default: a r
 Rows = Annotated[int, typer.Option(min=1, help="Batch size.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Sequence length.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")]
+Data = Annotated[Path, typer.Option(metavar="FILE", help="Text: .txt, .csv, .json or .jsonl.")]
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text-column", help="A column with text; give it twice for pairs. By default the only one, or those of usual names."
+    ),
+]
 Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")]
 Device = Annotated[str, typer.Option(help="Device to measure on, such as cpu or cuda.")]
 
@@ -115,6 +125,64 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     for reason, names in report.left_out.items():
         table.add_row(f"not pruned: {', '.join(names)}", reason)
     show(table, blocks_table(blocks) if blocks else report)
+    return None
+
+
+@app.command()
+def prune(
+    path: Model,
+    out: Out,
+    data: Data,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON file with a PruningConfig.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the weights that goes, instead of --config.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="What is removed together, such as neuron or 2:4. By default heads and neurons, one budget.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="How units are scored. By default obs.")] = None,
+    update: Annotated[str | None, typer.Option(help="What the weights that stay do. By default least_squares.")] = None,
+    text_column: TextColumns = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row. By default what model and tokenizer allow, at most 512.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 16,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows to take, at random. By default enough for 32,768 tokens, at most 2,048.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to prune. By default cuda where there is one, else cpu.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is chosen at random.")] = 0,
+    condense: Annotated[bool, typer.Option(help="Cut out what was pruned, where that can be.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Prune a model without training, from a file of unlabelled text, condense it, and save it with its card."""
+    from .oneshot.calibration import complete
+    from .oneshot.data import calibration_batches, check_file, load_tokenizer
+    from .oneshot.folder import heads_and_neurons, prune_to_folder
+
+    pruning = complete(one_config(config, sparsity, pattern=pattern, criterion=criterion, update=update))
+    folder, device = local(path), device or best_device()
+    check_new_folder(out)
+    check_file(data)
+    check_device(device)
+    model: Any = load(folder)
+    if config is None and pattern is None:
+        pruning = replace(pruning, pattern=None, rules=heads_and_neurons(model))
+    batches = calibration_batches(model, load_tokenizer(folder), data, text_column or (), max_length, batch_size, rows, seed)
+    with Progress(console=stderr, disable=not stderr.is_terminal) as bar:
+        made = prune_to_folder(
+            model.to(device),
+            folder,
+            out,
+            pruning,
+            batches,
+            cut=condense,
+            seed=seed,
+            base_model=path,
+            settings={"data": data.name, "tokens of a row": max(len(batch["input_ids"][0]) for batch in batches)},
+            progress=partial(bar.track, description="pruning"),
+        )
+    if as_json:
+        return emit({"path": str(out), **made.to_dict()})
+    show(made, *left_out(made.left_out), *filter(None, [made.note]), f"Written to {out}.")
     return None
 
 
@@ -318,6 +386,29 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device!r}: must be a device that is available here, such as 'cpu' ({reason}).") from None
 
 
+def one_config(file: Path | None, sparsity: float | None, **settings: str | None) -> PruningConfig:
+    """The config in a file, or that of a sparsity and settings of which some are given; without a pattern for heads.
+
+    Raises:
+        BadParameter: it is not said which, or both are.
+    """
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if (file is None) == (sparsity is None):
+        raise typer.BadParameter("Give --config or --sparsity, one of them.")
+    if file is not None and given:
+        raise typer.BadParameter(f"--{next(iter(given))} goes with --sparsity; write it into the file of --config.")
+    if file is not None:
+        return PruningConfig.from_json_file(file)
+    return PruningConfig.from_dict({"target_sparsity": sparsity, "pattern": "head", **given})
+
+
+def best_device() -> str:
+    """`"cuda"` where there is one, else `"cpu"`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def config_of(folder: Path) -> PruningConfig | None:
     """The config that a model was pruned with, if it was saved."""
     return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
@@ -357,7 +448,7 @@ def saved_to(out: Path, model: PreTrainedModel, before: int | None, left: dict[s
     return None
 
 
-def left_out(left: dict[str, str]) -> list[str]:
+def left_out(left: Mapping[str, str]) -> list[str]:
     """One line for each file that was left out."""
     return [f"Left out: {name}, {reason}." for name, reason in left.items()]
 

@@ -172,7 +172,7 @@ def sandbox(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def provide(call: list[str], sandbox: Path) -> None:
     """Put pruned and condensed models where a command reads what one before it has left."""
-    written = call[3] if call[:2] in (["hf-prune", "condense"], ["hf-prune", "convert"]) else None
+    written = call[3] if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert") else None
     for before, word in pairwise(call):
         if word.startswith("runs/") and before not in ("--output_dir", "--output", "--results") and word != written:
             target = sandbox / word

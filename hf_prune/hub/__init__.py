@@ -5,7 +5,7 @@ from .callback import ModelCardCallback
 from .card import CardFacts, model_card, write_card
 from .push import push_to_hub
 from .reload import MODELING, auto_map, modeling_source
-from .saving import save_made_from
+from .saving import save_made_from, write_made_from
 
 __all__ = [
     "MODELING",
@@ -17,4 +17,5 @@ __all__ = [
     "push_to_hub",
     "save_made_from",
     "write_card",
+    "write_made_from",
 ]

@@ -64,7 +64,7 @@ class CardFacts:
 
     Args:
         model_name: the model's name, for a card without the id of a repository.
-        base_model: id (or path, of which the last part is shown) of the model that training started from.
+        base_model: id (or path, of which the last part is shown) of the model that pruning started from.
         dataset: id on the Hub of the data that the metrics are of; without it they are in the card but not in its metadata.
         dataset_name: its display name; by default the id and the config.
         dataset_config, dataset_split: as `load_dataset` takes them.
@@ -72,6 +72,8 @@ class CardFacts:
         metrics_before, metrics: of the dense model and of this one, without `eval_`.
         metric: the one that plots show; by default the first that is not a loss.
         training: settings of the run to list.
+        calibration: what to list of a model that `prune()` pruned, without training; empty for one that was pruned while it was
+            trained.
         history: `step`, with `sparsity`, `reached_sparsity`, `target_sparsity` and metrics where they were logged.
         comparison: a [`Comparison`] as a dictionary.
 
@@ -91,6 +93,7 @@ class CardFacts:
     metrics: dict[str, float] = field(default_factory=dict)
     metric: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     comparison: dict[str, Any] | None = None
 
@@ -198,8 +201,9 @@ def model_card(
         dataset_name=_dataset_name(facts),
         dataset_split=facts.dataset_split,
         pictures=[{"path": path, "caption": caption} for path, caption in (pictures or {}).items()],
-        rules=_rule_rows(config),
+        rules=_rule_rows(config, "update" if facts.calibration else "schedule"),
         training=facts.training,
+        calibration=facts.calibration,
         blocks=original_blocks(stock),
         modules=report.modules,
         versions=_versions(),
@@ -376,13 +380,14 @@ def _metric_rows(facts: CardFacts) -> list[dict[str, str]]:
     return rows
 
 
-def _rule_rows(config: PruningConfig | None) -> list[list[str]]:
+def _rule_rows(config: PruningConfig | None, how: str) -> list[list[str]]:
+    """The rules of a config; `how` is the setting that says how it was pruned."""
     rows = []
     for name, rule in (config.resolved_rules() if config else {}).items():
         target = f"score at most {rule.threshold}" if rule.scope == "threshold" else f"{rule.target_sparsity:g}"
         modules = rule.target_modules or "all that the pattern fits"
         shown = modules if isinstance(modules, str) else ", ".join(modules)
-        cells = [name, str(rule.pattern), target, rule.criterion, rule.scope, rule.schedule, shown]
+        cells = [name, str(rule.pattern), target, rule.criterion, rule.scope, getattr(rule, how), shown]
         rows.append([as_text(cell) for cell in cells])
     return rows
 

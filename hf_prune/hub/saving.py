@@ -33,10 +33,28 @@ def save_made_from(
     """
     facts = CardFacts.load(source)
     facts.comparison = None  # it was measured on the other model
-    facts.model_name = facts.model_name or Path(out).resolve().name
     config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
     with new_folder(out, replace) as folder:
-        left = carry_over(source, folder)
-        model.save_pretrained(folder)
-        write_card(folder, model, config, facts)
+        return write_made_from(model, source, folder, config, facts)
+
+
+def write_made_from(
+    model: PreTrainedModel, source: str | os.PathLike[str], folder: Path, config: PruningConfig | None, facts: CardFacts
+) -> dict[str, str]:
+    """Write a model into an empty folder, with the other files of the one it was made from and a card.
+
+    Args:
+        model: the new model.
+        source: the folder of the old one.
+        folder: the empty one, of the name that the model will have.
+        config: what the new one was pruned with.
+        facts: what its card says beside.
+
+    Returns:
+        What is left out: path in `source` → why.
+    """
+    facts.model_name = facts.model_name or folder.name
+    left = carry_over(source, folder)
+    model.save_pretrained(folder)
+    write_card(folder, model, config, facts)
     return left

@@ -23,14 +23,16 @@ from .walk import Rows
 #: What weights can be solved for in; others are read and written by kernels of their own.
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 #: How many tokens are enough where the number of rows is not given, and how many rows at most.
-_TOKENS = 2**15
-_MOST_ROWS = 2048
+TOKENS = 2**15
+MOST_ROWS = 2048
 #: What a row of no text counts for.
 _PATCHES = 64
 #: Fewer rows say nothing about a layer.
-_FEWEST_ROWS = 8
+FEWEST_ROWS = 8
 #: What in a batch is the answer, not the question.
 _ANSWERS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions", "return_loss"})
+#: What settings that are `"auto"` mean here.
+CHOICES = {"criterion": "obs", "update": "least_squares"}
 #: Settings of a schedule that is over after one step.
 _AT_ONCE: dict[str, Any] = {
     "schedule": "constant",
@@ -62,11 +64,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise ConfigError("model", name, "is attached to a Pruner; call its finish() or release() first.")
 
 
-def at_once(config: PruningConfig) -> PruningConfig:
-    """A config without its schedule, since everything happens at once.
+def complete(config: PruningConfig) -> PruningConfig:
+    """A config with what is chosen here in the place of `"auto"`.
 
     Raises:
-        ConfigError: a criterion learns its scores while training.
+        ConfigError: a setting has a meaning while a model trains alone, or settings do not go together.
     """
     for name, settings in config.resolved_rules().items():
         if settings.criterion in DECLARED["regrows"]:
@@ -74,6 +76,16 @@ def at_once(config: PruningConfig) -> PruningConfig:
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
     if config.keep_zeros:
         raise ConfigError("keep_zeros", True, "keeps weights zero while they train; here nothing but units that go becomes zero.")
+    return config.filled(**CHOICES)
+
+
+def at_once(config: PruningConfig) -> PruningConfig:
+    """A complete config without its schedule, since everything happens at once.
+
+    Raises:
+        ConfigError: see [`complete`].
+    """
+    config = complete(config)
     inherited: dict[str, Any] = dict.fromkeys(_AT_ONCE)
     rules = [replace(rule, **inherited) for rule in config.rules]
     return replace(config, **_AT_ONCE, rules=rules)
@@ -87,7 +99,7 @@ def calibration(
     Args:
         model: the model.
         dataloader: batches as the model's forward takes them, dictionaries of tensors.
-        rows: how many; by default as many as it takes for `_TOKENS` tokens, up to `_MOST_ROWS`. Fewer if there are no more.
+        rows: how many; by default as many as it takes for `TOKENS` tokens, up to `MOST_ROWS`. Fewer if there are no more.
         held_out: the share of rows that is held out.
         labels: whether labels stay in the batches.
         seed: says which rows are held out.
@@ -102,9 +114,9 @@ def calibration(
     parameters = inspect.signature(model.forward).parameters
     batches: list[dict[str, Tensor]] = []
     found = tokens = 0
-    most = _MOST_ROWS if rows is None else rows
+    most = MOST_ROWS if rows is None else rows
     for batch in dataloader:
-        if found >= most or (rows is None and tokens >= _TOKENS):
+        if found >= most or (rows is None and tokens >= TOKENS):
             break
         if not isinstance(batch, Mapping):
             raise ConfigError("dataloader", type(batch).__name__, "must give batches as dictionaries of tensors.")
@@ -124,8 +136,8 @@ def calibration(
         found += len(next(iter(tensors.values())))
         tokens += _count_tokens(tensors)
         batches.append(tensors)
-    if found < _FEWEST_ROWS:
-        raise ConfigError("dataloader", f"{found} rows", f"must give at least {_FEWEST_ROWS} rows.")
+    if found < FEWEST_ROWS:
+        raise ConfigError("dataloader", f"{found} rows", f"must give at least {FEWEST_ROWS} rows.")
     order = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(found, dtype=torch.bool)
     mask[order[: round(held_out * found)]] = True
@@ -142,13 +154,26 @@ def _count_tokens(batch: Batch) -> int:
     return len(next(iter(batch.values()))) * _PATCHES if ids is None else ids.numel()
 
 
+def longest_row(model: PreTrainedModel) -> int | None:
+    """How many tokens a row may have; None where positions have no end."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    others = (
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    )
+    # RoBERTa counts positions from behind that of the padding.
+    paddings = [table.padding_idx for table in others if table.num_embeddings == positions and table.padding_idx is not None]
+    return positions - max((padding + 1 for padding in paddings), default=0)
+
+
 def _check_lengths(model: PreTrainedModel, batch: Batch) -> None:
     """Raise if a batch has ids or positions that the model has not."""
-    ids, config = batch.get("input_ids"), model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    ids = batch.get("input_ids")
     if ids is None:
         return
-    if isinstance(longest, int) and longest > 0 and ids.shape[1] > longest:
+    longest = longest_row(model)
+    if longest is not None and ids.shape[1] > longest:
         allowed = f"are longer than the {longest} positions of {type(model).__name__}; truncate them."
         raise ConfigError("dataloader", f"rows of {ids.shape[1]} tokens", allowed)
     embeddings: Any = model.get_input_embeddings()
