@@ -1,8 +1,9 @@
-"""Condensing: a model with dead heads and neurons becomes a smaller model that computes the same.
+"""Condensing: turn a model with dead heads and neurons into a smaller model that computes the same.
 
-`plan.py` reads what is dead from the zeros in the weights, `resize.py` cuts it out, `layers.py` takes whole layers, `format.py` has
-what the config says of that, and `verify.py` proves that nothing changed; `snapshot.py` puts back what was changed in vain.
-`stock.py` says the sizes in the config of the family where that can be, and `refusal.py` turns stock code away where it cannot.
+`plan.py` finds what is dead from the zeros in the weights, `resize.py` removes it, `layers.py` removes whole layers, `format.py`
+defines how the config records it, and `verify.py` checks that the outputs are unchanged; `snapshot.py` undoes failed changes.
+`stock.py` writes the sizes into the family's own config fields if possible, and `refusal.py` makes stock code refuse the checkpoint
+if not.
 """
 
 from __future__ import annotations
@@ -50,33 +51,33 @@ Model = TypeVar("Model")
 
 
 def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None = None) -> Model:
-    """Remove dead heads, neurons and layers from a model, whoever zeroed them; see [`condense_plan`] for what counts as dead.
+    """Remove dead heads, neurons and layers from a model, however they were zeroed; see [`condense_plan`] for what counts as dead.
 
     Whatever a dead unit still added for every input alike is folded into the bias of the output projection, which gets one if it
     has none, so the smaller model computes what the masked one did (in evaluation, or with attention dropout 0: dropout breaks the
     sum to one that makes a head without values constant). Modes, attention implementation, dtype, device and `requires_grad` are
     kept (but parameters without elements are frozen); parameters of shrunk modules are new objects, so an optimizer has to be made
     anew. So is `model.config`, which may be shared with another model; its `hf_prune` then holds the sizes (see `format.py`).
-    Where all layers have equally much left and the family's own config can say it, that config does, and the model is an ordinary
-    one (`stock.py`).
+    If all layers have the same sizes and the family's config fields can express them, the sizes are written there, and the model is
+    an ordinary one (`stock.py`).
 
-    A layer that has nothing left and only adds to what it is given (pre-norm) goes too, where that is exact; see `layers.py`.
-    `output_hidden_states` then has an entry less: what the removed layer was given. A post-norm layer keeps its LayerNorms.
+    A layer with nothing left that only adds to its input (pre-norm) is removed too, if that is exact; see `layers.py`.
+    `output_hidden_states` then lacks one entry: the input of the removed layer. A post-norm layer keeps its LayerNorms.
 
-    Under LoRA the merged weights say what is dead, and base model and adapters are cut alongside. Adapters saved from then on load
+    Under LoRA the merged weights determine what is dead, and base model and adapters shrink together. Adapters saved later load
     onto the condensed base model (`model.unload()`), which is saved like any other.
 
     Args:
-        model: a transformers model, or what holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a module of your own.
-            The transformers model in it is changed in place, all or nothing; the wrapper's own `save_pretrained` saves it small.
+        model: a transformers model, or an object that holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a custom
+            module. The transformers model in it is changed in place, all or nothing; the wrapper's `save_pretrained` saves it.
         verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch.
-        pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this. Some matrix kernels are
-            slow on widths that are no multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
+        pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this. Some matrix kernels are slow on
+            widths that are not a multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
             on an Intel one with AVX-512 and AMX a neuron costs the same at any width, to within 3 % in float32 and 7 % in bfloat16
             (1024 tokens; `scripts/benchmarks/benchmark_padding.py` measures it). The default keeps none.
 
     Returns:
-        The same model object. Where there was nothing to cut out, a warning says so.
+        The same model object. A warning is logged if there was nothing to remove.
 
     Raises:
         TypeError: not a transformers model.
@@ -87,11 +88,11 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     distributed = isinstance(model, nn.Module) and whole is not model
     if distributed or not isinstance(body, PreTrainedModel):
         raise TypeError(
-            f"model is a {type(model).__name__}; allowed: a transformers PreTrainedModel, or what holds one. "
+            f"model is a {type(model).__name__}; allowed: a transformers PreTrainedModel, or an object that holds one. "
             "Unwrap distributed wrappers first."
         )
     if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
-        raise ValueError("model learns keys and values for every head (prefix tuning), so none can go; condense it without.")
+        raise ValueError("model has learned keys and values for every head (prefix tuning); condense it without them.")
     if is_attached(body):
         raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` or `release()` before condensing it.")
     plan = condense_plan(body, pad_to_multiple_of)
@@ -116,9 +117,9 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
 
 
 def nothing_to_cut(model: PreTrainedModel, pad_to_multiple_of: int | None) -> str:
-    """Why a model whose plan is empty stays as it is, in a sentence."""
+    """A sentence about why a model with an empty plan stays as it is."""
     if pad_to_multiple_of is not None and not condense_plan(model).empty:
-        return f"There is nothing to cut out: pad_to_multiple_of={pad_to_multiple_of} keeps all that is dead."
+        return f"There is nothing to cut out: pad_to_multiple_of={pad_to_multiple_of} keeps all dead neurons."
     return (
         f"There is nothing to cut out: no head, neuron or layer of this {type(model).__name__} is dead. Zeros of other patterns, "
         "such as 2:4 or 1x1, stay in place; see `to_sparse` for what can run them."
@@ -127,13 +128,13 @@ def nothing_to_cut(model: PreTrainedModel, pad_to_multiple_of: int | None) -> st
 
 @torch.no_grad()
 def drop_layers(model: PreTrainedModel) -> list[str]:
-    """Remove the layers that have no living head. What the model computes changes: their feed-forward blocks and norms go too.
+    """Remove the layers without living heads. This changes what the model computes: feed-forward blocks and norms are removed too.
 
-    One layer always stays, and so does one that the stock model makes otherwise than the layer that would come in its place (T5's
-    first has the position bias).
+    At least one layer stays, and so does one that the stock model builds differently from the layer that would replace it (T5's
+    first, with the position bias).
 
     Returns:
-        The names of the layers that went.
+        The names of the removed layers.
 
     Raises:
         ConfigError: layers share their weights.
@@ -162,7 +163,7 @@ def drop_layers(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def fold(plan: BlockPlan) -> None:
-    """Add what the dead units contribute whatever the input to the output bias, in float32 at least."""
+    """Add the constant contribution of dead units to the output bias, in float32 at least."""
     if plan.shift.any():
         output = plan.block.output.layer
         add_bias(output)
@@ -173,7 +174,7 @@ def fold(plan: BlockPlan) -> None:
 
 @contextmanager
 def _zeros_held(plan: CondensePlan) -> Iterator[None]:
-    """Weights that are zero together with their LoRA adapter stay so when both are cut, however the smaller product is rounded."""
+    """Keep merged LoRA weights that are zero exactly zero when both parts shrink, however the smaller product is rounded."""
     adapters = [adapter for block in plan.changed for adapter in block.adapters]
     for adapter in adapters:
         adapter.keep_exact()

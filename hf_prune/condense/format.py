@@ -1,7 +1,7 @@
-"""The format of `config.hf_prune`: what became smaller than the stock model is.
+"""The format of `config.hf_prune`: the sizes in which a model differs from the stock model.
 
-A condensed model whose layers differ keeps its stock config: `num_attention_heads`, `intermediate_size` and the like stay as they
-are. What became smaller is listed beside them, under the config key `hf_prune`:
+A condensed model whose layers differ keeps its stock config: `num_attention_heads`, `intermediate_size` and so on are unchanged.
+The smaller sizes are listed separately, under the config key `hf_prune`:
 
     {
         "version": 1,
@@ -14,24 +14,23 @@ are. What became smaller is listed beside them, under the config key `hf_prune`:
     }
 
 - A layer's name is relative to the base model, so that it is the same under every task head.
-- Inside a layer, a block is named after the module that splits its heads, or after the projection that makes its neurons.
-- Sizes are called as in transformers' `per_layer_config`, the same in every family, and lie between 0 and the stock size.
-- `num_key_value_heads` stands beside `num_attention_heads` in families that may have fewer of them; it divides that number.
-- `heads` lists which heads of the stock model are left, where the layers share a position bias with an entry for each of them.
-- `output_bias: true` says that the block's output projection has a bias, which it has not in the stock model.
+- Inside a layer, a block is named after the module that splits its heads, or after the projection that computes its neurons.
+- Sizes are named as in transformers' `per_layer_config`, the same in every family, and are between 0 and the stock size.
+- `num_key_value_heads` accompanies `num_attention_heads` in families that may have fewer of them; it divides that number.
+- `heads` lists the remaining heads of the stock model, if the layers share a position bias with an entry for each head.
+- `output_bias: true` means that the block's output projection has a bias, unlike in the stock model.
 - A block that is not listed has its stock size.
-- `removed_layers`, beside `layers` and only where there are some, lists by the path of their list which layers of the stock model
-  are gone (`{"layers": [3, 7]}`). The config's own number of layers (and `layer_types`) is that of the layers left, and the names
-  under `layers` count these.
-- `original`, only where all layers agreed and the stock config itself was changed (`stock.py`), has the values that its attributes
-  had in the model that pruning started from (`{"intermediate_size": 3072}`). It is a memory: no size is read from it.
+- `removed_layers`, beside `layers` and only if there are any, lists the removed layers of the stock model by the path of their
+  list (`{"layers": [3, 7]}`). The config's number of layers (and `layer_types`) and the indices in the names under `layers` are
+  those of the remaining layers.
+- `original`, only if all layers agreed and the stock config itself was changed (`stock.py`), has the values of its attributes in
+  the model that pruning started from (`{"intermediate_size": 3072}`). It is informative: no size is read from it.
 
-A model without anything under `layers` is an ordinary one, and its config carries nothing that keeps stock code from loading it.
+A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
 
-Head size never changes. Apart from `heads`, which heads and neurons survived is not recorded: the weights beside the config are
-theirs.
+Head size never changes. Apart from `heads`, it is not recorded which heads and neurons remain: the weights are theirs.
 
-What loading needs of this is also copied into the modelling file that a checkpoint carries, so it uses no other library.
+What loading needs of this module is also copied into the modelling file of a checkpoint, so it uses no other library.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
     Args:
         entry: the value of `config.hf_prune`.
         stock: the blocks of the model.
-        absent: lists of layers that this model has not; what the entry says of them is passed over.
+        absent: lists of layers that this model does not have; entries about them are ignored.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -79,7 +78,7 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
 
 
 def check_removed(removed: Any, left: dict[str, int]) -> None:
-    """Check the entry's `removed_layers`, given how many layers each list has (0: this model is without it, and it is passed over).
+    """Check the entry's `removed_layers`, given the length of each list of layers (0: the model lacks it, so it is ignored).
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -113,7 +112,7 @@ def check_sizes(field: str, sizes: Any, block: Block) -> None:
     """Check the sizes of one block.
 
     Raises:
-        ValueError: they are not those of a block of this kind, or larger than it is.
+        ValueError: they do not fit this kind of block, or exceed its stock size.
     """
     stock = block.sizes
     own = block.own_units
@@ -139,10 +138,10 @@ def check_sizes(field: str, sizes: Any, block: Block) -> None:
 
 
 def check_keys(field: str, value: Any, allowed: Collection[str]) -> None:
-    """Check that a JSON value is an object that has no other keys than these.
+    """Check that a JSON value is an object with only these keys.
 
     Raises:
-        ValueError: it is something else, or has another key; names the allowed key that comes closest.
+        ValueError: it is not an object, or has another key; names the closest allowed key.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{field} is {reprlib.repr(value)}; it must be an object with keys among: {', '.join(allowed)}.")
@@ -159,9 +158,9 @@ def after_condensing(
     """The `config.hf_prune` of a condensed model.
 
     Args:
-        entry: the one it had before, `{}` if it had none.
-        sizes: the blocks that changed, each with its sizes now.
-        removed: the layers that went: indices, in the model as it was, by the path of the list.
+        entry: its previous value, `{}` if there was none.
+        sizes: the blocks that changed, each with its current sizes.
+        removed: the removed layers: indices before the removal, by the path of the list.
     """
     layers = {name: dict(parts) for name, parts in entry.get("layers", {}).items()}
     for block, own in sizes:
@@ -177,17 +176,17 @@ def after_condensing(
 
 
 def present_name(entry: dict[str, Any], layer: str) -> str | None:
-    """What a layer of the stock model is called in the model of this `config.hf_prune`; None if it is gone."""
+    """The name of a layer of the stock model in the model of this `config.hf_prune`; None if it was removed."""
     path = layer.rpartition(".")[0]
     return next(iter(_renumbered({layer: None}, path, entry.get("removed_layers", {}).get(path, []))), None)
 
 
 def without_layers(entry: dict[str, Any], removed: dict[str, list[int]]) -> dict[str, Any]:
-    """The `config.hf_prune` of a model that has lost layers as if the stock model had never had them.
+    """The `config.hf_prune` of a model with removed layers, as if the stock model had never had them.
 
     Args:
-        entry: the one it had before.
-        removed: indices, in the model as it was, by the path of the list.
+        entry: its previous value.
+        removed: the removed layers: indices before the removal, by the path of the list.
     """
     layers, gone = entry.get("layers", {}), dict(entry.get("removed_layers", {}))
     for path, indices in removed.items():
@@ -199,7 +198,7 @@ def without_layers(entry: dict[str, Any], removed: dict[str, list[int]]) -> dict
 
 
 def _renumbered(layers: dict[str, Any], path: str, removed: list[int]) -> dict[str, Any]:
-    """What is said of layers, by their names after the removal of some from the list at `path`."""
+    """The entries of layers, under their names after the removal of some from the list at `path`."""
     said = {}
     for name, parts in layers.items():
         start, _, number = name.rpartition(".")
@@ -211,6 +210,6 @@ def _renumbered(layers: dict[str, Any], path: str, removed: list[int]) -> dict[s
 
 
 def _stock_numbers(indices: list[int], earlier: list[int]) -> list[int]:
-    """The numbers in the stock model of layers of a list that has lost those at `earlier`."""
+    """The indices in the stock model of layers of a list from which those at `earlier` were removed."""
     left = [index for index in range(max(indices) + len(earlier) + 1) if index not in earlier]
     return [left[index] for index in indices]

@@ -1,9 +1,8 @@
-"""Whole layers that do nothing: which of them can go, and their removal from a model and its config.
+"""Removing whole layers without units from a model and its config.
 
-A pre-norm layer without heads and neurons adds a constant to the residual stream. The layer after it cannot take that constant,
-since it normalises what comes in; the feed-forward block before it can, by its output bias. So a layer goes when it adds nothing,
-or when a layer stays before it. What then disappears from `hidden_states` is what the removed layer was given; every other entry is
-as before.
+A pre-norm layer without heads and neurons adds a constant to the residual stream. The next layer cannot absorb the constant, since
+it normalises its input; the previous feed-forward block can, in its output bias. So a layer can be removed if it adds nothing, or
+if a layer before it stays. `hidden_states` then lacks the input of the removed layer; all other entries are unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..settings.errors import ConfigError
 
 
 def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
-    """The lists whose layers can go, with the config attribute that counts each: `{"layers": "num_hidden_layers"}`."""
+    """The lists whose layers can be removed, with the config attribute of their length: `{"layers": "num_hidden_layers"}`."""
     config: Any = getattr(model, "config", None)
     if any(getattr(config, name, value) != value for name, value in spec.depths_when.items()):
         return {}
@@ -28,10 +27,10 @@ def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
 
 
 def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
-    """The config attribute that counts the layers of each list, whether or not they can go without a trace.
+    """The config attribute with the length of each list of layers, whether or not removing them preserves the outputs.
 
     Raises:
-        ConfigError: layers share their weights, so there is no list to take one from.
+        ConfigError: layers share their weights, so none can be removed alone.
     """
     if not _countable(spec):
         families = ", ".join(sorted(name for name, known in SPECS.items() if _countable(known)))
@@ -47,17 +46,18 @@ def _countable(spec: ArchitectureSpec) -> bool:
 
 
 def outline(layer: nn.Module) -> dict[str, type]:
-    """What a layer is made of: the stock classes of its modules by their names."""
+    """The structure of a layer: module name → stock class."""
     return {name: getattr(module, "stock_class", type(module)) for name, module in layer.named_modules()}
 
 
 def removable(constants: Sequence[Tensor | None], outlines: Sequence[object]) -> list[int]:
-    """Which layers of a list can go, ascending.
+    """The indices of the layers of a list that can be removed, ascending.
 
     Args:
-        constants: what each layer adds whatever it is given; None for a layer that computes something.
-        outlines: what each layer is made of. After the removal the n-th layer must be made as the n-th is now, for so the stock
-            model makes it when it is loaded: the first layers of T5 (its position bias) and of ModernBERT (without a norm) stay.
+        constants: what each layer adds for every input; None for a layer that computes something.
+        outlines: the structure of each layer, see [`outline`]. After the removal the n-th layer must have the structure that the
+            n-th has now, since the stock model is built that way when it is loaded: the first layers of T5 (with the position bias)
+            and of ModernBERT (without a norm) stay.
     """
     staying = list(range(len(constants)))
     for index, constant in enumerate(constants):
@@ -69,11 +69,11 @@ def removable(constants: Sequence[Tensor | None], outlines: Sequence[object]) ->
 
 
 def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[str, list[int]]) -> None:
-    """Remove layers, renumber the others (a cache finds them by `layer_idx`), and count them in the config.
+    """Remove layers, renumber the others (caches use `layer_idx`), and update their number in the config.
 
     Args:
-        model: changed in place.
-        spec: its family's.
+        model: the model; changed in place.
+        spec: the spec of its family.
         removed: indices by the path of the list.
     """
     for path, indices in removed.items():
@@ -96,22 +96,22 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
 
 
 def name_decoder_depth(config: Any, spec: ArchitectureSpec) -> None:
-    """Say how many layers the decoder has under the name by which `get_text_config` looks for it, and so `generate` for its cache.
+    """Set the decoder's number of layers under the name that `get_text_config`, and so the cache of `generate`, reads.
 
-    T5 has another name for it, under which nobody looks, so its cache has as many layers as its encoder.
+    T5 has a different name for it, which is not read, so its cache would have as many layers as the encoder.
     """
     if config.is_encoder_decoder:
         config.decoder_layers = getattr(config, layer_counts(spec)[spec.layers[-1]])
 
 
 def owner_of(model: PreTrainedModel, path: str) -> nn.Module:
-    """The module that has the list of layers at `path`."""
+    """The module that holds the list of layers at `path`."""
     owner: nn.Module = body(model).get_submodule(path.rpartition(".")[0])
     return owner
 
 
 def without_inputs(outputs: dict[str, Tensor], removed: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Outputs of a model by their dotted names, without the hidden states that removed layers were given, the others renumbered."""
+    """Outputs of a model by their dotted names, without the hidden states before removed layers, the others renumbered."""
     for path, indices in removed.items():
         own = f"{path.partition('.')[0]}_hidden_states"
         key = own if any(f".{own}." in name for name in outputs) else "hidden_states"

@@ -1,7 +1,7 @@
-"""Checkpoints that older tools pruned: their tensors are smaller than their config says, and transformers 5 refuses them.
+"""Checkpoints pruned by older tools: their tensors are smaller than their config says, and transformers 5 refuses them.
 
 transformers 4 removed heads with `prune_heads` and listed them in the config as `pruned_heads`; CoFi (Xia et al. 2022) and others
-save smaller tensors and nothing else. In both, what is left of each block can be read from the shapes of the tensors.
+save smaller tensors and nothing else. Either way the size of each block can be read from the shapes of the tensors.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def convert_v4_pruned_heads(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a transformers 4 checkpoint with `pruned_heads`, or any whose heads and neurons are fewer than its config says.
+    """Load a transformers 4 checkpoint with `pruned_heads`, or any checkpoint with fewer heads or neurons than its config says.
 
-    The model is like one that [`condense`] made: `save_pretrained` writes a checkpoint that loads with hf_prune and without.
+    The result is like a model from [`condense`]: `save_pretrained` writes a checkpoint that loads with and without hf_prune.
 
     Args:
         pretrained_model_name_or_path: a folder or a model id.
         kwargs: for `from_pretrained` (`revision`, `dtype`, `token`, …).
 
     Returns:
-        A model of the class that the config names, in evaluation mode. Where there was nothing to convert, a warning says so.
+        A model of the class that the config names, in evaluation mode. A warning is logged if there was nothing to convert.
 
     Raises:
-        ValueError: the family has no architecture spec, a tensor is smaller in another way (CoFi's hidden sizes), a block is
-            missing as a whole (CoFi then leaves out its LayerNorm too, which no stock model does), the config does not say which
-            heads are left where the family needs to know (T5, MPNet), or the checkpoint lacks a tensor of the model.
+        ValueError: the family has no architecture spec, a tensor is smaller in another way (CoFi's hidden sizes), a whole block is
+            missing (CoFi then skips its LayerNorm too, which no stock model does), the config does not tell which heads are left
+            although the family needs it (T5, MPNet), or the checkpoint lacks a tensor of the model.
     """
     model, changed = converted(pretrained_model_name_or_path, **kwargs)
     if not changed:
@@ -56,7 +56,7 @@ def converted(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: A
     cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
 
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)  # its report of what does not fit is what is wanted here
+    transformers.logging.set_verbosity(logging.ERROR)  # its report of mismatched tensors is what we need
     try:
         with readable(pretrained_model_name_or_path):
             stock, seen = cls.from_pretrained(
@@ -81,14 +81,14 @@ def converted(pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: A
 
 
 def _pruned_heads(entry: Any) -> dict[int, list[int]]:
-    """What a config's `pruned_heads` says: layer → heads that are gone.
+    """A config's `pruned_heads`: layer → removed heads.
 
     Raises:
-        ConfigError: it is of another form.
+        ConfigError: it has another form.
     """
     fits = isinstance(entry, dict) and all(str(layer).isdecimal() and isinstance(heads, list) for layer, heads in entry.items())
     if not fits:
-        allowed = "must be an object: by the number of each layer, the heads that are gone, such as {'0': [1, 3]}."
+        allowed = "must be an object: layer index → removed heads, such as {'0': [1, 3]}."
         raise ConfigError("pruned_heads", entry, allowed)
     return {int(layer): heads for layer, heads in entry.items()}
 
@@ -98,10 +98,10 @@ def _names(parts: Iterable[Projection]) -> set[str]:
 
 
 def _check_shapes(blocks: list[Block], shapes: Shapes, stock: Shapes, missing: set[str]) -> None:
-    """Check that only heads and neurons differ: rows of the projections into a block, columns of the one out of it.
+    """Check that only heads and neurons differ: rows of a block's input projections, columns of its output projection.
 
     Raises:
-        ValueError: names the tensor.
+        ValueError: another tensor differs, which the message names.
     """
     inputs = {name for block in blocks for name in _names(block.inputs)}
     outputs = {f"{block.output.name}.weight" for block in blocks}
@@ -116,8 +116,8 @@ def _check_shapes(blocks: list[Block], shapes: Shapes, stock: Shapes, missing: s
             )
     if gone := sorted(missing & (inputs | outputs)):
         raise ValueError(
-            f"{gone[0]} is not in the checkpoint: a block is missing as a whole. Tools that save such models skip the LayerNorm of "
-            "the block too, which the stock architecture applies, so no equal model of that architecture exists."
+            f"{gone[0]} is not in the checkpoint: a whole block is missing. Tools that save such models skip the LayerNorm of "
+            "the block too, which the stock architecture applies, so there is no equivalent model of that architecture."
         )
 
 
@@ -137,6 +137,6 @@ def _sizes(block: Block, shapes: Shapes, pruned: dict[int, list[int]]) -> dict[s
         if len(sizes["heads"]) != units:
             raise ValueError(
                 f"{block.name} has {units} of {block.num_units} heads in the checkpoint, but config.pruned_heads "
-                f"lists {gone!r} for this layer; which heads are left has to be known, for they share a position bias."
+                f"lists {gone!r} for this layer; it must list the removed heads exactly, since heads share a position bias."
             )
     return sizes

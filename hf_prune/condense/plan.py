@@ -1,4 +1,4 @@
-"""What could go: dead heads and neurons, read from the zeros in the weights, and layers that have none left."""
+"""What can be removed: dead heads and neurons, found from the zeros in the weights, and layers without any left."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .layers import depths, outline, removable
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """What would go from one block.
+    """What would be removed from one block.
 
     Attributes:
         block: the block.
-        dead: which heads or neurons would go, `[units]`.
-        groups: indices of the key and value heads that the heads that stay would read, see `keep_units`; of neurons
-            those that stay.
-        shift: what is to be added to the output bias, `[hidden]`, in float32 at least: what the dead units contribute whatever the
-            input, and what removed layers after this block do.
-        bias: what the output projection adds now, `[hidden]`.
-        adds_bias: the output projection gets a bias for `shift`, which it has not yet.
-        heads: the numbers that the heads that stay have in the stock model, where the config has to name them.
+        dead: the heads or neurons that would be removed, bool `[units]`.
+        groups: indices of the key and value heads that the remaining heads would read, see `keep_units`; for neurons, the
+            remaining ones.
+        shift: what would be added to the output bias, `[hidden]`, in float32 at least: the constant contribution of the dead units,
+            and of removed layers after this block.
+        bias: the current bias of the output projection, `[hidden]`.
+        adds_bias: whether the output projection has no bias yet and needs one for `shift`.
+        heads: the indices of the remaining heads in the stock model, if the config has to list them.
         masked: how many heads are dead but have to stay, because others share their key and value head.
-        left_out: why the block stays as it is, whatever is dead; `""` if it need not.
+        left_out: why the block stays as it is even if units are dead; `""` otherwise.
         adapters: the LoRA adapters of its projections.
     """
 
@@ -51,7 +51,7 @@ class BlockPlan:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What the config says about the block afterwards, see `format.py`."""
+        """The config's entry for the block afterwards, see `format.py`."""
         sizes: dict[str, Any] = dict(zip(self.block.sizes, (len(self.kept), len(self.groups))))
         if self.heads is not None:
             sizes["heads"] = self.heads
@@ -59,7 +59,7 @@ class BlockPlan:
 
     @property
     def kept(self) -> Tensor:
-        """Indices of the heads or neurons that stay, ascending."""
+        """Indices of the remaining heads or neurons, ascending."""
         return (~self.dead).nonzero().flatten()
 
     @property
@@ -85,9 +85,9 @@ class CondensePlan:
     """What [`condense`] would do to a model, block by block.
 
     Attributes:
-        blocks: every block, those of layers that go included.
-        removed: the layers that go as a whole: indices by the path of their list.
-        removed_parameters: how many parameters go with each of them besides those that its blocks lose, by the layer's name.
+        blocks: every block, including those of removed layers.
+        removed: the layers that are removed as a whole: indices by the path of their list.
+        removed_parameters: layer name → parameters removed with the layer, besides those of its blocks.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -96,7 +96,7 @@ class CondensePlan:
 
     @property
     def changed(self) -> list[BlockPlan]:
-        """The blocks that lose something or take over a constant."""
+        """The blocks that lose units or absorb a constant."""
         return [plan for plan in self.blocks if plan.dead.any() or plan.shift.any()]
 
     @property
@@ -110,14 +110,14 @@ class CondensePlan:
         return sum(plan.parameters for plan in self.blocks) + sum(self.removed_parameters.values())
 
     def entry(self, before: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The `config.hf_prune` of the model after this plan. `before`: its entry now; see `format.py` for the format."""
+        """The model's `config.hf_prune` after this plan. `before`: its current value; see `format.py` for the format."""
         changed = [plan for plan in self.changed if plan.dead.any() or plan.adds_bias]
         return after_condensing(before or {}, [(plan.block, plan.sizes) for plan in changed], self.removed)
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """One JSON object a block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of
-        these are dead but share their key and value head with others (`masked`), why it stays as it is (`left_out`, or `""`),
-        `parameters` saved; then one a removed layer, whose `parameters` are those that its blocks do not count."""
+        """One JSON object per block: `layer`, `block`, `unit`, how many it has (`before`) and keeps (`after`), how many of these
+        are dead but share their key and value head with others (`masked`), why it stays as it is (`left_out`, or `""`) and the
+        `parameters` saved; then one per removed layer, whose `parameters` are those that are not in its blocks."""
         rows = [
             {
                 "layer": plan.block.layer,
@@ -150,22 +150,22 @@ class CondensePlan:
 
 @torch.no_grad()
 def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> CondensePlan:
-    """What [`condense`] would remove from a model, without touching it.
+    """What [`condense`] would remove from a model, without changing it.
 
-    A head is dead when its columns of the output projection are all zero, or its value rows are (it then adds a constant, since
-    attention weights sum to one); never because its queries or keys are: such a head still attends, evenly. A neuron is dead when
-    its column of the down projection is zero, or its value is the same for every input. Under grouped-query attention a key and
-    value head goes with the last of its heads; see [`regroup`] for what becomes of the others.
+    A head is dead if its columns of the output projection are all zero, or its value rows are (it then adds a constant, since
+    attention weights sum to one), but not because its queries or keys are: such a head still attends, uniformly. A neuron is dead
+    if its column of the down projection is zero, or its value is the same for every input. Under grouped-query attention a key and
+    value head is removed with the last of its heads; see [`regroup`] for the others.
 
     Args:
-        model: the model, or what holds it (see `model/wrappers.py`).
-        pad_to_multiple_of: keep so many dead neurons that the number left in a block is a multiple of this (or zero).
+        model: the model, or an object that holds it (see `model/wrappers.py`).
+        pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this (or zero).
 
     Raises:
         ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, its
             adapter is not a plain LoRA one, there are several transformers models, or `pad_to_multiple_of` is not a positive whole
-            number. A projection whose weight is computed from others (`torch.nn.utils.prune`, `torch.nn.utils.parametrize`) leaves
-            its block out, with the reason.
+            number. A block with a projection whose weight is computed from others (`torch.nn.utils.prune`,
+            `torch.nn.utils.parametrize`) is left out, with the reason.
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
@@ -188,7 +188,7 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
 def plan_block(block: Block, multiple: int) -> BlockPlan:
     weights, reason = BlockWeights(block), computed_part(block.projections)
     dead = torch.zeros(block.num_units, dtype=torch.bool) if reason else dead_units(block, weights)
-    if block.unit_width == 1:  # the sizes of matrices are what is to be even; a head is wide enough
+    if block.unit_width == 1:  # padding is for the sizes of matrices, and a head is wide enough
         dead[dead.nonzero().flatten()[: -int((~dead).sum()) % multiple]] = False
     kept, groups = regroup(dead, block.units_per_group)
     gone = torch.ones_like(dead)
@@ -209,7 +209,7 @@ def plan_block(block: Block, multiple: int) -> BlockPlan:
 
 
 def _shift(block: Block, weights: BlockWeights, gone: Tensor) -> Tensor:
-    """What the units that go add to the block's output, `[hidden]`, in float32 at least."""
+    """The contribution of the removed units to the block's output, `[hidden]`, in float32 at least."""
     matrix = weights.weight(block.output)
     constant = _fixed_features(block, weights)[0]  # meaningless for features of living units, and for those that are not read
     features = gone.repeat_interleave(block.unit_width).to(matrix.device)
@@ -218,7 +218,7 @@ def _shift(block: Block, weights: BlockWeights, gone: Tensor) -> Tensor:
 
 
 def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[int]]:
-    """Which layers go, by the path of their list; what they add is given, in `plans`, to the last block that stays before them."""
+    """The layers to remove, by the path of their list; in `plans`, their constants are added to the last remaining block before."""
     config: Any = model.config
     spec, removed = spec_for(config.model_type), {}
     for path in depths(model, spec):
@@ -245,9 +245,9 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
 
 
 def _constant(plans: list[BlockPlan], crosses: bool) -> Tensor | None:
-    """What a layer adds whatever it is given, `[hidden]`, if none of its blocks has a unit left, else None.
+    """The constant that a layer adds, `[hidden]`, if none of its blocks has a unit left, else None.
 
-    Cross-attention is left out where a decoder is given no encoder states: its constant counts only if the model always `crosses`.
+    A decoder without encoder states skips cross-attention, so its constant counts only if the model always `crosses`.
     """
     if not plans or any(len(plan.kept) for plan in plans):
         return None
@@ -266,11 +266,11 @@ def _reason(row: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def dead_units(block: Block, weights: BlockWeights | None = None) -> Tensor:
-    """Which heads or neurons add the same to the output for every input, `[units]`; see [`condense_plan`].
+    """The heads or neurons whose contribution to the output is constant, bool `[units]`; see [`condense_plan`].
 
     Args:
         block: the block.
-        weights: its weights, if they have been read already.
+        weights: its weights, if they were already read.
     """
     weights = weights or BlockWeights(block)
     unread = (weights.weight(block.output) == 0).all(0).view(block.num_units, block.unit_width).all(1)
@@ -278,7 +278,7 @@ def dead_units(block: Block, weights: BlockWeights | None = None) -> Tensor:
 
 
 def _fixed_features(block: Block, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-    """What features are if their rows are zero, `[features]`, and which units are just that for every input, `[units]`."""
+    """The values of features whose rows are zero, `[features]`, and the units that have these values for every input, `[units]`."""
     values = {role: (weights.bias(part), (weights.weight(part) == 0).all(1)) for role, part in block.makers.items()}
     if "value" in values:  # attention weights sum to one
         value, zero = (rows.view(block.num_groups, block.unit_width) for rows in values["value"])
@@ -292,12 +292,12 @@ def _fixed_features(block: Block, weights: BlockWeights) -> tuple[Tensor, Tensor
 
 
 def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
-    """Which heads stay, and which key and value heads they read, when every `per_group` heads share one.
+    """The heads to keep, and the key and value heads they read, if every `per_group` heads share one.
 
-    All groups of a block must be equally large. Either each living group keeps as many heads as the largest has living ones, so
-    that some dead heads stay, masked; or each living head gets a copy of its key and value head, which also unties these in
-    further training. Copies are made only when that is the smaller of the two and needs no more key and value heads, that is no
-    larger cache, than the block has.
+    All groups of a block must have the same size. Either each living group keeps as many heads as the largest has living ones, so
+    that some dead heads stay, masked; or each living head gets a copy of its key and value head, which unties these in further
+    training. Copies are made only if that is smaller and needs no more key and value heads, and so no larger cache, than the block
+    has.
 
     Args:
         dead: bool `[heads]`.

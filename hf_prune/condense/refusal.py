@@ -1,12 +1,12 @@
-"""How a condensed checkpoint turns away code that would load it wrongly, and lets in the code that can.
+"""How a condensed checkpoint makes code that would load it incorrectly fail, and lets code load it that can.
 
-Stock transformers makes every layer as the config says. It then finds tensors of other shapes and gives up; but what only has a
-bias more, or is loaded with `ignore_mismatched_sizes=True`, it would load with a warning, and compute something else. So the
-config of such a model names, as `transformers_weights` (the file that `from_pretrained` is to read), no file but what the model
-needs. transformers refuses that before it looks at any tensor, and its error quotes the field. The config itself, and with it the
-tokenizer, loads everywhere.
+Stock transformers builds every layer by the config. It then finds tensors of different shapes and raises an error; but a model that
+only has an additional bias, or is loaded with `ignore_mismatched_sizes=True`, would load with a warning and compute something else.
+So in the config of such a model `transformers_weights` (the file that `from_pretrained` should read) is not a file name but a
+message about what the model needs. transformers refuses it before it reads any tensor, and its error quotes the field. The config
+itself, and with it the tokenizer, loads everywhere.
 
-All of this is copied into the modelling file that a checkpoint carries.
+All of this module is copied into the modelling file of a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import json
 import os
 from typing import Any
 
-#: What transformers quotes.
+#: The message that the error of transformers quotes.
 NEEDED = "none, because this model was condensed with hf_prune and loads only after `pip install hf-prune` and `import hf_prune`"
 NEEDED_OR_REMOTE = f"{NEEDED}, or with `trust_remote_code=True`"
 
 
 def needs_hf_prune(config: Any) -> bool:
-    """Whether a model of this config has sizes that only hf_prune, or the modelling file, can give it."""
+    """Whether a model of this config can only be built by hf_prune or by the modelling file."""
     entry = getattr(config, "hf_prune", None)
     return entry is not None and not (isinstance(entry, dict) and entry.get("layers") == {})
 
 
 def refuse_stock_code(file: str | os.PathLike[str], needed: str) -> None:
-    """Make a `config.json` turn away code that knows neither hf_prune nor the modelling file; doing so again changes nothing."""
+    """Make code without hf_prune and the modelling file refuse a `config.json`; idempotent."""
     with open(file, encoding="utf-8") as reader:
         config = json.load(reader)
     config["transformers_weights"] = needed
@@ -37,6 +37,6 @@ def refuse_stock_code(file: str | os.PathLike[str], needed: str) -> None:
 
 
 def accept(config: dict[str, Any]) -> None:
-    """Take the refusal out of the fields of a config, for code that can load the model; other fields stay."""
+    """Remove the refusal from the fields of a config, for code that can load the model; other fields are unchanged."""
     if str(config.get("transformers_weights", "")).startswith(NEEDED):
         del config["transformers_weights"]

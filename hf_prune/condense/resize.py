@@ -1,7 +1,7 @@
-"""The surgery that gives a model the sizes in its `config.hf_prune`.
+"""Resizing a model to the sizes in its `config.hf_prune`.
 
-What loading needs of this is also copied into the modelling file that a checkpoint carries, so it uses torch, transformers and the
-architecture specs alone.
+What loading needs of this module is also copied into the modelling file of a checkpoint, so it uses only torch, transformers and
+the architecture specs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .format import check_original, check_removed, read_sizes
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
-    """Shrink a model to the sizes in its `config.hf_prune`, on whatever device it is (meta too), before its weights are loaded.
+    """Shrink a model to the sizes in its `config.hf_prune`, on any device (including meta), before its weights are loaded.
 
-    A block that has its size already is left alone, so calling this twice is calling it once. A model that is only part of what
-    was condensed (the decoder of an encoder-decoder) takes the layers that it has.
+    Idempotent: a block that already has its size is left alone. A model that is only part of the condensed one (the decoder of an
+    encoder-decoder) uses the entries of the layers that it has.
 
     Raises:
-        ValueError: the entry is malformed or asks for what the stock model does not have; nothing was changed.
+        ValueError: the entry is malformed or does not fit the stock model; nothing was changed.
     """
     entry = model.config.hf_prune
     lists = {path: layer_lists(model, path) for path in spec.layers}
@@ -47,8 +47,8 @@ def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> Non
     Args:
         block: the block.
         units: indices of heads or neurons, ascending, `[n]` on the CPU.
-        groups: indices of the key and value heads that they read, in equal shares, `[m]`; one that is named twice is doubled.
-            Default: unit `i` reads group `i`.
+        groups: indices of the key and value heads that they read, in equal shares, `[m]`; duplicates are copied. Default: unit `i`
+            reads group `i`.
     """
     groups = units if groups is None else groups
     features, shared = block.features(units), block.features(groups)
@@ -56,7 +56,7 @@ def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> Non
     for part in block.inputs:
         kept = features if part is block.inputs[0] else shared
         modules.setdefault(part.module, {})[part.part] = part.rows[kept]
-    for module, parts in modules.items():  # one part for each of the projections that are packed into the module
+    for module, parts in modules.items():  # one part per projection packed into the module
         rows = torch.empty(sum(map(len, parts.values())), dtype=torch.long, device="cpu")
         for share, kept in parts.items():
             rows[share.rows(len(rows), block.unit_width)] = kept
@@ -70,7 +70,7 @@ def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> Non
 
 
 def adapt_forward(block: Block, heads: int) -> None:
-    """Give an attention module the `forward` it needs with that many heads left, where the stock one would fail."""
+    """Give an attention module a `forward` that works with that many heads left, if the stock one would fail."""
     module = block.module
     mixins: tuple[type, ...] = () if block.own_units is None else (OwnHeads,)
     if heads == 0:
@@ -81,27 +81,27 @@ def adapt_forward(block: Block, heads: int) -> None:
 
 
 def set_own_heads(block: Block, heads: list[int] | None) -> None:
-    """Note which heads of the stock model an attention module has left; None: it need not know."""
+    """Record which heads of the stock model an attention module has left; None if it does not need to know."""
     if heads is not None:
         set_attribute(block.module, "own_heads", heads)
 
 
 def add_bias(layer: Any) -> None:
-    """Give a projection without a bias one of zeros."""
+    """Add a bias of zeros to a projection without one."""
     if not has_bias(layer):
         layer.bias = nn.Parameter(layer.weight.detach().new_zeros(out_features(layer)), requires_grad=layer.weight.requires_grad)
 
 
 def set_attribute(module: Any, name: str, value: Any) -> None:
-    """`setattr`, for attributes that the type of `module` does not declare."""
+    """`setattr` for attributes that the type of `module` does not declare."""
     setattr(module, name, value)
 
 
 def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
     """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay.
 
-    LoRA adapters of the layer, active or not, lose the same outputs of B (inputs of A). A projection that has no inputs left
-    returns its bias, see [`NoInputs`]; parameters without elements are frozen.
+    LoRA adapters of the layer, active or not, keep the same outputs of B (inputs of A). A projection without inputs returns its
+    bias, see [`NoInputs`]; parameters without elements are frozen.
     """
     size = "out_features" if outputs else "in_features"
     if is_adapted(module):
@@ -116,7 +116,7 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
             continue
         dim = 0 if name == "bias" or outputs != stored_in_out else 1
         kept = parameter.detach().index_select(dim, features.to(parameter.device))
-        # one without elements never gets a gradient, which distributed training takes for an error
+        # without elements it never gets a gradient, which distributed training treats as an error
         setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad and kept.numel() > 0))
     if stored_in_out:
         size = "nf" if outputs else "nx"
@@ -126,7 +126,7 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
 
 
 class NoInputs:
-    """The `forward` of a projection without inputs, its bias: Conv1D and ONNX take the shape of no tensor without elements."""
+    """The `forward` of a projection without inputs, which returns its bias: Conv1D and ONNX fail on tensors without elements."""
 
     def forward(self, input: Tensor) -> Tensor:
         module: Any = self
@@ -143,10 +143,10 @@ class NoInputsConv1D(NoInputs, Conv1D):
 
 
 class NoHeads(Adapted):
-    """The `forward` of an attention module that has no head left: stock ones cannot tell the shape of a tensor without elements.
+    """The `forward` of an attention module without heads: stock ones cannot infer the shape of a tensor without elements.
 
-    Returns an empty context, `[batch, tokens, 0]`, or what the output projection makes of it, `[batch, tokens, hidden]`, where the
-    module applies that itself; and attention weights `[batch, 0, tokens, keys]` where eager attention would return them.
+    Returns an empty context, `[batch, tokens, 0]`, or, if the module applies the output projection itself, its result, `[batch,
+    tokens, hidden]`; and attention weights `[batch, 0, tokens, keys]` if eager attention would return them.
     """
 
     config: Any = None
@@ -172,14 +172,14 @@ class NoHeads(Adapted):
         return output, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
 
     def note_length(self, cache: Any, states: Tensor, crosses: bool) -> int:
-        """Enter as many positions into the cache as if there were a head, and return how many it has now.
+        """Add as many positions to the cache as if there were a head, and return how many it has now.
 
-        The model reads the length of the past from the cache, which takes a layer without elements for an empty one.
+        The model reads the length of the past from the cache, which treats a layer without elements as empty.
 
         Args:
-            cache: the model's, for self-attention or for both kinds.
-            states: what stands in for keys and values, `[batch, 1, keys, 1]`.
-            crosses: whether this is cross-attention, whose keys come once.
+            cache: the model's cache, for self-attention or for both kinds.
+            states: a placeholder for keys and values, `[batch, 1, keys, 1]`.
+            crosses: whether this is cross-attention, whose keys are added once.
         """
         if not crosses:
             return int(getattr(cache, "self_attention_cache", cache).update(states, states, self.layer_idx)[0].shape[2])
@@ -190,7 +190,7 @@ class NoHeads(Adapted):
 
 
 class OwnHeads(Adapted):
-    """The `forward` of an attention module that is given a position bias for every stock head: it takes that of its own heads."""
+    """The `forward` of an attention module that receives a position bias for every stock head and selects that of its own."""
 
     own_heads: list[int]
     spec: AttentionSpec

@@ -1,8 +1,8 @@
-"""What a model is made of, held by reference: enough to put back the very same model, at the price of no weight.
+"""Snapshots of a model by reference: enough to restore the very same model without copying any weight.
 
-Changes to a model happen under `all_or_nothing`, trials under `unchanged`. Whatever is raised inside, and wherever (no memory left,
-Ctrl-C), every module has its class, attributes, hooks and mode again, every parameter and buffer is the same object with the same
-storage, and every config says what it said.
+Changes to a model are made under `all_or_nothing`, trials under `unchanged`. Whatever is raised inside (out of memory, Ctrl-C),
+every module gets back its class, attributes, hooks and mode, every parameter and buffer is the same object with the same storage,
+and every config has its old values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 
 class Snapshot:
-    """The modules, parameters, buffers and configs of a model as they are now. No value is copied, so none may change in place."""
+    """The current modules, parameters, buffers and configs of a model. No value is copied, so none may change in place."""
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
@@ -25,12 +25,12 @@ class Snapshot:
         self._owners = [(owner, type(owner), dict(vars(owner)), _dictionaries(owner)) for owner in owners]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for owner, kind, attributes, dictionaries in self._owners:
             owner.__class__ = kind
             vars(owner).clear()
             vars(owner).update(attributes)
-            for name, items in dictionaries.items():  # the same dictionaries: a hook's handle knows the one that it is in
+            for name, items in dictionaries.items():  # the same dictionaries, since a hook's handle refers to the one it is in
                 attributes[name].clear()
                 attributes[name].update(items)
         for tensor, data in self._tensors:
@@ -39,7 +39,7 @@ class Snapshot:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """If the body raises, the model is put back as it was."""
+    """Restore the model if the body raises."""
     snapshot = Snapshot(model)
     try:
         yield
@@ -50,7 +50,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever the body does, the model is put back as it was."""
+    """Restore the model after the body, whatever it does."""
     snapshot = Snapshot(model)
     try:
         yield
@@ -59,7 +59,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def own_configs(model: nn.Module) -> None:
-    """Give a model's modules copies of their configs, so that another model made from the same object keeps what it has."""
+    """Give a model's modules copies of their configs, so that other models that share the config objects are not affected."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, config in _configs_in(module).items():
@@ -67,7 +67,7 @@ def own_configs(model: nn.Module) -> None:
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every config object that a module of a model holds, those inside others included, each once."""
+    """Every config object that a module of a model holds, nested ones included, each once."""
     found: dict[int, PreTrainedConfig] = {}
     waiting = [config for module in model.modules() for config in _configs_in(module).values()]
     while waiting:

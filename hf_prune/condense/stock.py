@@ -1,8 +1,8 @@
-"""Condensed models whose sizes the config of their family can say, and the stock model that pruning started from.
+"""Condensed models whose sizes the config of their family can express, and the stock model that pruning started from.
 
-Where all layers have kept equally much (`scope="local"`), the smaller model is an ordinary one: `intermediate_size` and, where the
-width of a head is set apart from the number of heads, `num_attention_heads` and `num_key_value_heads` say all. Its checkpoint then
-loads with stock classes, in other frameworks too. What is left in `config.hf_prune` is a memory, which stock code passes over.
+If all layers have the same sizes (`scope="local"`), the smaller model is an ordinary one: `intermediate_size` and, if the width of
+a head is independent of the number of heads, `num_attention_heads` and `num_key_value_heads` describe it. Its checkpoint then loads
+with stock classes, in other frameworks too. The rest of `config.hf_prune` is informative, and stock code ignores it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .layers import layer_counts, name_decoder_depth
 
 
 def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
-    """Move the sizes in `config.hf_prune` to the config of the family, if that can say them all; else change nothing.
+    """Move the sizes in `config.hf_prune` to the config of the family, if it can express all of them; else change nothing.
 
-    What can be said is not guessed: the stock model of the new config is made, on the meta device, and has to have the same blocks.
+    This is checked, not assumed: the stock model of the new config, built on the meta device, must have the same blocks.
     """
     entry: dict[str, Any] = model.config.hf_prune
     changed = {name for parts in entry["layers"].values() for sizes in parts.values() for name in sizes}
@@ -45,7 +45,7 @@ def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
 
 
 def sizes_in_config(model: nn.Module, its_blocks: list[Block], spec: ArchitectureSpec, changed: set[str]) -> dict[str, int]:
-    """What the config's attributes would have to be that hold the sizes that `changed`, as `config.hf_prune` calls them.
+    """The new values of the config attributes that hold the sizes in `changed`, named as in `config.hf_prune`.
 
     Empty if two blocks differ, or one has no unit left.
     """
@@ -76,13 +76,13 @@ def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: Archi
 
 
 def _outline(block: Block) -> Hashable:
-    """All that condensing changes in a block."""
+    """Everything that condensing changes in a block."""
     shapes = tuple((tuple(part.layer.weight.shape), has_bias(part.layer)) for part in block.projections)
     return block.layer, block.key, tuple(_sizes(block).items()), shapes
 
 
 def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
-    """The config of the model that a condensed one was made from. A removed layer is taken to be of the type of the one before."""
+    """The config of the model that a condensed one was made from. Removed layers are assumed to have the type of the one before."""
     stock: Any = copy.deepcopy(config)
     entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None
     for name, size in entry.get("original", {}).items():

@@ -1,4 +1,4 @@
-"""Is the smaller model the same model? Everything it puts out, on a batch that exercises every sort of input it takes."""
+"""Verifying that the smaller model is equal: all of its outputs, on a batch that exercises every kind of input."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Outputs = dict[str, Tensor]
 
 
 def implementations(model: PreTrainedModel) -> tuple[str, ...]:
-    """The attention implementations of a model that give the same on any device."""
+    """The attention implementations of a model that give the same results on any device."""
     return ("eager", "sdpa") if model._supports_sdpa else ("eager",)
 
 
 def observe(model: PreTrainedModel, wide: bool = True) -> tuple[Outputs, bool]:
     """Every floating-point output of a model in evaluation mode, hidden states included, eager and sdpa, on `sample_batch`.
 
-    If `wide` it is computed in float64, so that what differs is the model and not the order of its sums: a trained model has
-    activations whose rounding in float32 alone exceeds 1e-5. A model that cannot be computed so (a kernel has no float64, as
-    GPT-2's with `reorder_and_upcast_attn`; a large one may not fit into the device's memory), or gives no finite numbers there (its
-    softmax is in float32, where the mask of a query that sees nothing becomes −inf), is taken as it is, and a warning says so and
-    what then counts as equal. The model is left as it was, without the hooks by which transformers records hidden states.
+    If `wide`, they are computed in float64, so that differences come from the model and not from the order of summation: a trained
+    model has activations whose rounding in float32 alone exceeds 1e-5. If that is impossible (a kernel without float64, as GPT-2's
+    with `reorder_and_upcast_attn`; a model too large for the device's memory), or gives values that are not finite (a softmax in
+    float32, where the mask of a query that attends to nothing becomes −inf), the model's own dtype is used, with a warning that
+    gives the tolerance. The model is left unchanged, without the hooks by which transformers records hidden states.
 
     Returns:
         The outputs, and whether they were computed in float64.
@@ -44,12 +44,12 @@ def observe(model: PreTrainedModel, wide: bool = True) -> tuple[Outputs, bool]:
         return _observe(model), False
     try:
         seen = _observe(model, wide=True)
-    except Exception as error:  # if it is no matter of float64, the model as it is raises it, too
+    except Exception as error:  # if float64 is not the cause, the same error is raised again below
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     else:
         if all(bool(value.isfinite().all()) for value in seen.values()):
             return seen, True
-        reason = "it gives numbers that are not finite"
+        reason = "it gives values that are not finite"
     seen, dtype = _observe(model), str(model.dtype).removeprefix("torch.")
     allowed = max((tolerance(value, model.dtype) for value in seen.values()), default=0.0)
     logger.warning(
@@ -64,7 +64,7 @@ def observe(model: PreTrainedModel, wide: bool = True) -> tuple[Outputs, bool]:
 
 @torch.no_grad()
 def _observe(model: PreTrainedModel, wide: bool = False) -> Outputs:
-    """What a model puts out, if `wide` in float64 where the device has it."""
+    """The outputs of a model, if `wide` in float64 where the device supports it."""
     seen: Outputs = {}
     with unchanged(model):
         model.train(False)
@@ -84,22 +84,22 @@ def compare(before: Outputs, after: Outputs, dtype: torch.dtype) -> None:
     """Check that the outputs of a model with weights of `dtype` agree to within `tolerance`.
 
     Raises:
-        RuntimeError: they do not; names the output that differs most.
+        RuntimeError: they do not; names the output with the largest difference.
     """
     gaps = {name: float((value.double() - after[name].double()).abs().max()) for name, value in before.items()}
-    # `not <=` rather than `>`: a gap that is not a number is a difference too
+    # `not <=` rather than `>`, so that NaN counts as a difference
     wrong = {name: gap for name, gap in gaps.items() if not gap <= tolerance(before[name], dtype)}
     if wrong:
         name = max(wrong, key=lambda name: wrong[name])
         computed = str(before[name].dtype).removeprefix("torch.")
         raise RuntimeError(
             f"the condensed model differs from the masked one by {wrong[name]:.2e} in {name}, computed in {computed}; "
-            f"allowed: {tolerance(before[name], dtype):.2e}. The model was put back as it was."
+            f"allowed: {tolerance(before[name], dtype):.2e}. The model was restored."
         )
 
 
 def tolerance(reference: Tensor, dtype: torch.dtype) -> float:
-    """The largest difference that rounding explains: 1e-5, or eight units in the last place of the largest value if that is more.
+    """The largest difference due to rounding: 1e-5, or eight units in the last place of the largest value if that is more.
 
     That is 1e-5 in float32 for values up to ten; about 0.06 in bfloat16 and 0.008 in float16 for values around one, because a
     folded bias is rounded to the dtype of the weights.
@@ -111,15 +111,15 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     """A ragged, right-padded batch of random inputs, the same on every call, for the arguments that the model's `forward` names.
 
     Args:
-        model: it says what it reads.
-        rows: how many.
-        tokens: length of the first row, at most half of the positions that the model has; the others shrink evenly.
-        shortest: length of the last row. Images and sounds have sizes of their own.
+        model: the model; its `forward` and config determine the inputs.
+        rows: number of rows.
+        tokens: length of the first row, at most half of the model's positions; lengths decrease evenly from row to row.
+        shortest: length of the last row. Images and audio have fixed sizes.
     """
     config = model.config
     classifies = type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     if classifies and config.get_text_config().pad_token_id is None:
-        rows = 1  # a decoder finds the last token of several rows by their padding
+        rows = 1  # a decoder finds the last token of each row by the padding
     generator = torch.Generator().manual_seed(0)
     padding, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))
     tokens = min(tokens, (getattr(config, "max_position_embeddings", None) or 2 * tokens) // 2)
@@ -172,9 +172,9 @@ def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors in nested outputs with their dotted names; caches and the like are passed over."""
+    """Yield the floating-point tensors in nested outputs with their dotted names; caches and the like are skipped."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value.detach()  # `enable_input_require_grads` makes what the embedding gives a leaf, also under `no_grad`
+        yield name, value.detach()  # `enable_input_require_grads` makes the embedding's output a leaf, even under `no_grad`
     elif isinstance(value, dict):
         for key, part in value.items():
             yield from _tensors(f"{name}.{key}", part)

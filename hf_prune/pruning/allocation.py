@@ -1,4 +1,4 @@
-"""Unit scores + budget → the units that go. Exact counts, whatever the scores: ties, zeros and locked units included."""
+"""Unit scores + budget → the units to remove. Counts are exact for any scores, with ties, zeros and locked units."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def allocate(
     caps: Sequence[float] | None = None,
     threshold: float | None = None,
 ) -> list[Tensor]:
-    """Choose the units that go.
+    """Choose the units to remove.
 
     Args:
         groups: the unit groups of one budget.
-        scores: unit scores, `[units]` each; the lowest go first. Under `"global"`, scores per cost.
-        removed: units gone already, bool `[units]` each; they stay gone.
-        sparsity: share of the cost of all units that shall be gone, in `[0, 1]`.
-        scope: `"local"`: each group by itself; `"global"`: all ranked together, counted in their costs; `"threshold"`: whatever
-            scores at most `threshold`, `sparsity` aside.
-        costs: what a unit of each group costs; by default the weights it holds.
-        floors, caps: least and largest share of each group that may be gone, under `"global"` and `"threshold"`; by default none.
+        scores: unit scores, `[units]` each; the lowest are removed first. Under `"global"`, scores per cost.
+        removed: units already removed, bool `[units]` each; they stay removed.
+        sparsity: share of the total cost to remove, in `[0, 1]`.
+        scope: `"local"`: each group separately; `"global"`: all ranked together, counted in their costs; `"threshold"`: all units
+            with scores of at most `threshold`, regardless of `sparsity`.
+        costs: cost of one unit of each group; by default its number of weights.
+        floors, caps: smallest and largest share of each group to remove, under `"global"` and `"threshold"`; by default none.
 
     Returns:
-        Bool `[units]` for each group. The number of units is the one asked for to within one unit (of the group under
-        `"local"`, of the largest size under `"global"`), never less than what is removed already.
+        Bool `[units]` for each group. The number of units is the requested one to within one unit (of the group under `"local"`, of
+        the largest size under `"global"`), and never less than the number already removed.
 
     Raises:
         ValueError: a score is NaN or infinite; names the group.
@@ -74,17 +74,17 @@ def normalize(scores: Sequence[Tensor], how: str) -> list[Tensor]:
 
 
 def most_removable(group: UnitGroup, cap: float) -> int:
-    """How many units of a group may go under a cap. Below one unit a cap has no meaning, so a single unit may go."""
+    """How many units of a group may be removed under a cap. For a group of one unit a cap has no meaning, so it may be removed."""
     return min(int(cap * group.num_units), group.max_removable) if group.num_units > 1 else 1
 
 
 def least_removed(group: UnitGroup, floor: float) -> int:
-    """How many units of a group have to go under a floor: its share to the nearest unit."""
+    """How many units of a group must be removed under a floor: its share, rounded to the nearest unit."""
     return round(floor * group.num_units)
 
 
 def _allowed(group: UnitGroup, score: Tensor, gone: Tensor) -> Tensor | None:
-    """The units that the pattern lets go, None for all."""
+    """The units that the pattern allows to remove, None for all."""
     return None if group.n_of_m is None else candidates(score, group.n_of_m, gone)
 
 
@@ -97,7 +97,7 @@ def _allocate_global(
     floors: Sequence[float],
     caps: Sequence[float],
 ) -> list[Tensor]:
-    """Rank all units together; where that breaks a floor or a cap, take the floors, shut out what is above the caps, rank again."""
+    """Rank all units together; if that breaks a floor or a cap, force the floors, exclude units above the caps, and rank again."""
     numbers = [group.num_units for group in groups]
     budget = sparsity * sum(number * cost for number, cost in zip(numbers, costs))
     least = [max(least_removed(group, floor), count_nonzero(gone)) for group, gone, floor in zip(groups, removed, floors)]
@@ -124,12 +124,12 @@ def _lowest_for_budget(
     """Mark the lowest units whose costs come nearest to the budget, between `least` and `most` units in all.
 
     Args:
-        flat: the scores of all groups in a row, `[units]`.
-        numbers, costs: how many units each group has, and what one of them costs.
+        flat: the scores of all groups, concatenated, `[units]`.
+        numbers, costs: the number of units of each group, and the cost of one of them.
     """
     if len(set(costs)) == 1:
         return list(lowest(flat, min(max(round(budget / costs[0]), least), most)).split(numbers))  # type: ignore[no-untyped-call]
-    # Units differ in cost: walk up the ranking until the budget is met. Ties go by relative position in their group.
+    # Units differ in cost: walk up the ranking until the budget is met. Ties are ordered by relative position in their group.
     positions = torch.cat([torch.arange(number, device=flat.device) / number for number in numbers])
     order = positions.argsort(stable=True)
     order = order[flat[order].argsort(stable=True)]
@@ -141,6 +141,6 @@ def _lowest_for_budget(
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     if max(count, least):
         chosen[order[: min(max(count, least), most)]] = True
-    else:  # the first in line is too dear: the first that comes nearer to the budget than nothing does
+    else:  # the first unit costs too much: take the first that is closer to the budget than none at all
         chosen[order[(prices[order] <= 2 * budget).nonzero().flatten()[: min(most, 1)]]] = budget > 0
     return list(chosen.split(numbers))  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""What is seen of a model's layers: weights and gradients as they are now, activations as sums over tokens.
+"""Statistics of a model's layers: current weights and gradients, and sums of activations over tokens.
 
-Criteria and updates name what they read; this is the one place that takes it, while a model trains and while it is calibrated.
+Criteria and updates name the statistics that they read; they are collected only here, in training and in calibration.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def gradient(target: Target) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A sum over tokens of something that flows through a layer.
+    """A sum over tokens of a function of a layer's inputs and outputs.
 
     Attributes:
-        shape: of the sum, for a layer.
-        of: what a batch of tokens adds. Its arguments are inputs, `[tokens, in]`, and outputs, `[tokens, out]`, in float32.
-        every_step: whether it is taken at each step. What is as large as a weight is taken only within [`WINDOW`] steps before
-            a mask update, so that most checkpoints do without it.
+        shape: target → shape of the sum.
+        of: the contribution of a batch, a function of inputs, `[tokens, in]`, and outputs, `[tokens, out]`, in float32.
+        every_step: whether it is collected at each step. Statistics as large as a weight are collected only within [`WINDOW`] steps
+            before a mask update, so that most checkpoints do not contain them.
     """
 
     shape: Callable[[Target], tuple[int, ...]]
@@ -46,7 +46,7 @@ class Statistic:
     every_step: bool = True
 
 
-#: Optimizer steps before a mask update in which large statistics are taken.
+#: Optimizer steps before a mask update in which large statistics are collected.
 WINDOW = 16
 
 #: Name → statistic. `second_moments` is Σ x·xᵀ over tokens, `[in, in]`.
@@ -62,15 +62,15 @@ STATISTICS: dict[str, Statistic] = {
 
 
 class Activations:
-    """Statistics of activations, gathered by forward hooks.
+    """Statistics of activations, collected by forward hooks.
 
-    Padding does not count; evaluation and the recomputation of gradient checkpointing are ignored. Sums are those of the tokens
-    that this process has seen since the last reset. They are summed over processes, so that each token counts once, when a mean or
-    the state is asked for, which all processes have to do together.
+    Padding does not count; evaluation and the recomputation of gradient checkpointing are ignored. Sums are over the tokens that
+    this process has seen since the last reset. Reading a mean or the state sums them over processes, so that each token counts
+    once; this is collective, so all processes have to do it.
 
     Args:
-        model: what runs.
-        wanted: name of a statistic → the weights whose layers are watched.
+        model: the model.
+        wanted: name of a statistic → the weights whose layers are observed.
     """
 
     def __init__(self, model: nn.Module, wanted: Mapping[str, Iterable[Target]]) -> None:
@@ -78,7 +78,7 @@ class Activations:
         self._tokens_seen: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._calibrating = self._large = False
-        #: The outermost model in whose forward this is, where that counts.
+        #: The outermost model whose forward pass is running, if that pass counts.
         self._forward_of: nn.Module | None = None
         self._tokens: Tensor | None = None
         by_module: dict[str, list[tuple[str, Target]]] = {}
@@ -99,7 +99,7 @@ class Activations:
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Inside, forwards count whatever mode the model is in, and large statistics are taken."""
+        """A context in which forward passes count in training and evaluation mode, and large statistics are collected."""
         before = self._calibrating, self._large
         self._calibrating = self._large = True
         try:
@@ -125,23 +125,23 @@ class Activations:
 
     @property
     def is_large(self) -> bool:
-        """Whether some statistic is not taken at every step."""
+        """Whether some statistic is not collected at every step."""
         return any(not STATISTICS[key.partition("/")[0]].every_step for key in self._sums)
 
     def next_update_in(self, steps: int) -> None:
-        """Say how many steps are left to the next mask update: large statistics are taken when it is near."""
+        """Announce the number of steps to the next mask update: large statistics are collected shortly before it."""
         self._large = self._calibrating or 0 < steps <= WINDOW
 
     def keep(self) -> None:
-        """The optimizer makes its step: what was seen counts."""
+        """Accept what was seen since the last step: the optimizer takes its step."""
         self._kept = self._snapshot()
 
     def discard(self) -> None:
-        """The optimizer skips its step: forget what was seen since the last one."""
+        """Discard what was seen since the last step: the optimizer skips its step."""
         self._sums, self._tokens_seen = dict(self._kept[0]), dict(self._kept[1])
 
     def reset(self) -> None:
-        """Begin anew, after a mask update."""
+        """Start again from zero, after a mask update."""
         self._sums = {key: torch.zeros_like(value) for key, value in self._sums.items()}
         self._tokens_seen = {key: torch.zeros_like(value) for key, value in self._tokens_seen.items()}
         self.keep()
@@ -153,13 +153,13 @@ class Activations:
         self._handles.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Sums and tokens over all processes; what has seen nothing is left out."""
+        """Sums and numbers of tokens over all processes; statistics without tokens are left out."""
         tokens = {key: summed(value) for key, value in self._tokens_seen.items()}
         seen = [key for key, value in tokens.items() if value]
         return {f"{key}/sum": summed(self._sums[key]) for key in seen} | {f"{key}/tokens": tokens[key] for key in seen}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from the sums over all processes: the first one takes them."""
+        """Resume from the sums over all processes, which the first process takes over."""
         self.reset()
         for key in self._sums:
             if f"{key}/sum" in state and rank() == 0:
@@ -195,7 +195,7 @@ class Activations:
             if tokens is not None and inputs.shape[:-1] == tokens.shape:
                 inputs, outputs = inputs[tokens], outputs[tokens]
             inputs, outputs = inputs.flatten(0, -2).float(), outputs.flatten(0, -2).float()
-            # Not in place: what was kept before this step must stay as it was.
+            # Not in place: the sums kept before this step must not change.
             self._sums[key] = self._sums[key] + statistic.of(inputs, outputs)
             self._tokens_seen[key] = self._tokens_seen[key] + len(outputs)
 
