@@ -35,7 +35,7 @@ from ..measure.sparsity import BlockSize, evaluated, original_blocks, sparsity_r
 from ..model import SPECS
 from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
-from ..settings.config import PruningConfig
+from ..settings.config import WHILE_TRAINING, WITHOUT_TRAINING, PruningConfig
 from ..settings.errors import within
 from .files import MODULES_NAME
 
@@ -201,7 +201,7 @@ def model_card(
         dataset_name=_dataset_name(facts),
         dataset_split=facts.dataset_split,
         pictures=[{"path": path, "caption": caption} for path, caption in (pictures or {}).items()],
-        rules=_rule_rows(config, "update" if facts.calibration else "schedule"),
+        rules=_rule_rows(config, trained=not facts.calibration),
         training=facts.training,
         calibration=facts.calibration,
         blocks=original_blocks(stock),
@@ -380,10 +380,11 @@ def _metric_rows(facts: CardFacts) -> list[dict[str, str]]:
     return rows
 
 
-def _rule_rows(config: PruningConfig | None, how: str) -> list[list[str]]:
-    """The rules of a config; `how` is the setting that says how it was pruned."""
+def _rule_rows(config: PruningConfig | None, trained: bool) -> list[list[str]]:
+    """The rules of a config: with their schedule where a model was pruned while it was trained, else with their update."""
     rows = []
-    for name, rule in (config.resolved_rules() if config else {}).items():
+    choices, how = (WHILE_TRAINING, "schedule") if trained else (WITHOUT_TRAINING, "update")
+    for name, rule in (config.filled(**choices).resolved_rules() if config else {}).items():
         target = f"score at most {rule.threshold}" if rule.scope == "threshold" else f"{rule.target_sparsity:g}"
         modules = rule.target_modules or "all that the pattern fits"
         shown = modules if isinstance(modules, str) else ", ".join(modules)

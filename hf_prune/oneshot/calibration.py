@@ -15,7 +15,7 @@ from transformers.utils.generic import TransformersKwargs
 from ..model.attached import is_attached
 from ..model.blocks import is_adapted
 from ..model.sharding import is_sharded
-from ..settings.config import DECLARED, PruningConfig
+from ..settings.config import DECLARED, WITHOUT_TRAINING, PruningConfig
 from ..settings.errors import ConfigError, closest
 from .layers import Batch
 from .walk import Rows
@@ -31,8 +31,6 @@ _PATCHES = 64
 FEWEST_ROWS = 8
 #: What in a batch is the answer, not the question.
 _ANSWERS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions", "return_loss"})
-#: What settings that are `"auto"` mean here.
-CHOICES = {"criterion": "obs", "update": "least_squares"}
 #: Settings of a schedule that is over after one step.
 _AT_ONCE: dict[str, Any] = {
     "schedule": "constant",
@@ -76,7 +74,7 @@ def complete(config: PruningConfig) -> PruningConfig:
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
     if config.keep_zeros:
         raise ConfigError("keep_zeros", True, "keeps weights zero while they train; here nothing but units that go becomes zero.")
-    return config.filled(**CHOICES)
+    return config.filled(**WITHOUT_TRAINING)
 
 
 def at_once(config: PruningConfig) -> PruningConfig:

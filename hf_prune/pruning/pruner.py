@@ -32,7 +32,7 @@ from ..model.attached import attach, detach, is_attached
 from ..model.sharding import differing, is_sharded, rank
 from ..model.targets import Weight, body_prefixes, weights
 from ..model.wrappers import bare_model, contents, transformers_models
-from ..settings.config import PruningConfig
+from ..settings.config import WHILE_TRAINING, PruningConfig
 from ..settings.errors import ConfigError
 from .budget import Budget, make_budgets
 from .plan import PruningPlan, make_plan
@@ -69,7 +69,7 @@ class Pruner:
                 "with `rules`."
             )
         self.model = model
-        self.config = config = config.filled(criterion="snip_momentum", update="zero")
+        self.config = config = config.filled(**WHILE_TRAINING)
         #: Optimizer steps done so far. Set it to start pruning late in a run: the first step then catches up.
         self.steps = 0
         self._skipped = False

@@ -65,6 +65,9 @@ DECLARED: dict[str, set[str]] = {
 }
 #: Updates, by name; the functions are in `pruning/updates.py`.
 UPDATES: set[str] = {"auto", "zero", "bias", "least_squares", "obs", "sparsegpt"}
+#: What `"auto"` stands for: in a `Pruner`, while a model trains, and in `prune()`.
+WHILE_TRAINING: dict[str, str] = {"criterion": "snip_momentum", "update": "zero"}
+WITHOUT_TRAINING: dict[str, str] = {"criterion": "obs", "update": "least_squares"}
 SCOPES: tuple[str, ...] = ("local", "global", "threshold")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "l2", "max")
 NORMALIZATIONS: tuple[str, ...] = ("none", "mean", "l2")
