@@ -672,7 +672,7 @@ def test_failed_verification_brings_layers_back(monkeypatch: pytest.MonkeyPatch)
     state, config = state_of(model), model.config.to_dict()
     remove = condensing.remove_layers
     monkeypatch.setattr(condensing, "remove_layers", lambda model, spec, removed: remove(model, spec, {"encoder.block": [1, 2]}))
-    with pytest.raises(RuntimeError, match="put back"):
+    with pytest.raises(RuntimeError, match="model was restored"):
         condense(model)
     monkeypatch.undo()
     assert model.config.to_dict() == config

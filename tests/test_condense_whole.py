@@ -161,8 +161,8 @@ def test_no_memory_to_verify_in_float64(memory: str, error: type[BaseException],
     with monkeypatch.context() as patch, contextlib.suppress(error):
         patch.setattr(torch.Tensor, "double", limited)
         condense(model)
-        assert error is torch.OutOfMemoryError  # then it is verified in its own dtype
-    assert (everything(model) == before) == (error is not torch.OutOfMemoryError)
+        assert error is not KeyboardInterrupt  # without memory for float64 it is verified in its own dtype
+    assert (everything(model) == before) == (error is KeyboardInterrupt)
 
 
 # ----------------------------------------------------------------------------------------------- shared, copied, pickled, hooked
