@@ -134,7 +134,7 @@ def test_a_finished_pipeline_is_not_run_again(finished: tuple[Path, PipelineResu
     folder, result = finished
     monkeypatch.setattr(torch.optim.AdamW, "step", None)
     assert pipeline(folder).run() == result
-    with pytest.raises(ConfigError, match="stage='distil': was run with other settings for distillation"):
+    with pytest.raises(ConfigError, match="stage='distil': was run with different settings for distillation"):
         pipeline(folder, recipe(distil={"distillation": {"alpha_task": 1.0}})).run()
 
 
@@ -240,10 +240,10 @@ def changed(weight: str) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        (lambda: tiny_bert(seed=1, hidden_dropout_prob=0.1), r"bert\.embeddings.* are others"),
-        (lambda: changed("bert.encoder.layer.1.output.dense.bias"), r"bert\.encoder\.layer\.1\.output\.dense\.bias are others"),
-        (lambda: tiny_bert(), r"config\.hidden_dropout_prob are others"),
-        (lambda: tiny_bert(hidden_dropout_prob=0.1, num_labels=3), r"config\.id2label, .* are others"),
+        (lambda: tiny_bert(seed=1, hidden_dropout_prob=0.1), r"bert\.embeddings.* differ"),
+        (lambda: changed("bert.encoder.layer.1.output.dense.bias"), r"bert\.encoder\.layer\.1\.output\.dense\.bias differ"),
+        (lambda: tiny_bert(), r"config\.hidden_dropout_prob differ"),
+        (lambda: tiny_bert(hidden_dropout_prob=0.1, num_labels=3), r"config\.id2label, .* differ"),
     ],
 )
 def test_another_model_is_refused_where_a_recipe_has_begun(
@@ -262,7 +262,7 @@ def test_a_new_head_is_that_of_the_model_that_a_recipe_began_with(tmp_path: Path
     plan.begin()
     assert not caplog.records
     short(tmp_path, changed("classifier.weight")).begin()
-    assert re.search(r"classifier\.weight are others\. The recipe goes on with the one in .*00-start", caplog.text)
+    assert re.search(r"classifier\.weight differ\. The recipe continues with the one in .*00-start", caplog.text)
     assert_equal(loaded(tmp_path, "start").state_dict(), plan.model.state_dict())
 
 

@@ -265,9 +265,7 @@ def pruned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_config_is_an_error_that_lists_the_fields(restore: bool, pruned_run: Path, tmp_path: Path) -> None:
     config = {"pattern": "4x1", **SCHEDULED, "target_sparsity": 0.8, "frequency": 1}
     trainer = trainer_for(tmp_path, config, restore_callback_states_from_checkpoint=restore)
-    message = (
-        r"checkpoint-4 was written with another config: target_sparsity was 0\.5, is 0\.8; frequency was 2, is 1\. .*allow_config"
-    )
+    message = r"checkpoint-4 was .* a different config: target_sparsity was 0\.5, is 0\.8; frequency was 2, is 1\. .*allow_config"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(pruned_run / "checkpoint-4"))
     Pruner(trainer.model, PruningConfig(pattern="4x1"), total_steps=1)  # nothing stays attached
@@ -408,7 +406,7 @@ class Elsewhere(Trainer):
 
 def test_a_checkpoint_without_the_state_of_the_pruner_is_an_error(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, {"pattern": "4x1"}, kind=Elsewhere, **EVERY_STEP)
-    with pytest.raises(RuntimeError, match="checkpoint of step 1 is not where the Trainer puts checkpoints"):
+    with pytest.raises(RuntimeError, match=r"checkpoint of step 1 is not in .*, where the Trainer puts checkpoints"):
         trainer.train()
 
 
@@ -474,7 +472,7 @@ def test_resuming_from_half_a_checkpoint_is_an_error(pruned_run: Path, tmp_path:
     shutil.copytree(pruned_run / "checkpoint-8", tmp_path / "checkpoint-8")
     shutil.copy(pruned_run / "checkpoint-6" / STATE_NAME, tmp_path / "checkpoint-8" / STATE_NAME)
     trainer = trainer_for(tmp_path, {"pattern": "4x1", **SCHEDULED})
-    with pytest.raises(ValueError, match=rf"checkpoint-8 is not complete: {STATE_NAME} is missing or not the one .* last_complete"):
+    with pytest.raises(ValueError, match=rf"checkpoint-8 is incomplete: {STATE_NAME} is missing or does not .* last_complete"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -499,17 +497,17 @@ def overwritten(path: Path) -> None:
 
 #: What happened to a checkpoint → the runs in which that can be seen, what is said about it, and how it is done.
 DAMAGES: dict[str, tuple[tuple[str, ...], str, Callable[[Path], object]]] = {
-    "weights overwritten": ((PRUNED,), "model.safetensors changed since", lambda p: overwritten(p / "model.safetensors")),
+    "weights overwritten": ((PRUNED,), r"was changed after .*model\.safetensors", lambda p: overwritten(p / "model.safetensors")),
     "optimizer overwritten": ((PRUNED, PLAIN), r"optimizer\.pt", lambda p: overwritten(p / "optimizer.pt")),
     "arguments overwritten": ((PRUNED, PLAIN), r"training_args\.bin", lambda p: overwritten(p / "training_args.bin")),
     "the random state of one process": (
         (PLAIN,),
-        r"holds no rng_state_1\.pth: not all processes",
+        r"has no rng_state_1\.pth: not all processes",
         lambda p: (p / "rng_state.pth").rename(p / "rng_state_0.pth"),
     ),
     "no random state of one of four": (
         (PLAIN,),
-        r"holds no rng_state_2\.pth: not all processes",
+        r"has no rng_state_2\.pth: not all processes",
         lambda p: [shutil.copy(p / "rng_state.pth", p / f"rng_state_{rank}.pth") for rank in (0, 1, 3)],
     ),
     **{
@@ -538,7 +536,7 @@ DAMAGES: dict[str, tuple[tuple[str, ...], str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize(("damage", "run"), [(damage, run) for damage, (seen_in, _, _) in DAMAGES.items() for run in seen_in])
-def test_what_is_passed_over_and_why(
+def test_what_is_skipped_and_why(
     damage: str, run: str, runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (7, 8):
@@ -549,7 +547,7 @@ def test_what_is_passed_over_and_why(
     harm(tmp_path / "checkpoint-8")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
     (record,) = caplog.records
-    assert re.match(rf"Passed over a checkpoint: {tmp_path}/checkpoint-8.*{said}", record.getMessage())
+    assert re.match(rf"Skipped a checkpoint: {tmp_path}/checkpoint-8.*{said}", record.getMessage())
 
 
 ENTRIES: list[Any] = [None, [], 8, {"attributes": None}, {"attributes": {"written": 8}}, {"attributes": {"written": {"step": 8}}}]

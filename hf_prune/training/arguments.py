@@ -89,17 +89,17 @@ class DataArguments:
 
 
 def parse_arguments(data_arguments: type, arguments: Sequence[str]) -> tuple[Any, ...]:
-    """From a command line, or from the one JSON or YAML file that it names.
+    """Parse a command line, or the JSON or YAML file that is its only argument.
 
     Args:
-        data_arguments: the script's own dataclass, about its data.
-        arguments: the command line's.
+        data_arguments: the script's dataclass of data arguments.
+        arguments: the arguments of the command line.
 
     Returns:
-        [`ModelArguments`], the script's own, `TrainingArguments`, [`PruningArguments`], [`DistillationArguments`].
+        [`ModelArguments`], `data_arguments`, `TrainingArguments`, [`PruningArguments`], [`DistillationArguments`].
 
     Raises:
-        ConfigError: what was asked for cannot be done.
+        ConfigError: the arguments contradict each other.
     """
     groups: Any = (ModelArguments, data_arguments, TrainingArguments, PruningArguments, DistillationArguments)
     parser = HfArgumentParser(groups)

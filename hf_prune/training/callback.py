@@ -1,4 +1,4 @@
-"""The Trainer's events → the pruner's three moments. `Trainer(..., callbacks=[PruningCallback(config)])` is all a user writes."""
+"""Maps the Trainer's events to the pruner's three calls: `Trainer(..., callbacks=[PruningCallback(config)])`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .checkpoints import (
 
 logger = logging.getLogger(__name__)
 
-#: Part of the name of an optimizer or its class, without underscores → why weights that it trains cannot be pruned.
+#: Substring of an optimizer's name or class, without underscores → why weights that it trains cannot be pruned.
 REFUSED_OPTIMIZERS = {
     "8bit": "it keeps its state in blocks of 8 bits that pruned and kept weights share",
     "4bit": "it keeps its state in blocks of 4 bits that pruned and kept weights share",
@@ -43,24 +43,24 @@ REFUSED_OPTIMIZERS = {
     "schedulefree": "it swaps the weights for an average that holds the values of pruned ones",
 }
 
-#: What of a rule decides which units it has and how they are scored.
+#: The fields of a rule that determine its units and their scores.
 _SCORED_BY = ("pattern", "criterion", "reduction", "target_modules", "exclude_modules")
 
 
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model that a Trainer trains.
 
-    Adds `sparsity` (true zeros in the weights of the model's body, as in the report and the card), `reached_sparsity` (true zeros
-    in the weights that the rules name), `target_sparsity` (what the schedule asks for of these) and, in soft movement pruning,
-    `regularization` (λ) and `penalty` (what it adds to the loss) to all that the Trainer logs, wherever the callback stands among
-    the others. Writes its state and `pruning_config.json` into every checkpoint, from which it resumes:
-    exactly, from any folder. From the checkpoint of a run without the callback, pruning starts where the schedule is by then. A
-    second `train()` on the same model keeps the masks that are there.
+    Adds `sparsity` (share of zeros in the weights of the model's body, as in the report and the card), `reached_sparsity` (share of
+    zeros in the weights that the rules name), `target_sparsity` (what the schedule requests for these) and, for soft movement
+    pruning, `regularization` (λ) and `penalty` (what it adds to the loss) to everything the Trainer logs, whatever the order of the
+    callbacks. Saves its state and `pruning_config.json` in every checkpoint and resumes from it exactly, in any folder. From the
+    checkpoint of a run without the callback, pruning starts at the current point of its schedule. A second `train()` on the same
+    model keeps the existing masks.
 
     Args:
         config: a [`PruningConfig`] or a dictionary with its fields.
-        allow_config_change: resume from a checkpoint that was written with another config. What is pruned stays so; a rule with
-            another pattern, criterion, reduction or choice of modules starts with no scores.
+        allow_config_change: resume from a checkpoint that was written with a different config. Pruned units stay pruned; a rule
+            whose pattern, criterion, reduction or modules changed starts without scores.
     """
 
     def __init__(self, config: PruningConfig | Mapping[str, Any], allow_config_change: bool = False) -> None:
@@ -69,23 +69,23 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.pruner: Pruner | None = None
         #: The files of the last checkpoint; see `record_of`.
         self.written: dict[str, Any] = {}
-        #: Whether the Trainer made this callback from a checkpoint, in the place of the one that it was given.
+        #: Whether the Trainer restored this callback from a checkpoint, replacing the one it was given.
         self.restored = False
         self._between_steps: tuple[TrainingArguments, TrainerState] | None = None
         self._best_competes = False
-        #: The last step of an epoch whose evaluation came before its checkpoint.
+        #: The last step of an epoch, if its evaluation ran before its checkpoint.
         self._evaluated_at: int | None = None
 
     @property
     def between_steps(self) -> bool:
-        """Whether a checkpoint that is written now holds the state of the pruner: from an optimizer step to the next one."""
+        """Whether a checkpoint written now would hold the pruner's state: from one optimizer step until the next begins."""
         return self._between_steps is not None
 
     def state(self) -> dict[str, Any]:
         """What `ExportableState` stores in `trainer_state.json`.
 
-        The Trainer asks for it when all else in a checkpoint is written and nothing older was deleted: the moment to write the
-        tensors. It asks at other times too, but never between two steps.
+        The Trainer calls it after everything else in a checkpoint is written and before older checkpoints are deleted: the moment
+        to write the tensors. It calls it at other times too, but never between two steps.
         """
         if self._between_steps is not None:
             args, state = self._between_steps
@@ -98,7 +98,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         return {"args": given, "attributes": {"written": self.written, "restored": True}}
 
     def check(self, args: TrainingArguments, model: nn.Module, train_dataloader: Any) -> None:
-        """Raise what training would raise before its first step. The model is left as it is.
+        """Raise what training would raise before its first step, without changing the model.
 
         Raises:
             ConfigError: the config does not fit the model or the run.
@@ -111,7 +111,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     # ---------------------------------------------------------------------------------------------------------------- events
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Restoring puts a callback with the checkpoint's config in the place of this one; it shall know what the user asked for.
+        # Restoring replaces this callback by one with the checkpoint's config, which has to know the user's settings.
         args._pruning = (self.config.to_dict(), self.allow_config_change)  # type: ignore[attr-defined]
 
     def on_train_begin(  # type: ignore[override]
@@ -137,7 +137,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         except BaseException:
             self.pruner.release()
             raise
-        # The next save expects an entry, which a checkpoint written without this callback lacks; it names the config of this run.
+        # The next save expects an entry with this run's config; a checkpoint written without this callback has none.
         stored[type(self).__name__] = self.state()
         self._best_competes = (state.best_global_step or 0) >= self.pruner.last_update
         if state.is_world_process_zero:
@@ -154,8 +154,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._between_steps = args, state  # before `on_step_end`, in which other callbacks may save
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # An evaluation draws random numbers. The one at an epoch's end comes after a checkpoint of the epoch's last step, so a run
-        # that is resumed from there would draw others: it comes before, as it does under `eval_strategy="steps"`.
+        # An evaluation draws random numbers. The one at the end of an epoch normally runs after the checkpoint of its last step, so
+        # a run resumed from there would draw different ones. Run it before, as `eval_strategy="steps"` does.
         epoch = float(state.epoch or 0)
         if control.should_save and args.eval_strategy == "epoch" and epoch.is_integer() and args.eval_delay <= epoch:
             control.should_evaluate, self._evaluated_at = True, state.global_step
@@ -165,18 +165,18 @@ class PruningCallback(TrainerCallback, ExportableState):
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # A model below the final sparsity does not compete to be the best: the first one that has it starts the competition.
+        # Models below the final sparsity do not compete for the best model: the first one that reaches it starts the competition.
         if self.pruner is not None and not self._best_competes:
             state.best_metric = None
             self._best_competes = self.pruner.is_finished
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
-            self._state_of_all()  # one process asked for it while it wrote the checkpoint, and waits for the others
+            self._state_of_all()  # collective: the process that writes the checkpoint is waiting for the others
         elif self.written.get("step") != state.global_step:
             raise RuntimeError(
-                f"The checkpoint of step {state.global_step} is not where the Trainer puts checkpoints, in {args.output_dir}, "
-                "so the pruner's state is not in it."
+                f"The checkpoint of step {state.global_step} is not in {args.output_dir}, where the Trainer puts checkpoints, "
+                "so the pruner's state was not saved in it."
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -197,34 +197,35 @@ class PruningCallback(TrainerCallback, ExportableState):
     def _running(self) -> Pruner:
         if self.pruner is None:
             raise RuntimeError(
-                "PruningCallback was not started: on_train_begin did not happen. Pass it to the Trainer as `callbacks`."
+                "PruningCallback was not started: on_train_begin was not called. Pass it to the Trainer in `callbacks`."
             )
         return self.pruner
 
     def _state_of_all(self) -> dict[str, torch.Tensor]:
-        """The pruner's state for a checkpoint in which all processes have written what is theirs.
+        """The pruner's state, once all processes have written their part of the checkpoint.
 
         Raises:
-            RuntimeError: the weights that were written are not those that the last step left.
+            RuntimeError: the saved weights are not those of the last step.
         """
         if regrown := self._running.regrown():
             raise RuntimeError(
                 f"The checkpoint of step {self._running.steps} holds pruned weights that are not zero, in {len(regrown)} modules, "
-                f"first {regrown[0]!r}: something but `optimizer.step()` changes weights, as averaging optimizers and callbacks do."
+                f"first {regrown[0]!r}: something other than `optimizer.step()` changes weights, such as an averaging optimizer or "
+                "callback."
             )
         state = self._running.state_dict()
         wait_for_all()
         return state
 
     def _attached(self, args: TrainingArguments, model: nn.Module, total_steps: int, steps_per_epoch: float | None) -> Pruner:
-        """A pruner for a run, attached to its model."""
+        """A new pruner for a run, attached to its model."""
         _refuse(args)
         pruner = Pruner(model, self.config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         pruner.at_work = self._in_training
         return pruner
 
     def _in_training(self) -> bool:
-        """Whether a Trainer's `train()` that calls this callback is running, on any thread; no event says that it was cut short."""
+        """Whether a `train()` that calls this callback is running, on any thread; no event reports that one was interrupted."""
         for frame in sys._current_frames().values():
             caller: FrameType | None = frame
             while caller is not None:
@@ -235,25 +236,25 @@ class PruningCallback(TrainerCallback, ExportableState):
         return False
 
     def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
-        """Go on from the checkpoint that the Trainer has read.
+        """Resume from the checkpoint that the Trainer has read.
 
         Raises:
-            ValueError: the checkpoint is not whole, or belongs to another config.
+            ValueError: the checkpoint is incomplete, or was written with a different config.
         """
         pruner = self._running
         folder: Path = state.folder  # type: ignore[attr-defined]
         files = written(entry, state.global_step)
         if files is not None and (broken := changed_files(folder, {STATE_NAME: files.get(STATE_NAME, "")})):
             raise ValueError(
-                f"{folder} is not complete: {broken[0]} is missing or not the one that was written with {TRAINER_STATE_NAME}; "
-                "last_complete_checkpoint(output_dir) finds the checkpoint before."
+                f"{folder} is incomplete: {broken[0]} is missing or does not match {TRAINER_STATE_NAME}; "
+                "last_complete_checkpoint(output_dir) finds an earlier one."
             )
         if not (folder / STATE_NAME).is_file():
             pruner.steps = state.global_step
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None  # it is not pruned
             logger.warning(
-                "%s was written without PruningCallback: pruning starts at step %d, where the schedule is at a sparsity of %.4f; "
-                "its last mask update is at step %d.",
+                "%s was written without PruningCallback: pruning starts at step %d, where the schedule requests sparsity %.4f; "
+                "the last mask update is at step %d.",
                 folder,
                 state.global_step,
                 pruner.target_sparsity(),
@@ -263,13 +264,13 @@ class PruningCallback(TrainerCallback, ExportableState):
         differing = _differing_fields(PruningConfig.from_pretrained(folder), self.config)
         if differing and not self.allow_config_change:
             raise ValueError(
-                f"{folder} was written with another config: {'; '.join(differing)}. To go on from it with the new one, pass "
+                f"{folder} was written with a different config: {'; '.join(differing)}. To resume from it with the new one, pass "
                 "PruningCallback(config, allow_config_change=True)."
             )
         self._load(folder)
 
     def _load(self, folder: Path) -> None:
-        """Take over masks, scores and all else that belongs to the model of a checkpoint, as far as it fits the config."""
+        """Load masks, scores and the rest of a checkpoint's pruner state, as far as they fit the config."""
         saved, state = PruningConfig.from_pretrained(folder), load_state(folder)
         rules, before = self.config.resolved_rules(), saved.resolved_rules()
         for name in before:
@@ -279,10 +280,10 @@ class PruningCallback(TrainerCallback, ExportableState):
 
 
 def _with_metrics(stock: Callable[..., None], trainer: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """Let everything that a Trainer with a [`PruningCallback`] logs carry the pruner's metrics.
+    """Add the pruner's metrics to everything that a Trainer with a [`PruningCallback`] logs.
 
-    `on_log` comes too late: it is called in the order of the callbacks, and the loggers of `report_to` always come first, so they
-    would have reported already. A Trainer without the callback logs as ever.
+    `on_log` would be too late: callbacks are called in order, and the loggers of `report_to` always come first. A Trainer without
+    the callback is not affected.
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, PruningCallback) and callback.pruner is not None:
@@ -291,10 +292,10 @@ def _with_metrics(stock: Callable[..., None], trainer: Trainer, logs: dict[str, 
 
 
 def _with_config(stock: Callable[..., None], trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-    """Let `Trainer.save_model` put `pruning_config.json` beside a model that a [`PruningCallback`] pruned.
+    """Let `Trainer.save_model` write `pruning_config.json` beside a model that a [`PruningCallback`] pruned.
 
-    There is no event for it: `on_save` is for checkpoints, which have the file already. A Trainer without the callback saves as
-    ever.
+    There is no event for it: `on_save` is for checkpoints, which have the file already. A Trainer without the callback is not
+    affected.
     """
     for callback in trainer.callback_handler.callbacks if trainer.args.should_save and not _internal_call else ():
         if isinstance(callback, PruningCallback) and callback.pruner is not None:
@@ -303,13 +304,13 @@ def _with_config(stock: Callable[..., None], trainer: Trainer, output_dir: str |
 
 
 def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:
-    """The fields in which two configs differ, with both values."""
+    """The fields that differ between two configs, with both values."""
     old, new = saved.to_dict(), config.to_dict()
     return [f"{name} was {old[name]!r}, is {new[name]!r}" for name in new if old[name] != new[name]]
 
 
 def _refuse(args: TrainingArguments) -> None:
-    """Raise if the Trainer is set up in a way that pruning cannot work with."""
+    """Raise if the Trainer's arguments do not work with pruning."""
     if args.deepspeed or args.deepspeed_plugin is not None:
         raise ValueError(
             "PruningCallback does not work with DeepSpeed, which steps inside backward, so no event sees the complete gradients; "
@@ -317,21 +318,21 @@ def _refuse(args: TrainingArguments) -> None:
         )
     if args.enable_jit_checkpoint and args.world_size > 1:
         raise ValueError(
-            f"enable_jit_checkpoint=True does not work with PruningCallback on {args.world_size} processes: each of them hears the "
-            "signal in another step, and their checkpoint is that of one."
+            f"enable_jit_checkpoint=True does not work with PruningCallback on {args.world_size} processes: each of them receives "
+            "the signal at a different step, and the checkpoint is that of one process."
         )
     _refuse_named("optim", str(getattr(args.optim, "value", args.optim)))
 
 
 def _refuse_named(field: str, name: str, *traits: str) -> None:
-    """Raise if an optimizer is one of those that pruning cannot work with, by its name or what else it is known by."""
+    """Raise if an optimizer is one of [`REFUSED_OPTIMIZERS`], by its name or by its other `traits`."""
     for part, reason in REFUSED_OPTIMIZERS.items():
         if any(part in text.lower().replace("_", "") for text in (name, *traits)):
             raise ValueError(f"{field}={name!r} does not work with PruningCallback: {reason}. Use a torch optimizer.")
 
 
 def _refuse_optimizer(optimizer: Any) -> None:
-    """Raise if an optimizer, given to the Trainer or made by it, shows before its first step that pruning cannot work with it."""
+    """Raise if an optimizer object, passed to the Trainer or created by it, does not work with pruning."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     swaps = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
@@ -340,7 +341,7 @@ def _refuse_optimizer(optimizer: Any) -> None:
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
-    """Optimizer steps of an epoch, or None when the data has no length."""
+    """Optimizer steps per epoch, or None if the data has no length."""
     try:
         batches = len(dataloader)
     except TypeError:
@@ -348,7 +349,7 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
     return max(-(-batches // args.gradient_accumulation_steps), 1)
 
 
-# Here, so that they hold wherever a callback is, also one that was unpickled.
+# At import, so that the patches are in place wherever a callback is, even one that was unpickled.
 wrap(Trainer, "log", _with_metrics)
 wrap(Trainer, "save_model", _with_config)
 remember_folders()

@@ -1,8 +1,7 @@
-"""What a Trainer's checkpoint needs for a run to resume from it: the pruner's tensors, and a record of all files.
+"""What a checkpoint needs for a run to resume from it: the pruner's tensors, and a record of all files.
 
 The Trainer writes `trainer_state.json` last. The callback's entry in it records every other file with its checksum, so a
-checkpoint is complete when that file is whole and all others are those that it records. Only after that the Trainer deletes older
-checkpoints.
+checkpoint is complete if that file is intact and all others match the record. Only then does the Trainer delete older checkpoints.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "pruner.safetensors"
 
-#: What a run goes on from → the files or folders that hold it, one of which must be there.
+#: What a run needs to resume → the files or folders that hold it, at least one of which must exist.
 _REQUIRED = {
     "model": ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*"),
     "optimizer": ("optimizer.*", "optimizer_*"),
@@ -37,7 +36,7 @@ _REQUIRED = {
     "random state": ("rng_state*.pth",),
 }
 
-#: What is in a checkpoint's folder while it is written, and is no part of it.
+#: Files that are in a checkpoint's folder while it is written but are not recorded.
 _UNRECORDED = {TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt"}
 
 
@@ -51,10 +50,10 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     ```
 
-    Complete means that model, optimizer, scheduler and random states are there and that, where a `PruningCallback` was at work,
-    each file has the checksum that it recorded. Other runs record none: there every file has to be readable, and what torch wrote
-    to have the checksums that it holds; of weights in a safetensors file, which holds none, the size alone is known. It takes
-    reading the checkpoint once: on one core, about 0.75 s a GiB besides what the disk needs.
+    Complete means that model, optimizer, scheduler and random states exist and that, if the run had a `PruningCallback`, each file
+    has the checksum that the callback recorded. Other runs record none: then every file must be readable, and files written by
+    torch must match the checksums stored in them; a safetensors file stores none, so only its size is checked. The checkpoint is
+    read once: about 0.75 s per GiB on one core, plus disk time.
     """
     numbered = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -63,7 +62,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     for _, folder in sorted(numbered, reverse=True):
         if (reason := defect(folder)) is None:
             return str(folder)
-        logger.warning("Passed over a checkpoint: %s", reason)
+        logger.warning("Skipped a checkpoint: %s", reason)
     return None
 
 
@@ -71,10 +70,10 @@ def defect(folder: Path) -> str | None:
     """Why a run cannot resume from a checkpoint, or None if it can."""
     for content, patterns in _REQUIRED.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
-            return f"{folder} holds no {content}."
+            return f"{folder} has no {content}."
     path = folder / TRAINER_STATE_NAME
     if not path.is_file():
-        return f"{folder} holds no {TRAINER_STATE_NAME}, which is written last."
+        return f"{folder} has no {TRAINER_STATE_NAME}, which is written last."
     try:
         state = _trainer_state(path)
         entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
@@ -82,24 +81,24 @@ def defect(folder: Path) -> str | None:
         recorded: dict[str, str] = {name: value for record in records if record is not None for name, value in record.items()}
         if recorded:
             changed = changed_files(folder, recorded)
-            return f"{folder} is not as it was written: {', '.join(changed)} changed since." if changed else None
+            return f"{folder} was changed after it was written: {', '.join(changed)}." if changed else None
         if missing := _missing_random_states(folder):
-            return f"{folder} holds no {', '.join(missing)}: not all processes have written their random states."
+            return f"{folder} has no {', '.join(missing)}: not all processes have written their random states."
         for path in _files(folder):
             _READERS.get(path.suffix, Path.stat)(path)
-    except Exception as error:  # each format has errors of its own
+    except Exception as error:  # each file format raises its own errors
         return f"{path} cannot be read ({error})."
     return None
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a checkpoint; hidden ones are left by file systems, not by the Trainer."""
+    """The files of a checkpoint, without hidden ones, which file systems leave there."""
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     return [path for name, path in paths.items() if path.is_file() and not any(part.startswith(".") for part in name.parts)]
 
 
 def _missing_random_states(folder: Path) -> list[str]:
-    """Of several processes each writes its own; folders that machines do not share hold those of some, in a row."""
+    """The random states that are missing: each process writes its own; on a disk that nodes do not share, those of one node."""
     found = [re.fullmatch(r"rng_state_(\d+)\.pth", path.name) for path in folder.glob("rng_state_*.pth")]
     ranks = {int(match[1]) for match in found if match}
     expected = range(min(ranks), max(1, *ranks) + 1) if ranks else ()
@@ -107,10 +106,10 @@ def _missing_random_states(folder: Path) -> list[str]:
 
 
 def _trainer_state(path: Path) -> TrainerState:
-    """What `trainer_state.json` says.
+    """The contents of `trainer_state.json`.
 
     Raises:
-        TypeError: it is not what the Trainer writes.
+        TypeError: a field has a type that the Trainer does not write.
     """
     state: TrainerState = TrainerState.load_from_json(str(path))
     for name, hint in (get_type_hints(TrainerState) | {"stateful_callbacks": dict}).items():
@@ -125,7 +124,7 @@ def _trainer_state(path: Path) -> TrainerState:
 
 
 def _read_json(path: Path) -> None:
-    """The files that an index of shards names must be there."""
+    """The files that an index of shards names must exist."""
     content = json.loads(path.read_text(encoding="utf-8"))
     for name in set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else ():
         (path.parent / name).stat()
@@ -139,7 +138,7 @@ def _read_zip(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> None:
-    """The header says how long the file has to be."""
+    """The header holds the length of the file."""
     with safe_open(path, "pt"):
         pass
 
@@ -157,13 +156,13 @@ _READERS: dict[str, Callable[[Path], object]] = {
 
 
 def record_of(folder: Path, step: int) -> dict[str, Any]:
-    """What `trainer_state.json` records of a checkpoint whose other files are all written: its step and name → checksum."""
+    """What `trainer_state.json` records about a checkpoint once all its other files are written: its step and name → checksum."""
     names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     return {"step": step, "crc32": {name: checksum(path) for name, path in names.items() if name not in _UNRECORDED}}
 
 
 def written(entry: Any, step: int) -> dict[str, str] | None:
-    """The files that a callback's entry in `trainer_state.json` records for this step; None if the callback was not at work."""
+    """The files that a callback's entry in `trainer_state.json` records for this step; None if there are none."""
     attributes = entry.get("attributes") if isinstance(entry, Mapping) else None
     record = attributes.get("written") if isinstance(attributes, Mapping) else None
     files = record.get("crc32") if isinstance(record, Mapping) and record.get("step") == step else None
@@ -171,12 +170,12 @@ def written(entry: Any, step: int) -> dict[str, str] | None:
 
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """The names of recorded files that are not there any more, or are others."""
+    """The names of recorded files that are missing or have changed."""
     return [name for name, value in files.items() if not (folder / name).is_file() or checksum(folder / name) != value]
 
 
 def checksum(path: Path) -> str:
-    """The CRC-32 of a file, in hexadecimal: 0.75 s a GiB on one core, where safetensors and torch took 6 s to write it."""
+    """The CRC-32 of a file, in hexadecimal: 0.75 s per GiB on one core, against 6 s that safetensors and torch took to write it."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -188,7 +187,7 @@ def checksum(path: Path) -> str:
 
 
 def save_state(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a pruner's state, all of it or nothing."""
+    """Write a pruner's state, all or nothing."""
     unfinished = folder / f"{STATE_NAME}.unfinished"
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, unfinished)
     os.replace(unfinished, folder / STATE_NAME)
@@ -205,7 +204,7 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 def folder_being_written(output_dir: Path, step: int, is_hyper_param_search: bool) -> Path:
     """The checkpoint that the Trainer is writing.
 
-    A hyper-parameter search gives each trial a folder in the output folder, whose name callbacks are not told: it is the one that
+    A hyperparameter search gives each trial a subfolder of the output folder, whose name callbacks do not know: it is the one that
     was written to last.
     """
     name = f"{PREFIX_CHECKPOINT_DIR}-{step}"

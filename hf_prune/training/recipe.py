@@ -1,8 +1,8 @@
-"""Fine-tune, prune attention, distil, prune the feed-forward blocks, distil: as one job that resumes where it was interrupted.
+"""Fine-tune, prune attention, distil, prune the feed-forward blocks, distil: one job that resumes where it was interrupted.
 
-A [`Recipe`] is a list of [`Stage`]s. Each starts from the model that the one before saved, trains it with a Trainer and an
-optimizer of its own, condenses what was pruned, and saves the model with its metrics. It is the process of NNI's "Pruning
-Transformer"; its hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
+A [`Recipe`] is a list of [`Stage`]s. Each starts from the model that the previous one saved, trains it with a new Trainer and
+optimizer, condenses what was pruned, and saves the model with its metrics. This is the process of NNI's "Pruning Transformer"
+example, whose hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ class Stage:
     """One stage of a recipe.
 
     Args:
-        name: of its folder and its row in the table.
-        training: fields of `TrainingArguments` that differ from the recipe's.
-        pruning: fields of a [`PruningConfig`]; without, nothing is pruned.
+        name: the name of its folder and of its row in the table.
+        training: fields of `TrainingArguments` that override the recipe's.
+        pruning: fields of a [`PruningConfig`]; nothing is pruned without it.
         distillation: fields of a [`DistillationConfig`]; the teacher is the recipe's dense model.
         dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
-        recover: after pruning blocks by role, what becomes of a head (or neuron) of which some blocks are left: it gets all its
-            weights back, as they were `"before"` the stage, like all others of the model, or as `"trained"`. Needs criteria whose
-            weights come back (movement).
-        neurons_per_head: prune the neurons of each layer to this share of the share of its heads that are left, as NNI does
-            with 0.5. `pruning` then needs no target.
-        drop_layers: remove layers that have no head left. This changes what the model computes, so train after it.
+        recover: after block pruning by role (pattern `"auto"`), restore all weights of every head (or neuron) that still has some
+            blocks: `"before"` restores the values from before the stage, for the whole model; `"trained"` keeps the trained ones.
+            Needs criteria whose weights can come back (movement).
+        neurons_per_head: density of each layer's neurons relative to the share of heads that it has left; NNI uses 0.5.
+            `pruning` then needs no target.
+        drop_layers: remove layers without any heads left. This changes what the model computes, so train afterwards.
         pad_to_multiple_of: see [`condense`].
 
     Raises:
-        ConfigError: a field cannot be used.
+        ConfigError: a field is invalid.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Stage:
     def __post_init__(self) -> None:
         check_types(self)
         if not self.name or Path(self.name).name != self.name:
-            raise ConfigError("name", self.name, "must be a name that can be a folder's.")
+            raise ConfigError("name", self.name, "must be a valid name for a folder.")
         _check_training(self.training)
         if self.dropout is not None:
             check_share("dropout", self.dropout)
@@ -102,7 +102,7 @@ class Stage:
             _check_recover(self.recover, config)
 
     def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
-        """The stage's pruning, under `neurons_per_head` with a rule for the neurons of each block. `sparsity`: by block name."""
+        """The stage's pruning config; under `neurons_per_head` one rule for each block's neurons. `sparsity`: block → share."""
         if self.pruning is None or self.neurons_per_head is None:
             return None if self.pruning is None else PruningConfig.from_dict(self.pruning)
         rules = [PruningRule(target_modules=[name], pattern="neuron", target_sparsity=share) for name, share in sparsity.items()]
@@ -111,15 +111,15 @@ class Stage:
 
 @dataclass
 class Recipe:
-    """Stages in their order.
+    """Stages that run one after the other.
 
     Args:
-        stages: the stages.
+        stages: the stages, in order.
         metric: the metric of the table, without `eval_`.
         training: fields of `TrainingArguments` for all stages.
 
     Raises:
-        ConfigError: a field cannot be used; the message names stage and field.
+        ConfigError: a field is invalid; the message names stage and field.
     """
 
     stages: list[Stage]
@@ -136,7 +136,7 @@ class Recipe:
         self.stages = stages
         names = [stage.name for stage in stages]
         if not names or len(set(names)) < len(names):
-            raise ConfigError("stages", names, "must be one or more, each with a name of its own.")
+            raise ConfigError("stages", names, "must be one or more, with distinct names.")
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> Recipe:
@@ -144,10 +144,10 @@ class Recipe:
         return dataclass_from_json_file(cls, path)
 
     def only(self, names: Sequence[str]) -> Recipe:
-        """The recipe with these stages alone.
+        """The recipe with only these stages.
 
         Raises:
-            ConfigError: there is no such stage.
+            ConfigError: a stage does not exist.
         """
         known = [stage.name for stage in self.stages]
         for name in names:
@@ -156,20 +156,20 @@ class Recipe:
         return replace(self, stages=[stage for stage in self.stages if stage.name in names])
 
     def without_distillation(self) -> Recipe:
-        """The recipe with the task loss alone, to compare with."""
+        """The recipe with only the task loss, as a baseline."""
         return replace(self, stages=[replace(stage, distillation=None) for stage in self.stages])
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage ended with.
+    """The results of a stage.
 
     Attributes:
-        name: the stage's.
-        sparsity: share of the dense model's attention and feed-forward weights that are gone or zero.
-        metrics: of the evaluation data, in float32, without `eval_`.
-        parameters: of the model.
-        latency_ratio: CPU time of the dense model over that of this one, for 8 full rows of 128 tokens; see [`compare`].
+        name: the name of the stage.
+        sparsity: share of the dense model's attention and feed-forward weights that are removed or zero.
+        metrics: metrics on the evaluation data, in float32, without `eval_`.
+        parameters: number of parameters of the model.
+        latency_ratio: CPU time of the dense model divided by that of this one, for 8 full rows of 128 tokens; see [`compare`].
         heads, neurons: how many each attention and feed-forward block has.
     """
 
@@ -184,7 +184,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The results of all stages, dense model first. Prints as a table in the row format of NNI's."""
+    """The results of all stages, dense model first. Prints as a table with one row per stage, like NNI's."""
 
     rows: tuple[StageResult, ...]
     metric: str
@@ -218,17 +218,17 @@ class PipelineResult:
 class Pipeline:
     """Runs a recipe.
 
-    Each stage has a folder `NN-name` in `args.output_dir` with its model and `stage_result.json`. A stage that has its result is
-    not run again; one that was killed resumes from its last complete checkpoint. `00-start` has the model that the recipe began
-    with, all of it or nothing; it cannot go on with another one, nor with other data (see [`described`]). The dense model,
-    which metrics are compared with and which teaches, is the one after the first stages without pruning, or the one given when the
-    first stage prunes.
+    Each stage has a folder `NN-name` in `args.output_dir` with its model and `stage_result.json`. A stage with a result is not run
+    again; one that was killed resumes from its last complete checkpoint. `00-start` holds the model that the recipe started from,
+    written all or nothing; the run cannot be resumed with a different model or different data (see [`described`]). The dense model,
+    which is the teacher and the reference for metrics, is the result of the leading stages without pruning, or the given model if
+    the first stage prunes.
 
     Args:
-        recipe: what to do.
+        recipe: the stages to run.
         model: the model to start from; it is saved, not changed.
-        args: the training arguments that the recipe's and the stages' are laid over; `output_dir` is the pipeline's.
-        train_dataset, eval_dataset: tokenized.
+        args: the training arguments, which the recipe's and the stage's override; `output_dir` is the pipeline's.
+        train_dataset, eval_dataset: tokenized data.
         data_collator, processing_class, compute_metrics: as for the Trainer.
     """
 
@@ -242,14 +242,14 @@ class Pipeline:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
     def run(self) -> PipelineResult:
-        """Run the remaining stages; return the metrics of all.
+        """Run the remaining stages; return the results of all.
 
-        Every stage that is left is first set up with the model to start from, and that model evaluated, so that a recipe that
-        cannot be run fails before anything is trained.
+        Every remaining stage is first set up with the model to start from, and that model is evaluated, so that a recipe that
+        cannot run fails before anything is trained.
 
         Raises:
-            ConfigError: a stage fits neither model nor data, the metric does not exist, or the folder holds stages that
-                were run with other settings, another model or other data.
+            ConfigError: a stage does not fit the model or the data, the metric does not exist, or the folder holds stages that
+                were run with different settings, a different model or different data.
             ValueError: a result in the folder cannot be read; names the file.
         """
         dense = folder = self.begin()
@@ -274,31 +274,31 @@ class Pipeline:
     # ---------------------------------------------------------------------------------------------------------------- stages
 
     def begin(self) -> Path:
-        """The folder of the model to start from, which is written if it is not there.
+        """The folder of the model to start from; written if it does not exist.
 
         Raises:
-            ConfigError: it holds another model.
+            ConfigError: it holds a different model.
         """
         folder = self._folder(0, "start")
         if not folder.is_dir():
-            unfinished = folder.with_name(f"{folder.name}.unfinished")  # of this name, so that a later run clears it away
+            unfinished = folder.with_name(f"{folder.name}.unfinished")  # a fixed name, so that a later run removes it
             shutil.rmtree(unfinished, ignore_errors=True)
             self._save(self.model, unfinished)
             unfinished.replace(folder)
         elif differing := _differing(self._load(folder), self.model):
-            message = f"is not the one that this recipe began with: {', '.join(differing[:3])} are others"
+            message = f"is not the one that this recipe started from: {', '.join(differing[:3])} differ"
             if any(name.startswith(("config.", *body_prefixes(self.model))) for name in differing):
-                allowed = f"{message}. Choose another output_dir, or give the model in {folder}."
+                allowed = f"{message}. Choose another output_dir, or pass the model in {folder}."
                 raise ConfigError("model", type(self.model).__name__, allowed)
-            # A head that is new is another one each time that it is made.
-            logger.warning("The model given %s. The recipe goes on with the one in %s.", message, folder)
+            # A new task head is initialised differently each time.
+            logger.warning("The given model %s. The recipe continues with the one in %s.", message, folder)
         return folder
 
     def _check(self, stage: Stage, start: Path) -> None:
-        """Set a stage up with the model in `start`, as far as nothing is trained.
+        """Set a stage up with the model in `start`, without training.
 
         Raises:
-            ConfigError: the stage cannot be run.
+            ConfigError: the stage cannot run.
         """
         model = self._load(start, stage.dropout)
         if stage.drop_layers:
@@ -319,16 +319,16 @@ class Pipeline:
                 PruningCallback(config).check(args, model, batches)
 
     def _check_data(self, start: Path) -> None:
-        """Raise unless the datasets are, as far as [`described`] tells, those that the recipe began with.
+        """Raise unless the datasets are those that the recipe started with, as far as [`described`] can tell.
 
         Raises:
-            ConfigError: one is another.
+            ConfigError: a dataset differs.
         """
         if (start / RESULT_NAME).is_file():
             before = _result(start)["settings"]
             for name, now in self._datasets().items():
                 if before.get(name) != now:
-                    allowed = f"is not the data that this recipe began with, {before.get(name)!r}; choose another output_dir."
+                    allowed = f"is not the data that this recipe started with, {before.get(name)!r}; choose another output_dir."
                     raise ConfigError(name, now, allowed)
 
     def _datasets(self) -> dict[str, str]:
@@ -366,7 +366,7 @@ class Pipeline:
         return stage.config(neuron_sparsity(model, heads, stage.neurons_per_head))
 
     def _evaluating(self, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
-        """The arguments of a Trainer that evaluates."""
+        """The arguments of a Trainer that only evaluates."""
         return {
             "model": model,
             "args": args,
@@ -388,7 +388,7 @@ class Pipeline:
         return make_trainer(stage.distillation, settings.pop("teacher", None), **settings)
 
     def _teaching(self, stage: Stage, args: TrainingArguments, dense: Path) -> dict[str, Any]:
-        """What the Trainer of a stage with distillation is given besides: the teacher, or data with what the teacher says of it."""
+        """The additional arguments for distillation: the teacher, or training data with the teacher's logits."""
         if stage.distillation is None:
             return {}
         teacher = self._load(dense)
@@ -398,7 +398,7 @@ class Pipeline:
         return {"train_dataset": add_teacher_logits(self.train_dataset, teacher, self.data_collator, batch, cache_dir=cache)}
 
     def _finish(self, folder: Path, settings: Mapping[str, Any], dense: Path) -> StageResult:
-        """Evaluate and measure the saved model; write the result, which says that the stage is done, and drop its checkpoints."""
+        """Evaluate and measure the saved model; write the result, which marks the stage as done, and delete its checkpoints."""
         model, reference = self._load(folder), self._load(dense)
         args = self._arguments(folder, {**self.recipe.training, "bf16": False, "fp16": False, "report_to": "none"})
         metrics = evaluated(Trainer(**self._evaluating(model, args)).evaluate())
@@ -439,7 +439,7 @@ class Pipeline:
         return model
 
     def _save(self, model: PreTrainedModel, folder: Path) -> None:
-        model.config.update(dropouts(self.model.config))  # a stage's dropout is its own
+        model.config.update(dropouts(self.model.config))  # a stage's dropout ends with the stage
         model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -449,9 +449,9 @@ class Pipeline:
 
 
 def described(data: Dataset, rows: int = 64) -> str:
-    """A dataset in a few words that tell it from others: its length, and a digest of its columns and of rows spread over it.
+    """A fingerprint of a dataset: its length, and a digest of its columns and of `rows` evenly spaced rows.
 
-    It costs a few milliseconds, however large the data; a change in other rows is not seen.
+    It takes a few milliseconds, however large the data; changes in other rows go unnoticed.
     """
     places = sorted({round(place * (len(data) - 1) / max(rows - 1, 1)) for place in range(rows)}) if len(data) else []
     table = data.with_format("arrow")[places]
@@ -463,9 +463,9 @@ def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[s
     """The sparsity of each feed-forward block whose layer keeps k of its `heads`: 1 − factor·k/heads, at most 0.98.
 
     Args:
-        model: with its attention condensed.
-        heads: how many heads a layer had.
-        factor: NNI's is ½.
+        model: the model, its attention condensed.
+        heads: how many heads a layer had originally.
+        factor: `neurons_per_head` of the [`Stage`].
     """
     found = find_blocks(model)
     left: dict[str, list[float]] = {}
@@ -473,7 +473,7 @@ def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[s
         if block.unit == "head":
             left.setdefault(block.layer, []).append(block.num_units / heads)
     shares = {layer: sum(values) / len(values) for layer, values in left.items()}
-    # No layer loses all its neurons here: without heads it may still be needed.
+    # No layer loses all its neurons: even without heads it may be needed.
     return {block.name: min(1 - factor * shares.get(block.layer, 1.0), 0.98) for block in found if block.unit == "neuron"}
 
 
@@ -493,7 +493,7 @@ def _differing(model: PreTrainedModel, other: PreTrainedModel) -> list[str]:
 
 
 def _weights(model: PreTrainedModel) -> list[Target]:
-    """The weights of the attention and feed-forward blocks, a shared one once."""
+    """The weights of the attention and feed-forward blocks, each once."""
     modules = {id(part.module): part for block in find_blocks(model) for part in block.projections}
     return [weight_target(part.name, part.module) for part in modules.values()]
 
@@ -502,7 +502,7 @@ def _weights(model: PreTrainedModel) -> list[Target]:
 
 
 def _check_recover(choice: str, config: PruningConfig | None) -> None:
-    """Raise unless the weights of all that is pruned can come back."""
+    """Raise unless all pruned weights can come back."""
     if choice not in RECOVER:
         raise ConfigError("recover", choice, f"must be one of {', '.join(RECOVER)}.", closest(choice, RECOVER))
     used = {} if config is None else {name: rule.criterion for name, rule in config.resolved_rules().items()}
@@ -513,7 +513,7 @@ def _check_recover(choice: str, config: PruningConfig | None) -> None:
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
-    """Raise unless names and types are those of `TrainingArguments`; the values are the Trainer's to judge."""
+    """Raise unless names and types are those of `TrainingArguments`, which checks the values itself."""
     hints = get_type_hints(TrainingArguments)
     known = {item.name for item in fields(TrainingArguments)} - {"output_dir"}
     for name, value in training.items():
@@ -524,17 +524,17 @@ def _check_training(training: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _refused(name: str, value: object) -> Iterator[None]:
-    """Whatever goes wrong inside is an error about a field."""
+    """Turn any error inside into one that names the field."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # of transformers or torch, which have many kinds
+    except Exception as error:  # transformers and torch raise many kinds
         raise ConfigError(name, value, f"cannot be used: {error}") from error
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """What `stage_result.json` holds: `settings` and `result`."""
+    """The contents of `stage_result.json`: `settings` and `result`."""
     found = read_object(folder / RESULT_NAME)
     if not all(isinstance(found.get(name), dict) for name in ("settings", "result")):
         raise ValueError(f"{folder / RESULT_NAME} does not hold the result of a stage; delete it to run the stage again.")
@@ -542,11 +542,11 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, settings: Mapping[str, Any]) -> StageResult:
-    """The result of a stage that was done before, with the same settings."""
+    """The result of a stage that is already done, with the same settings."""
     written = _result(folder)
-    asked = json.loads(json.dumps(dict(settings)))
-    differing = sorted(name for name in asked if asked[name] != written["settings"].get(name))
+    requested = json.loads(json.dumps(dict(settings)))
+    differing = sorted(name for name in requested if requested[name] != written["settings"].get(name))
     if differing:
-        allowed = f"was run with other settings for {', '.join(differing)}; choose another output_dir or delete {folder}."
+        allowed = f"was run with different settings for {', '.join(differing)}; choose another output_dir or delete {folder}."
         raise ConfigError("stage", settings["name"], allowed)
     return StageResult(**written["result"])

@@ -1,11 +1,11 @@
-"""A stage: train a model, resume where it was stopped, evaluate, condense, save, write the card.
+"""A stage: train a model, resume where it was interrupted, evaluate, condense, save, write the card.
 
-[`run_stage`] does all of it, for the scripts; recipes and training loops use its parts. A script makes a [`Task`] of its data.
-Written are
+[`run_stage`] does all of it, for the scripts; recipes and training loops use its parts. A script turns its data into a [`Task`].
+It writes
 
-- `output_dir`: the model that was trained; a pruned one keeps its shape and has true zeros;
-- `output_dir/condensed`: the smaller, equal model, where whole heads or neurons were pruned; whole, or not at all;
-- `all_results.json` with the metrics as trained (`eval_`), condensed (`condensed_`) and loaded again from disk (`reloaded_`).
+- `output_dir`: the trained model; a pruned one keeps its shapes and has true zeros;
+- `output_dir/condensed`: the smaller, equivalent model, if whole heads or neurons were pruned; written all or nothing;
+- `all_results.json` with the metrics as trained (`eval_`), condensed (`condensed_`) and reloaded from disk (`reloaded_`).
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from .checkpoints import last_complete_checkpoint
 
 #: The folder of the condensed model, below that of the pruned one.
 CONDENSED = "condensed"
-#: Loads a task's model from a path, with what `from_pretrained` takes besides and `dropout`.
+#: Loads a task's model from a path; takes the keyword arguments of `from_pretrained`, and `dropout`.
 Load = Callable[..., PreTrainedModel]
 
 
 @dataclass
 class Task:
-    """What a model learns, and what it is tested on.
+    """A task: its model class, its data and its metrics.
 
     Attributes:
         load: loads the task's model.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         data: tokenized splits, `train`, `validation` and `test`; MNLI has two of each, such as `validation_mismatched`.
         data_collator: makes batches.
-        compute_metrics: the task's metrics; None where only predictions are wanted.
-        names: of the classes in label order; None where there are none.
-        card: what a model card says of the data, a part of [`CardFacts`].
-        trainer: what the Trainer is given besides.
+        compute_metrics: the task's metrics; None if only predictions are needed.
+        names: the class names in label order; None if there are no classes.
+        card: what the model card says about the data, fields of [`CardFacts`].
+        trainer: additional arguments for the Trainer.
     """
 
     load: Load
@@ -71,7 +71,7 @@ class Task:
 
     @property
     def size(self) -> dict[str, int]:
-        """How much it learns from, for a model card."""
+        """The size of the training data, for the model card."""
         return {"training_rows": len(self.data["train"])} if "train" in self.data else {}
 
     def splits(self, kind: str) -> dict[str, Dataset]:
@@ -108,7 +108,7 @@ def run_stage(
     Args:
         task: the data.
         model: what is trained.
-        args: of the Trainer. Training goes on from `resume_from_checkpoint` or the last complete checkpoint in `output_dir`.
+        args: the Trainer's. Training resumes from `resume_from_checkpoint` or the last complete checkpoint in `output_dir`.
         pruning: what to prune; None for plain fine-tuning.
         distillation: what to learn from the teacher; None for the task's loss alone.
         teacher: by default a frozen copy of the model as it starts.
@@ -157,14 +157,14 @@ def run_stage(
 def make_trainer(
     distillation: DistillationConfig | Mapping[str, Any] | None, teacher: PreTrainedModel | None, **settings: Any
 ) -> Trainer:
-    """A Trainer, or a [`DistillationTrainer`] where there is something to learn from a teacher or its logits in the data."""
+    """A Trainer; with `distillation`, a [`DistillationTrainer`]."""
     if distillation is None:
         return Trainer(**settings)
     return DistillationTrainer(teacher=teacher, distillation=distillation, **settings)
 
 
 def resumed_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint that training goes on from: the one that is named, or the last complete one in `output_dir`."""
+    """The checkpoint to resume from: `resume_from_checkpoint`, or the last complete one in `output_dir`."""
     return args.resume_from_checkpoint or last_complete_checkpoint(str(args.output_dir))
 
 
@@ -175,7 +175,7 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 
 def pruning_callback(trainer: Trainer) -> PruningCallback | None:
-    """The callback that prunes, which is another one than the Trainer was given after it resumed from a checkpoint."""
+    """The Trainer's [`PruningCallback`]; after resuming it is not the object that the Trainer was given."""
     callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
     return next((callback for callback in callbacks if isinstance(callback, PruningCallback)), None)
 
@@ -195,7 +195,7 @@ def evaluate(trainer: Trainer, task: Task, prefix: str) -> dict[str, float]:
 
 
 def condense_saved(trainer: Trainer, task: Task, pad_to_multiple_of: int | None = None) -> dict[str, float]:
-    """Condense the model saved in `output_dir`, save it below, load it again; return the metrics of both."""
+    """Condense the model saved in `output_dir`, save the result below it and reload it; return the metrics of both."""
     source = Path(str(trainer.args.output_dir))
     model = condensed_from(source, task.load, pad_to_multiple_of)
     if model is None:
@@ -208,9 +208,9 @@ def condense_saved(trainer: Trainer, task: Task, pad_to_multiple_of: int | None 
 
 
 def condensed_from(source: Path, load: Load, pad_to_multiple_of: int | None = None) -> PreTrainedModel | None:
-    """The saved model, condensed; None, after a line that says why, when nothing can be cut out.
+    """The saved model, condensed; None if nothing can be removed, after printing why.
 
-    The saved model is taken because the trained one still has its optimizer.
+    It loads the saved model because the trained one still belongs to its optimizer.
     """
     model = load(source)
     if condense_plan(model, pad_to_multiple_of).empty:
@@ -220,12 +220,12 @@ def condensed_from(source: Path, load: Load, pad_to_multiple_of: int | None = No
 
 
 def save_condensed(model: PreTrainedModel, source: Path) -> None:
-    """Save the condensed model below the one it was made from, in the place of one that an earlier run left there."""
+    """Save the condensed model below the one it was made from, replacing that of an earlier run."""
     save_made_from(model, source, source / CONDENSED, replace=True)
 
 
 def publish(trainer: Trainer) -> None:
-    """Push to the Hub: the condensed model when there is one, else the model as it was trained, each with its card."""
+    """Push the condensed model, if there is one, or else the trained model to the Hub, with its card."""
     condensed = Path(str(trainer.args.output_dir), CONDENSED)
     if not condensed.is_dir():
         trainer.push_to_hub()
@@ -237,7 +237,7 @@ def publish(trainer: Trainer) -> None:
 
 
 def _like(trainer: Trainer, model: PreTrainedModel, task: Task) -> Trainer:
-    """A plain Trainer that evaluates another model under the same settings, at the same point of training."""
+    """A plain Trainer that evaluates another model with the same settings, at the same point of training."""
     other = task.evaluator(model, trainer.args)
     other.state.epoch = trainer.state.epoch
     return other
