@@ -234,8 +234,8 @@ def main() -> None:
     for column in ("setting", "criterion", "weights", "CPU s", "bytes a weight", "peak extra MiB"):
         table.add_column(column, justify="left" if column in ("setting", "criterion") else "right")
     for row in updates:
-        figures = (f"{row['cpu_seconds']:.2f}", f"{row['bytes_per_weight']:.3f}", f"{row['peak_extra_mib']:.0f}")
-        table.add_row(str(row["setting"]), str(row["criterion"]), f"{row['weights']:,}", *figures)
+        costs = (f"{row['cpu_seconds']:.2f}", f"{row['bytes_per_weight']:.3f}", f"{row['peak_extra_mib']:.0f}")
+        table.add_row(str(row["setting"]), str(row["criterion"]), f"{row['weights']:,}", *costs)
     rich.print(table)
 
     steps = [in_a_process(arguments, "--step", name) for name in arguments.settings]
