@@ -415,8 +415,11 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
         for which in ("target", "exclude")
         for value in ([], [1], 3, {"query"}, True)
     ),
-    ({"target_modules": "*query"}, f"target_modules='*query': is no valid regular expression (nothing to repeat *); it {MODULES}"),
-    ({"rules": [{"exclude_modules": "("}]}, f"rules[0].exclude_modules='(': is no valid regular expression (*); it {MODULES}"),
+    (
+        {"target_modules": "*query"},
+        f"target_modules='*query': is not a valid regular expression (nothing to repeat *); it {MODULES}",
+    ),
+    ({"rules": [{"exclude_modules": "("}]}, f"rules[0].exclude_modules='(': is not a valid regular expression (*); it {MODULES}"),
     # numbers too large for a float, counts too large for anything, nesting without end
     *(
         ({name: 10**400}, f"{name}=1000*: must be *")
@@ -428,7 +431,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
         ({"target_modules": value}, f"target_modules={value!r}: repeats something more than 1,000,000 times; it {MODULES}")
         for value in ("a{99999999999}", "a{2,99999999}", "((a{999}){999}){999}", "a{" + "9" * 200 + ",}")
     ),
-    ({"target_modules": "(" * 5000 + ")" * 5000}, "target_modules='((* … *))': is no valid regular expression (*); it *"),
+    ({"target_modules": "(" * 5000 + ")" * 5000}, "target_modules='((* … *))': is not a valid regular expression (*); it *"),
     # fields that do not go together
     ({"target_sparsity": 0.3, "initial_sparsity": 0.4}, "initial_sparsity=0.4: must not exceed target_sparsity=0.3."),
     ({"target_sparsity": 0.3, "min_sparsity_per_module": 0.4}, "min_sparsity_per_module=0.4: must not exceed target_sparsity=0.3."),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_prune
 from hf_prune.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +52,8 @@ def test_files_and_modules_exist(path: Path) -> None:
         for name in PATH.findall(found)
         if Path(name).name not in ELSEWHERE and not any((folder / name).is_file() for folder in (path.parent, *FOLDERS))
     }
-    modules = re.findall(r"`(hf_prune(?:\.[a-z_]+)+)`", found)
-    assert missing | {name for name in modules if find_spec(name) is None} == set()
+    dotted = {name for name in re.findall(r"`hf_prune\.([a-z_.]+)`", found) if name not in hf_prune.__all__}
+    assert missing | {name for name in dotted if find_spec(f"hf_prune.{name}") is None} == set()
 
 
 def headings(page: Path) -> set[str]:

@@ -77,7 +77,7 @@ class ModelCardCallback(TrainerCallback):
     ) -> None:
         facts = self.facts
         data: Any = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-        # what Datasets calls data that was read from files is no dataset of the Hub
+        # Datasets names data that was read from files after the file format, which is not a dataset on the Hub
         if facts.dataset is None and getattr(data, "builder_name", None) not in (None, "csv", "json", "parquet", "text"):
             facts.dataset, facts.dataset_config = data.builder_name, data.config_name
             facts.dataset_split = None if data.split is None else str(data.split)

@@ -348,7 +348,7 @@ def as_line(value: object) -> str:
 
 
 def as_text(value: object) -> str:
-    """A value as Markdown that shows it as it is: what names a metric or a dataset is no link, no markup and no HTML."""
+    """A value as Markdown that shows it literally: names of metrics and datasets must not become links, markup or HTML."""
     return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", as_line(value)), quote=False)
 
 

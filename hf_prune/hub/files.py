@@ -173,7 +173,7 @@ def sort_files(folder: str | os.PathLike[str]) -> dict[str, Kind]:
     """Say what each file in a model's folder is.
 
     Returns:
-        Path in the folder → kind. A folder that is passed over as a whole is one entry, which ends with a slash.
+        Path in the folder → kind. A folder that is skipped is a single entry that ends with a slash.
 
     Raises:
         ValueError: `modules.json` is not that of a sentence-transformers model, so what belongs to it cannot be told.

@@ -75,13 +75,13 @@ _DATA: Any = torch.Tensor.data
 
 
 class _Watched(nn.Parameter):
-    """A parameter that counts how often its `.data` was asked for: what is written there leaves no trace in its version."""
+    """A parameter that counts accesses to `.data`, since writes to it do not change the parameter's version."""
 
-    data_asked_for = 0
+    data_accesses = 0
 
     @property
     def data(self) -> Tensor:
-        self.data_asked_for += 1
+        self.data_accesses += 1
         data: Tensor = _DATA.__get__(self)
         return data
 
@@ -93,8 +93,8 @@ class _Watched(nn.Parameter):
 class SparseLinear(nn.Linear):
     """A Linear that computes with a sparse copy of its weight wherever no gradient is recorded.
 
-    The parameters are those of the layer it was made from, dense and by their old names, so that checkpoints are plain and training
-    goes on as before. The copy is made anew when the weight has changed, by way of its `.data` too.
+    The parameters are those of the original layer, dense and under their old names, so that checkpoints are plain and training
+    works as before. The copy is made again after the weight has changed, even through its `.data`.
     """
 
     def __init__(self, linear: nn.Linear, format: str) -> None:
@@ -131,9 +131,9 @@ class SparseLinear(nn.Linear):
         """The weight in the layer's format."""
         if type(self.weight) is nn.Parameter:
             self.weight.__class__ = _Watched
-        weight, asked = self.weight.detach(), getattr(self.weight, "data_asked_for", 0)
+        weight, accesses = self.weight.detach(), getattr(self.weight, "data_accesses", 0)
         version = None if self.weight.is_inference() else self.weight._version
-        state = (version, asked, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
+        state = (version, accesses, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
         if self._copy is None or self._copy[0] != state:
             self._copy = (state, FORMATS[self.format](weight))
         return self._copy[1]

@@ -253,7 +253,7 @@ class Pruner:
 
     def summary(self) -> str:
         """The plan in one line: each rule's pattern, target, steps and number of updates."""
-        return "; ".join(rule.summary() for rule in self.rules) or "the zeros that are there stay"
+        return "; ".join(rule.summary() for rule in self.rules) or "existing zeros are kept"
 
     @property
     def concerns(self) -> tuple[str, ...]:

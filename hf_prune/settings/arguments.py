@@ -21,9 +21,9 @@ _T = TypeVar("_T")
 class FlatArguments:
     """The settings of a config as arguments, each None until it is given.
 
-    A list of names is given as one or more values; one value that is no plain name is a text, such as a regular expression. What
-    else a text can stand for, such as a number or a list of pairs, is given as JSON. A setting that cannot be flat says why in its
-    metadata, as `not_flat`.
+    A list of names is given as one or more values; a single value that is not a plain name is a text, such as a regular expression.
+    Other values of text settings, such as numbers or lists of pairs, are given as JSON. A setting that cannot be flat gives the
+    reason in its metadata, as `not_flat`.
 
     Args:
         config: a dataclass whose fields have a `help` in their metadata.

@@ -103,7 +103,7 @@ def check_modules(name: str, value: Any) -> None:
         try:
             regex.compile(value)
         except (regex.error, RecursionError) as error:
-            raise ConfigError(name, value, f"is no valid regular expression ({error}); it {allowed}") from None
+            raise ConfigError(name, value, f"is not a valid regular expression ({error}); it {allowed}") from None
     elif not (isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value)):
         raise ConfigError(name, value, allowed)
 

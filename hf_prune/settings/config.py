@@ -283,10 +283,10 @@ class PruningConfig(PruningSettings):
         return parse_pattern(self.pattern)
 
     def filled(self, **choices: str) -> PruningConfig:
-        """The config with what whoever prunes chooses in the place of `"auto"`, in rules too.
+        """The config with `"auto"` replaced by the choices of the driver (the Trainer's callback or `prune()`), in rules too.
 
         Raises:
-            ConfigError: a choice does not go with other settings.
+            ConfigError: a choice does not fit the other settings.
         """
 
         def missing(settings: PruningSettings) -> dict[str, str]:
@@ -376,7 +376,7 @@ def _check_together(config: PruningConfig) -> None:
         allowed = "needs scope 'threshold' and a threshold between 0 and 1, below which σ(S) is brought by the end."
         raise ConfigError("regularization", "auto", allowed)
     if config.update not in ("auto", "zero") and (config.schedule == "lottery" or config.criterion in DECLARED["regrows"]):
-        allowed = "makes up for what goes once and for all; lottery schedules and movement bring weights back, so they take 'zero'."
+        allowed = "makes removal final; lottery schedules and movement bring weights back, so they need 'zero'."
         raise ConfigError("update", config.update, allowed)
     for name, values, other, others, reason in CONFLICTS:
         value, other_value = getattr(config, name), getattr(config, other)
