@@ -83,6 +83,7 @@ TextColumns = Annotated[
         "--text-column", help="A column with text; give it twice for pairs. By default the only one, or those of usual names."
     ),
 ]
+Best = Annotated[str | None, typer.Option(help="Where to compute. By default cuda where there is one, else cpu.")]
 Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")]
 Device = Annotated[str, typer.Option(help="Device to measure on, such as cpu or cuda.")]
 
@@ -148,7 +149,7 @@ def prune(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows to take, at random. By default enough for 32,768 tokens, at most 2,048.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to prune. By default cuda where there is one, else cpu.")] = None,
+    device: Best = None,
     seed: Annotated[int, typer.Option(help="Of all that is chosen at random.")] = 0,
     condense: Annotated[bool, typer.Option(help="Cut out what was pruned, where that can be.")] = True,
     as_json: Json = False,
@@ -238,6 +239,35 @@ def benchmark(
     if as_json:
         return emit({"path": path, "against": against, **comparison.to_dict()})
     show(comparison)
+    return None
+
+
+@app.command()
+def evaluate(
+    path: Model,
+    data: Data,
+    text_column: TextColumns = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. By default what model and tokenizer allow, at most 2,048.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows. By default the length.")] = None,
+    device: Best = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a causal language model on a text."""
+    from .measure.perplexity import perplexity
+    from .oneshot.data import check_file, load_tokenizer, row_length, text_tokens
+
+    folder, device = local(path), device or best_device()
+    check_file(data)
+    check_device(device)
+    model: Any = load(folder)
+    tokenizer = load_tokenizer(folder)
+    length = row_length(model, tokenizer, length, most=2048, name="length")
+    found = perplexity(model.to(device), text_tokens(tokenizer, data, text_column or ()), length, stride, progress)
+    if as_json:
+        return emit({"path": path, "data": str(data), **found.to_dict()})
+    show(found)
     return None
 
 

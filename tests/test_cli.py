@@ -92,7 +92,7 @@ def test_condense(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     assert f"{made['parameters']:,} parameters" in cli("condense", masked, tmp_path / "again", "--pad-to-multiple-of", 8)
 
 
-@pytest.mark.parametrize("command", ["inspect", "prune", "condense", "convert", "benchmark", "plan", "card", "push"])
+@pytest.mark.parametrize("command", ["inspect", "prune", "evaluate", "condense", "convert", "benchmark", "plan", "card", "push"])
 def test_no_command_makes_tensors_up(command: str, cli: CommandLine, condensed: Path, masked: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(masked, folder)
@@ -101,6 +101,7 @@ def test_no_command_makes_tensors_up(command: str, cli: CommandLine, condensed: 
     without(folder, "classifier.weight")
     more = {
         "prune": [folder, out, "--data", tmp_path / "rows.txt", "--sparsity", 0.5],
+        "evaluate": [folder, "--data", tmp_path / "rows.txt"],
         "condense": [folder, out],
         "convert": [folder, out],
         "benchmark": [condensed, "--against", folder],
@@ -173,7 +174,7 @@ def test_push(masked: Path, tmp_path: Path) -> None:
 
 def test_help_and_usage(cli: CommandLine) -> None:
     printed = cli("--help")
-    for command in ("inspect", "prune", "condense", "benchmark", "plan", "card", "push", "convert"):
+    for command in ("inspect", "prune", "evaluate", "condense", "benchmark", "plan", "card", "push", "convert"):
         assert command in printed
     cli("inspct", "x", code=2)
     assert "inspect" in cli.err

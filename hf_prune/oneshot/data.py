@@ -37,8 +37,6 @@ COLUMNS = (
 )
 #: Columns that hold the answer.
 _ANSWERS = frozenset({"label", "labels", "label_text"})
-#: Tokens of a row, unless more are asked for.
-_LONGEST = 512
 
 
 def check_file(file: str | os.PathLike[str]) -> None:
@@ -125,16 +123,22 @@ def text_columns(data: Dataset, named: Sequence[str] = (), fewest: int = 1, most
     raise ConfigError("text_column", None, f"must say {what}; the data has {there}.")
 
 
-def row_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None = None) -> int:
-    """Tokens of a row: as many as asked for, else as model and tokenizer allow, at most 512.
+def row_length(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: int | None = None,
+    most: int = 512,
+    name: str = "max_length",
+) -> int:
+    """Tokens of a row: as many as asked for, else as model and tokenizer allow, at most `most`; `name` is that of the setting.
 
     Raises:
         ConfigError: more were asked for than they allow.
     """
     allowed = min(tokenizer.model_max_length, longest_row(model) or tokenizer.model_max_length)
     if asked is not None and not 0 < asked <= allowed:
-        raise ConfigError("max_length", asked, f"must be from 1 to {allowed}, the longest row of {type(model).__name__}.")
-    return asked or min(allowed, _LONGEST)
+        raise ConfigError(name, asked, f"must be from 1 to {allowed}, the longest row of {type(model).__name__}.")
+    return asked or min(allowed, most)
 
 
 def calibration_batches(
@@ -185,6 +189,18 @@ def calibration_batches(
         of = f" of {length} tokens" if is_causal else ""
         raise ConfigError("data", os.fspath(file), f"has {len(encoded)} rows{of}; it must have at least {FEWEST_ROWS}.")
     return list(_batches(model, tokenizer, encoded, batch_size))
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, file: str | os.PathLike[str], columns: Sequence[str] = ()) -> Tensor:
+    """The ids of all the text in a file, in its order, `[tokens]`; rows are joined by an empty line, a `.txt` is as it is.
+
+    Raises:
+        ConfigError: see [`read_file`] and [`text_columns`].
+    """
+    data = read_file(file, whole=True)
+    (name,) = text_columns(data, columns, most=1)
+    text = "\n\n".join(value for value in data[name] if value)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def windows(
