@@ -248,7 +248,7 @@ def test_a_config_is_read_before_the_model(cli: CommandLine, tmp_path: Path) -> 
         ({"target_modules": "x[/]y"}, "target_modules='x[/]y': matches no module"),
         ({"target_sparsity": 10**400}, "target_sparsity=1000"),
         ({"target_modules": "a{99999999999}"}, "target_modules='a{99999999999}': repeats something more than 1,000,000 times"),
-        ({"target_modules": r"(.|[a-z]|\w)*[!?]"}, "takes more than 1 s to compare with 'bert."),
+        ({"target_modules": r"(.|[a-z]|\w)*[!?]"}, "takes more than 1 s to match against 'bert."),
         ({"target_modules": "(" * 5000 + ")" * 5000}, "is not a valid regular expression"),
         ('{"pattern": ' + "[" * 100_000, "is not valid JSON"),
         ('{"target_sparsity": 1' + "0" * 5000 + "}", "is not valid JSON"),

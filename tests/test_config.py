@@ -531,7 +531,7 @@ BAD_FOR_THE_MODEL: list[tuple[dict[str, Any], str]] = [
     # expressions that explode
     (
         {"exclude_modules": r"(.|[a-z]|\w)*[!?]"},
-        r"config.exclude_modules='(.|[a-z]|\\w)*[!?]': takes more than 1 s to compare with 'bert.*",
+        r"config.exclude_modules='(.|[a-z]|\\w)*[!?]': takes more than 1 s to match against 'bert.*",
     ),
     ({"exclude_modules": ["pooler"]}, "config.exclude_modules='pooler': matches no module; *"),
     ({"rules": [{"target_modules": ".*valu"}]}, "rules[0].target_modules='.*valu': matches no module; *. Did you mean '.*value'?"),
