@@ -462,5 +462,5 @@ def test_training_can_start_again_after_an_interruption(tmp_path: Path) -> None:
 def test_a_trainer_that_was_never_started_says_so(tmp_path: Path) -> None:
     callback = PruningCallback({"pattern": "1x1"})
     trainer = trainer_for(tmp_path, PruningConfig(pattern="1x1"))
-    with pytest.raises(RuntimeError, match="on_train_begin did not happen"):
+    with pytest.raises(RuntimeError, match="on_train_begin was not called"):
         callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)

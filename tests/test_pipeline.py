@@ -382,7 +382,7 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
         ({"last": {"drop_layers": 1}}, r"stages\[4\].drop_layers=1: must be true or false."),
         ({"last": {"nam": "x"}}, r"stages\[4\].nam='x': is not a field of Stage"),
         ({"last": {"name": "a/b"}}, r"stages\[4\].name='a/b'"),
-        ({"last": {"name": "ffn"}}, "stages=.*a name of its own"),
+        ({"last": {"name": "ffn"}}, "stages=.*distinct names"),
     ],
 )
 def test_bad_recipes(change: dict[str, Any], message: str) -> None:

@@ -343,7 +343,7 @@ def test_pruning_starts_from_a_checkpoint_without_it(
     last = 2 if schedule == "constant" else 10
     (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_prune.training.callback"]
     assert message.endswith(
-        f"checkpoint-6 was written without PruningCallback: pruning starts at step 6, where the schedule is at a sparsity of "
+        f"checkpoint-6 was written without PruningCallback: pruning starts at step 6, where the schedule requests sparsity "
         f"{at:.4f}; its last mask update is at step {last}."
     )
     logged = {entry["step"]: entry["reached_sparsity"] for entry in trainer.state.log_history if "sparsity" in entry}
