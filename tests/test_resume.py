@@ -344,7 +344,7 @@ def test_pruning_starts_from_a_checkpoint_without_it(
     (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_prune.training.callback"]
     assert message.endswith(
         f"checkpoint-6 was written without PruningCallback: pruning starts at step 6, where the schedule requests sparsity "
-        f"{at:.4f}; its last mask update is at step {last}."
+        f"{at:.4f}; the last mask update is at step {last}."
     )
     logged = {entry["step"]: entry["reached_sparsity"] for entry in trainer.state.log_history if "sparsity" in entry}
     assert logged[7] == pytest.approx(at, abs=1e-4)
