@@ -29,6 +29,15 @@ def test_benchmark_condense(tmp_path: Path) -> None:
     assert "by hand" in printed
 
 
+def test_benchmark_verification(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    choice = ("--models", "bert float32", "--layers", "1", "--repeats", "1")
+    assert "bert" in run("scripts/benchmarks/benchmark_verification.py", *choice, "--output", str(output))
+    [row] = json.loads(output.read_text())
+    assert row["package"] == "now"
+    assert 0 < row["extra_verify"] < 1
+
+
 @pytest.mark.parametrize("families", [("qwen2",), pytest.param(tuple(models.FAMILIES), marks=pytest.mark.slow)], ids=["one", "all"])
 def test_architecture_matrix(families: tuple[str, ...], tmp_path: Path) -> None:
     output = tmp_path / "matrix.json"

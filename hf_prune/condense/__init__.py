@@ -22,7 +22,7 @@ from ..model.attached import is_attached
 from ..model.blocks import layer_lists
 from ..model.wrappers import bare_model, transformers_model
 from .format import without_layers
-from .layers import layer_counts, outline, removable, remove_layers, without_inputs
+from .layers import layer_counts, outline, removable, remove_layers
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
 from .resize import add_bias, keep_units, set_own_heads, shrink
@@ -70,7 +70,9 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     Args:
         model: a transformers model, or an object that holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a custom
             module. The transformers model in it is changed in place, all or nothing; the wrapper's `save_pretrained` saves it.
-        verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch.
+        verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch, in float64, for
+            two to three times the time of condensing and at most a quarter of the model's memory (BERT-base and a Llama of half a
+            billion parameters; `scripts/benchmarks/benchmark_verification.py` measures it).
         pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this. Some matrix kernels are slow on
             widths that are not a multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
             on an Intel one with AVX-512 and AMX a neuron costs the same at any width, to within 3 % in float32 and 7 % in bfloat16
@@ -99,20 +101,20 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     if plan.empty:
         logger.warning(nothing_to_cut(body, pad_to_multiple_of))
         return model
-    with all_or_nothing(whole):
-        before, wide = observe(body) if verify else ({}, False)
+    with all_or_nothing(whole) as snapshot:
+        before = observe(body) if verify else None
         own_configs(whole)
         with _zeros_held(plan):
             for block in plan.changed:
                 fold(block)
                 if block.dead.any():
-                    keep_units(block.block, block.kept, block.groups)
+                    keep_units(block.block, block.kept, block.groups, select=snapshot.select)
                     set_own_heads(block.block, block.heads)
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
         write_sizes(body, spec_for(body.config.model_type))
-        if verify:
-            compare(without_inputs(before, plan.removed), observe(body, wide)[0], body.dtype)
+        if before is not None:
+            compare(before, observe(body, before), body.dtype, plan.removed)
     return model
 
 

@@ -273,13 +273,13 @@ def dead_units(block: Block, weights: BlockWeights | None = None) -> Tensor:
         weights: its weights, if they were already read.
     """
     weights = weights or BlockWeights(block)
-    unread = (weights.weight(block.output) == 0).all(0).view(block.num_units, block.unit_width).all(1)
+    unread = ~weights.weight(block.output).any(0).view(block.num_units, block.unit_width).any(1)
     return (unread | _fixed_features(block, weights)[1]).cpu()
 
 
 def _fixed_features(block: Block, weights: BlockWeights) -> tuple[Tensor, Tensor]:
     """The values of features whose rows are zero, `[features]`, and the units that have these values for every input, `[units]`."""
-    values = {role: (weights.bias(part), (weights.weight(part) == 0).all(1)) for role, part in block.makers.items()}
+    values = {role: (weights.bias(part), ~weights.weight(part).any(1)) for role, part in block.makers.items()}
     if "value" in values:  # attention weights sum to one
         value, zero = (rows.view(block.num_groups, block.unit_width) for rows in values["value"])
         return value.repeat_interleave(block.units_per_group, 0).flatten(), zero.all(1).repeat_interleave(block.units_per_group)

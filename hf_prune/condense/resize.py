@@ -6,6 +6,7 @@ the architecture specs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from ..model import ArchitectureSpec, AttentionSpec, Block, Part, blocks
 from ..model.blocks import Adapted, adapted, has_bias, is_adapted, layer_lists, out_features
 from .format import check_original, check_removed, read_sizes
+
+#: `(parameter, dim, indices)` → slices of the parameter along a dimension.
+Select = Callable[[Tensor, int, Tensor], Tensor]
 
 
 def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -41,7 +45,7 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
             set_own_heads(block, sizes.get("heads"))
 
 
-def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> None:
+def keep_units(block: Block, units: Tensor, groups: Tensor | None = None, *, select: Select = torch.index_select) -> None:
     """Keep only these heads or neurons of a block.
 
     Args:
@@ -49,6 +53,7 @@ def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> Non
         units: indices of heads or neurons, ascending, `[n]` on the CPU.
         groups: indices of the key and value heads that they read, in equal shares, `[m]`; duplicates are copied. Default: unit `i`
             reads group `i`.
+        select: what takes slices of a parameter.
     """
     groups = units if groups is None else groups
     features, shared = block.features(units), block.features(groups)
@@ -60,8 +65,8 @@ def keep_units(block: Block, units: Tensor, groups: Tensor | None = None) -> Non
         rows = torch.empty(sum(map(len, parts.values())), dtype=torch.long, device="cpu")
         for share, kept in parts.items():
             rows[share.rows(len(rows), block.unit_width)] = kept
-        keep_features(module, rows, outputs=True)
-    keep_features(block.output.module, features, outputs=False)
+        keep_features(module, rows, outputs=True, select=select)
+    keep_features(block.output.module, features, outputs=False, select=select)
     if block.module is not None:
         sizes = {"heads": len(units), "width": len(features), "groups": max(len(units) // max(len(groups), 1), 1)}
         for attribute, meaning in block.attributes.items():
@@ -97,7 +102,7 @@ def set_attribute(module: Any, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
-def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
+def keep_features(module: nn.Module, features: Tensor, outputs: bool, select: Select = torch.index_select) -> None:
     """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay.
 
     LoRA adapters of the layer, active or not, keep the same outputs of B (inputs of A). A projection without inputs returns its
@@ -107,7 +112,7 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
     if is_adapted(module):
         layer: Any = module
         for part in (layer.base_layer, *(layer.lora_B if outputs else layer.lora_A).values()):
-            keep_features(part, features, outputs)
+            keep_features(part, features, outputs, select)
         set_attribute(layer, size, len(features))
         return
     stored_in_out = isinstance(module, Conv1D)
@@ -115,7 +120,7 @@ def keep_features(module: nn.Module, features: Tensor, outputs: bool) -> None:
         if name == "bias" and not outputs:
             continue
         dim = 0 if name == "bias" or outputs != stored_in_out else 1
-        kept = parameter.detach().index_select(dim, features.to(parameter.device))
+        kept = select(parameter, dim, features.to(parameter.device)).detach()
         # without elements it never gets a gradient, which distributed training treats as an error
         setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad and kept.numel() > 0))
     if stored_in_out:

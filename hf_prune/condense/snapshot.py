@@ -3,26 +3,78 @@
 Changes to a model are made under `all_or_nothing`, trials under `unchanged`. Whatever is raised inside (out of memory, Ctrl-C),
 every module gets back its class, attributes, hooks and mode, every parameter and buffer is the same object with the same storage,
 and every config has its old values.
+
+A parameter that is cut would be there twice, whole and in part, until the smaller model is verified. So what goes is set aside, and
+the whole parameter, unless somebody else has it too, is let go: what stays and what went make it anew, one parameter at a time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+
+class Held:
+    """A parameter or buffer as it is now: by reference, or once it is [`split`][Held.split] by its two parts."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._hold(tensor)
+
+    def _hold(self, tensor: Tensor) -> None:
+        self.alive: Callable[[], Tensor | None] = lambda: tensor
+        self._data: Tensor | None = tensor.data
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def split(self, tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+        """Let the parameter go, and return the slices of it along `dim` that stay. They must not change in place from now on."""
+        stays = tensor.detach().index_select(dim, kept)
+        hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks  # which cannot be moved to another parameter
+        if self._data is not None and type(tensor) is nn.Parameter and tensor.is_contiguous() and not hooks:
+            others = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device).index_fill_(0, kept, False)
+            rest = others.nonzero().flatten()
+            self._parts = [(kept, stays), (rest, tensor.detach().index_select(dim, rest))]
+            self._dim, self._shape, self._gradient = dim, tensor.shape, tensor.grad
+            self._requires_grad, self._attributes = tensor.requires_grad, dict(vars(tensor))
+            self.alive, self._data = weakref.ref(tensor), None
+        return stays
+
+    def restored(self) -> Tensor:
+        """The tensor as it was; another object only if nobody has had it since it was split."""
+        tensor = self.alive()
+        if tensor is None:
+            data = self._parts[0][1].new_empty(self._shape)
+            for index, part in self._parts:
+                data.index_copy_(self._dim, index, part)
+            tensor = nn.Parameter(data, requires_grad=self._requires_grad)
+            tensor.grad = self._gradient
+            vars(tensor).update(self._attributes)
+            self._hold(tensor)
+        elif self._data is not None:
+            tensor.data = self._data
+        return tensor
 
 
 class Snapshot:
     """The current modules, parameters, buffers and configs of a model. No value is copied, so none may change in place."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+        self._held = {id(tensor): Held(tensor) for tensor in (*model.parameters(), *model.buffers())}
         owners: list[Any] = [*model.modules(), *_configs(model)]
-        self._owners = [(owner, type(owner), dict(vars(owner)), _dictionaries(owner)) for owner in owners]
+        self._owners = [(owner, type(owner), dict(vars(owner)), self._dictionaries(owner)) for owner in owners]
+
+    @torch.no_grad()
+    def select(self, tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+        """`torch.index_select` from a parameter that the result is to replace, see [`Held.split`]."""
+        held = self._held.get(id(tensor))
+        known = held is not None and held.alive() is tensor  # an object that is gone may have left its id to another
+        return held.split(tensor, dim, index) if held is not None and known else tensor.index_select(dim, index)
 
     def restore(self) -> None:
         """Restore everything."""
@@ -32,17 +84,20 @@ class Snapshot:
             vars(owner).update(attributes)
             for name, items in dictionaries.items():  # the same dictionaries, since a hook's handle refers to the one it is in
                 attributes[name].clear()
-                attributes[name].update(items)
-        for tensor, data in self._tensors:
-            tensor.data = data
+                attributes[name].update({key: item.restored() if isinstance(item, Held) else item for key, item in items.items()})
+
+    def _dictionaries(self, owner: object) -> dict[str, dict[Any, Any]]:
+        """The contents of an object's attributes that are dictionaries: a module's parameters, buffers, children and hooks."""
+        found = {name: value for name, value in vars(owner).items() if isinstance(value, dict)}
+        return {name: {key: self._held.get(id(item), item) for key, item in value.items()} for name, value in found.items()}
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
+def all_or_nothing(model: nn.Module) -> Iterator[Snapshot]:
     """Restore the model if the body raises."""
     snapshot = Snapshot(model)
     try:
-        yield
+        yield snapshot
     except BaseException:
         snapshot.restore()
         raise
@@ -81,8 +136,3 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
 def _configs_in(owner: object) -> dict[str, PreTrainedConfig]:
     """An object's attributes that are configs."""
     return {name: value for name, value in vars(owner).items() if isinstance(value, PreTrainedConfig)}
-
-
-def _dictionaries(owner: object) -> dict[str, dict[Any, Any]]:
-    """The contents of an object's attributes that are dictionaries: a module's parameters, buffers, children and hooks."""
-    return {name: dict(value) for name, value in vars(owner).items() if isinstance(value, dict)}

@@ -16,9 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..model import ArchitectureSpec, Block, blocks
+from ..model import ArchitectureSpec, Block, blocks, spec_for
 from ..model.blocks import has_bias, layer_lists
 from .layers import layer_counts, name_decoder_depth
+from .resize import shrink
 
 
 def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -65,13 +66,21 @@ def _sizes(block: Block) -> dict[str, int]:
     return block.sizes | ({} if block.module is None else {"head_dim": block.unit_width})
 
 
+def describes(model: PreTrainedModel) -> bool:
+    """Whether loading makes a model with these blocks of its config: that of one that was cut by hand says something else."""
+    spec = spec_for(model.config.model_type)
+    return _makes(model.config, type(model.base_model), list(blocks(model, spec)), spec)
+
+
 def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: ArchitectureSpec) -> bool:
-    """Whether the stock model of a config, of class `kind`, has these blocks."""
+    """Whether the model of a config, of class `kind`, has these blocks."""
     try:
         with torch.device("meta"):
             stock = kind(type(config).from_dict(config.to_dict()))
     except (ValueError, StrictDataclassError):  # Llama's heads have to divide its hidden size
         return False
+    if getattr(stock.config, "hf_prune", None):
+        shrink(stock, spec)
     return [_outline(block) for block in blocks(stock, spec)] == [_outline(block) for block in wanted]
 
 

@@ -1,4 +1,8 @@
-"""Verifying that the smaller model is equal: all of its outputs, on a batch that exercises every kind of input."""
+"""Verifying that the smaller model is equal: all of its outputs, on a batch that exercises every kind of input.
+
+The model is computed as a whole, because blocks alone do not show the order of layers, residuals and the sizes that modules assume;
+weights are widened to float64 as they are read (`wide.py`), so that no second model is in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +21,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from .layers import without_inputs
 from .snapshot import unchanged
+from .stock import describes
+from .wide import widen
 
 logger = logging.getLogger(__name__)
 
 Outputs = dict[str, Tensor]
+Value = TypeVar("Value")
 
 
 def implementations(model: PreTrainedModel) -> tuple[str, ...]:
@@ -28,74 +37,134 @@ def implementations(model: PreTrainedModel) -> tuple[str, ...]:
     return ("eager", "sdpa") if model._supports_sdpa else ("eager",)
 
 
-def observe(model: PreTrainedModel, wide: bool = True) -> tuple[Outputs, bool]:
-    """Every floating-point output of a model in evaluation mode, hidden states included, eager and sdpa, on `sample_batch`.
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What of a model must not change.
 
-    If `wide`, they are computed in float64, so that differences come from the model and not from the order of summation: a trained
-    model has activations whose rounding in float32 alone exceeds 1e-5. If that is impossible (a kernel without float64, as GPT-2's
-    with `reorder_and_upcast_attn`; a model too large for the device's memory), or gives values that are not finite (a softmax in
+    Attributes:
+        outputs: every floating-point output in evaluation mode, hidden states included, eager and sdpa, on `sample_batch`.
+        wide: whether they were computed in float64.
+        dtypes: the dtypes of the outputs of the model as it is (in float64, parameters of any dtypes get along); None if it cannot
+            be computed so.
+        described: whether its config says the sizes of its blocks, as loading needs; None if that cannot be found out.
+    """
+
+    outputs: Outputs
+    wide: bool
+    dtypes: frozenset[torch.dtype] | None
+    described: bool | None
+
+
+def observe(model: PreTrainedModel, before: Observation | None = None) -> Observation:
+    """Compute a model in float64, so that what differs is the model and not the order of its sums.
+
+    A trained model has activations whose rounding in float32 alone exceeds 1e-5. If float64 is impossible (a kernel without it, as
+    GPT-2's with `reorder_and_upcast_attn`; a device without memory left), or gives values that are not finite (a softmax in
     float32, where the mask of a query that attends to nothing becomes −inf), the model's own dtype is used, with a warning that
     gives the tolerance. The model is left unchanged, without the hooks by which transformers records hidden states.
 
-    Returns:
-        The outputs, and whether they were computed in float64.
+    Args:
+        model: the model.
+        before: of the masked model, for the condensed one: what was possible there is so here, or raises.
     """
-    if not wide:
-        return _observe(model), False
-    try:
-        seen = _observe(model, wide=True)
-    except Exception as error:  # if float64 is not the cause, the same error is raised again below
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if before is None:
+        dtypes, described = _if_possible(_own_dtypes, model), _if_possible(describes, model)
     else:
-        if all(bool(value.isfinite().all()) for value in seen.values()):
-            return seen, True
-        reason = "it gives values that are not finite"
-    seen, dtype = _observe(model), str(model.dtype).removeprefix("torch.")
-    allowed = max((tolerance(value, model.dtype) for value in seen.values()), default=0.0)
-    logger.warning(
-        "%s cannot be computed in float64 (%s), so it is verified in %s: differences up to %.0e of an output count as rounding.",
-        type(model).__name__,
-        reason,
-        dtype,
-        allowed,
-    )
-    return seen, False
+        dtypes = None if before.dtypes is None else _own_dtypes(model)
+        described = None if before.described is None else describes(model)
+    outputs, reason = _in_float64(model) if before is None or before.wide else (None, "")
+    wide = outputs is not None
+    if outputs is None:
+        outputs = all_outputs(model)
+    if reason:
+        logger.warning(
+            "%s cannot be computed in float64 (%s), so it is verified in %s: "
+            "differences up to %.0e of an output count as rounding.",
+            type(model).__name__,
+            reason,
+            str(model.dtype).removeprefix("torch."),
+            max((tolerance(value, model.dtype) for value in outputs.values()), default=0.0),
+        )
+    return Observation(outputs, wide, dtypes, described)
+
+
+def _if_possible(check: Callable[[PreTrainedModel], Value], model: PreTrainedModel) -> Value | None:
+    try:
+        return check(model)
+    except Exception:  # a kernel that its dtype lacks, a class of somebody's own that wants more than a config
+        return None
+
+
+def _in_float64(model: PreTrainedModel) -> tuple[Outputs | None, str]:
+    """A model's outputs in float64, where the device has it; or None and the reason."""
+    with unchanged(model):
+        try:
+            if model.device.type != "mps":
+                widen(model)
+            seen = _outputs(model)
+        except Exception as error:  # if it is no matter of float64, the model as it is raises it, too
+            return None, f"{type(error).__name__}: {error}".partition("\n")[0]
+        finite = all(bool(value.isfinite().all()) for value in seen.values())
+        return (seen, "") if finite else (None, "it gives values that are not finite")
 
 
 @torch.no_grad()
-def _observe(model: PreTrainedModel, wide: bool = False) -> Outputs:
-    """The outputs of a model, if `wide` in float64 where the device supports it."""
-    seen: Outputs = {}
+def _own_dtypes(model: PreTrainedModel) -> frozenset[torch.dtype]:
+    """The dtypes of what a model puts out for a short batch, in evaluation mode and otherwise as it is."""
     with unchanged(model):
         model.train(False)
-        if wide and model.device.type != "mps":
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.double()
-        batch = sample_batch(model)
-        for implementation in implementations(model):
-            model.set_attn_implementation(implementation)
-            outputs = model(**batch, output_hidden_states=True, return_dict=True)
-            seen.update(_tensors(implementation, dict(outputs)))
+        outputs = model(**sample_batch(model, rows=2, tokens=4), output_hidden_states=True, return_dict=True)
+        return frozenset(value.dtype for _, value in _tensors("", dict(outputs)))
+
+
+def all_outputs(model: PreTrainedModel) -> Outputs:
+    """Every floating-point output of a model in evaluation mode, hidden states included, eager and sdpa, on `sample_batch`."""
+    with unchanged(model):
+        return _outputs(model)
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel) -> Outputs:
+    """What a model puts out in evaluation mode. It stays in that mode, with the last attention implementation."""
+    seen: Outputs = {}
+    model.train(False)
+    batch = sample_batch(model)
+    for implementation in implementations(model):
+        model.set_attn_implementation(implementation)
+        outputs = model(**batch, output_hidden_states=True, return_dict=True)
+        seen.update(_tensors(implementation, dict(outputs)))
     return seen
 
 
-def compare(before: Outputs, after: Outputs, dtype: torch.dtype) -> None:
-    """Check that the outputs of a model with weights of `dtype` agree to within `tolerance`.
+def compare(before: Observation, after: Observation, dtype: torch.dtype, removed: dict[str, list[int]]) -> None:
+    """Check that a model with weights of `dtype` is what it was, and that its outputs agree to within `tolerance`.
+
+    Args:
+        before: of the masked model.
+        after: of the condensed one.
+        dtype: of the weights.
+        removed: the layers that went: what they were given is an output no more.
 
     Raises:
         RuntimeError: they do not; names the output with the largest difference.
     """
-    gaps = {name: float((value.double() - after[name].double()).abs().max()) for name, value in before.items()}
-    # `not <=` rather than `>`, so that NaN counts as a difference
-    wrong = {name: gap for name, gap in gaps.items() if not gap <= tolerance(before[name], dtype)}
+    restored = "The model was restored."
+    wanted = without_inputs(before.outputs, removed)
+    gaps = {name: float((value.double() - after.outputs[name].double()).abs().max()) for name, value in wanted.items()}
+    # `not <=` rather than `>`: a gap that is not a number is a difference too
+    wrong = {name: gap for name, gap in gaps.items() if not gap <= tolerance(wanted[name], dtype)}
     if wrong:
         name = max(wrong, key=lambda name: wrong[name])
-        computed = str(before[name].dtype).removeprefix("torch.")
+        computed = str(wanted[name].dtype).removeprefix("torch.")
         raise RuntimeError(
             f"the condensed model differs from the masked one by {wrong[name]:.2e} in {name}, computed in {computed}; "
-            f"allowed: {tolerance(before[name], dtype):.2e}. The model was restored."
+            f"allowed: {tolerance(wanted[name], dtype):.2e}. {restored}"
         )
+    if after.dtypes != before.dtypes:
+        found = ", ".join(sorted(map(str, after.dtypes or ())))
+        raise RuntimeError(f"the condensed model computes in {found} what the masked one did not. {restored}")
+    if before.described and not after.described:
+        raise RuntimeError(f"the config of the condensed model says other sizes than it has. {restored}")
 
 
 def tolerance(reference: Tensor, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..condense import condense, condense_plan, nothing_to_cut
-from ..condense.verify import observe, tolerance
+from ..condense.verify import all_outputs, tolerance
 from ..files import new_folder
 from ..hub import CardFacts, write_made_from
 from ..hub.card import without_folders
@@ -160,7 +160,7 @@ def reloading_difference(model: PreTrainedModel, folder: str | os.PathLike[str])
         RuntimeError: rounding does not explain it.
     """
     again: Any = load_model(folder)
-    here, there = (observe(one, wide=False)[0] for one in (model, again.to(model.device)))
+    here, there = (all_outputs(one) for one in (model, again.to(model.device)))
     gaps = {name: float((value.double() - there[name].double()).abs().max()) for name, value in here.items()}
     wrong = {name: gap for name, gap in gaps.items() if not gap <= tolerance(here[name], model.dtype)}
     if wrong:
