@@ -13,9 +13,11 @@ import torch
 from command_line import CommandLine
 from models import tiny
 from torch import Tensor
+from transformers import ByT5Tokenizer
 
 from hf_prune import ConfigError
 from hf_prune.measure.perplexity import perplexity
+from hf_prune.oneshot.data import text_tokens
 
 SENTENCES = [row["sentence"] for row in quickstart.make_rows(30, seed=3)]
 TOKENIZER = quickstart.make_tokenizer(SENTENCES)
@@ -74,8 +76,16 @@ def test_a_model_that_gives_nan_has_no_perplexity() -> None:
         perplexity(model, tokens(30, model.config.vocab_size), 10)
 
 
+def test_text_is_taken_as_it_is(tmp_path: Path) -> None:
+    """With all its empty lines; rows are joined by one, and those without text are none."""
+    tokenizer = ByT5Tokenizer()
+    (tmp_path / "text.txt").write_text("one\n\n two\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": " two\\n"}\n')
+    for name in ("text.txt", "rows.jsonl"):
+        assert tokenizer.decode(text_tokens(tokenizer, tmp_path / name), skip_special_tokens=True) == "one\n\n two\n"
+
+
 def test_evaluate(cli: CommandLine, tmp_path: Path) -> None:
-    """A `.txt` is read as it is, rows are joined by an empty line."""
     model = tiny("llama", "causal-lm", vocab_size=len(TOKENIZER))
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

@@ -321,6 +321,28 @@ def test_rows_are_taken_until_there_are_tokens_enough(tmp_path: Path) -> None:
     assert len(calibration_batches(causal, TOKENIZER, file, batch_size=1000)[0]["input_ids"]) == 820
 
 
+def test_rows_are_chosen_by_the_seed(tmp_path: Path) -> None:
+    """So that a sorted file gives all kinds of rows."""
+    model = tiny("bert", "sequence-classification", vocab_size=len(TOKENIZER))
+    file = write(tmp_path / "rows.txt", SENTENCES)
+
+    def chosen(seed: int) -> list[str]:
+        (batch,) = calibration_batches(model, TOKENIZER, file, rows=12, seed=seed)
+        return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+
+    assert chosen(1) == chosen(1) != chosen(2)
+    assert set(chosen(1)) < set(SENTENCES)
+    assert not set(chosen(1)) <= set(SENTENCES[:24])
+
+
+def test_documents_of_a_language_model_end_where_they_end(tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama", "causal-lm", vocab_size=len(TOKENIZER)), quickstart.make_tokenizer(SENTENCES)
+    tokenizer.eos_token = "[UNK]"
+    found = calibration_batches(model, tokenizer, write(tmp_path / "rows.csv", SENTENCES), max_length=10)
+    between = tokenizer.decode(torch.cat([batch["input_ids"].flatten() for batch in found])).count("[SEP] [UNK] [CLS]")
+    assert between > 20  # some are cut by the windows
+
+
 def test_an_encoder_decoder_reads_one_column_and_writes_the_other(tmp_path: Path) -> None:
     model = tiny("t5", "seq2seq-lm", vocab_size=len(TOKENIZER))
     rows = [{"question": text, "answer": text.split(" ")[1]} for text in SENTENCES]
