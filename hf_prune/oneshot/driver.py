@@ -135,7 +135,7 @@ def prune(
     started = time.perf_counter()
     model = transformers_model(model)
     check_model(model)
-    settings = at_once(config.filled(criterion="obs", update="least_squares"))
+    settings = at_once(config)
     rules, skipped = match_rules(model, settings, 1, None)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
     generator = torch.Generator(device=model.device).manual_seed(seed)

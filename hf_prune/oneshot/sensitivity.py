@@ -85,7 +85,7 @@ def divergence(model: nn.Module, rows: Rows, before: Sequence[Prediction]) -> fl
     total, size = 0.0, 0.0
     for then, now in zip(before, predictions(model, rows)):
         if then.is_distribution:
-            old, new = then.values.log_softmax(dim=-1), now.values.log_softmax(dim=-1)
+            old, new = then.values.double().log_softmax(dim=-1), now.values.double().log_softmax(dim=-1)
             total += float(nn.functional.kl_div(new, old, reduction="sum", log_target=True))
             size += len(old)
         else:
