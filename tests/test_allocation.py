@@ -97,7 +97,7 @@ def test_numpy_and_torch_choose_the_same_units(sample: int, data: st.DataObject)
         patch.setattr(selection, "_SAMPLE", sample)
         chosen = torch.cat(selection.lowest_units(scores, gone, allowed, count))
     row = selection.ranked(scores, gone, allowed)
-    wanted = selection._lowest_tensor(row, count) if 0 < count < row.numel() else torch.full_like(chosen, bool(count))
+    wanted = selection.lowest_in_torch(row, count) if 0 < count < row.numel() else torch.full_like(chosen, bool(count))
     assert chosen.equal(wanted)
     assert all(one.equal(other) for one, other in zip((*scores, *gone, *allowed), before))
 

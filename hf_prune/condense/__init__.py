@@ -71,8 +71,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         model: a transformers model, or an object that holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a custom
             module. The transformers model in it is changed in place, all or nothing; the wrapper's `save_pretrained` saves it.
         verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch, in float64, for
-            two to three times the time of condensing and at most a quarter of the model's memory (BERT-base and a Llama of half a
-            billion parameters; `scripts/benchmarks/benchmark_verification.py` measures it).
+            two to three times the time of condensing. The process grows by up to 0.2 of a float32 model's memory, and 0.6 of a
+            bfloat16 one's (BERT-base and a Llama of half a billion parameters; `scripts/benchmarks/benchmark_verification.py`).
         pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this. Some matrix kernels are slow on
             widths that are not a multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
             on an Intel one with AVX-512 and AMX a neuron costs the same at any width, to within 3 % in float32 and 7 % in bfloat16

@@ -35,7 +35,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if scores.device.type == "cpu":
         (chosen,) = _lowest_arrays([_array(scores)], [np.ones(scores.numel(), np.bool_)], count)
         return torch.from_numpy(chosen)
-    return _lowest_tensor(scores, count)
+    return lowest_in_torch(scores, count)
 
 
 def lowest_units(scores: Sequence[Tensor], gone: Sequence[Tensor], allowed: Sequence[Tensor | None], count: int) -> list[Tensor]:
@@ -100,7 +100,7 @@ def candidates(scores: Tensor, n_of_m: tuple[int, int], gone: Tensor | None = No
 # ------------------------------------------------------------------------------------------------------------------------ torch
 
 
-def _lowest_tensor(scores: Tensor, count: int) -> Tensor:
+def lowest_in_torch(scores: Tensor, count: int) -> Tensor:
     inside, below = _bracket(scores, count)
     threshold = inside.kthvalue(count - below).values
     missing = count - below - int(torch.count_nonzero(inside < threshold))

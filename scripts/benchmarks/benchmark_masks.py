@@ -19,7 +19,7 @@ noise moves the weights. Says whether all weights stayed equal, bit by bit.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import io
 import json
 import statistics
@@ -145,9 +145,13 @@ def package_of(commit: str, folder: Path) -> ModuleType:
     archive = subprocess.run(["git", "archive", commit, "hf_prune"], capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
-    (folder / "hf_prune").rename(folder / "hf_prune_before")
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("hf_prune_before")
+    name, package = "hf_prune_before", folder / "hf_prune"
+    spec = importlib.util.spec_from_file_location(name, package / "__init__.py", submodule_search_locations=[str(package)])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @torch.no_grad()
