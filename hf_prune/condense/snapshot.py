@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 
 class Held:
-    """A parameter or buffer as it is now: by reference, or once it is [`split`][Held.split] by its two parts."""
+    """A parameter or buffer as it is now: by reference, or once it is split by its two parts."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._hold(tensor)
