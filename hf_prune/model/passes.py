@@ -22,7 +22,9 @@ def keep_(tensor: Tensor, kept: Tensor) -> None:
     """`tensor.mul_(kept)` for a bool mask whose shape broadcasts."""
     if is_sharded(tensor):
         tensor.mul_(kept)
-    elif _on_one_thread(tensor) and kept.shape[-1:] == tensor.shape[-1:]:  # else the mask is small, and converted in no time
+    elif kept.shape[-1:] != tensor.shape[-1:]:  # a small mask, converted in no time
+        tensor.mul_(kept.to(tensor.dtype))
+    elif _on_one_thread(tensor):
         values = tensor.detach().numpy()
         with np.errstate(invalid="ignore"):  # torch has no word on ∞ · 0 either
             np.multiply(values, kept.numpy(), out=values)
