@@ -417,3 +417,31 @@ def test_a_weight_outside_the_layers_is_pruned_too() -> None:
     (pooler,) = [module for module in report.modules if "pooler" in module.name]
     assert pooler.error is not None
     assert 0 < int((model.bert.pooler.dense.weight == 0).sum()) == pooler.units - pooler.units_left
+
+
+def test_what_no_prediction_reads_costs_nothing() -> None:
+    """The pooler of a bare encoder: its last hidden state is what it predicts."""
+    model = tiny_bert("bare")
+    report = prune(model, PruningConfig(pattern="1x1", update="sparsegpt", target_sparsity=0.5), correlated(model))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_bias_that_is_not_there_cannot_change() -> None:
+    model = tiny("llama")
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"config.update='bias': changes the bias, and '.*down_proj' has none"):
+        prune(model, PruningConfig(pattern="neuron", criterion="flap", update="bias"), batches(model))
+    assert_equal(snapshot(model), before)
+
+
+def test_inputs_of_a_convolution_are_not_scored() -> None:
+    model = tiny("wav2vec2")
+    with pytest.raises(ConfigError, match=r"criterion='obs': scores inputs of a weight, and a convolution"):
+        prune(model, PruningConfig(pattern="1x1", update="zero", target_modules=r".*conv_layers\.1\.conv"), batches(model))
+
+
+def test_modules_of_every_pattern_are_reported() -> None:
+    """Rows, which leave nothing to solve for, too."""
+    model = tiny_bert()
+    report = prune(model, PruningConfig(pattern="1xchannel", criterion="magnitude", update="zero"), batches(model))
+    assert sum(module.units_left for module in report.modules) < sum(module.units for module in report.modules)

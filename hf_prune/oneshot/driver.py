@@ -140,6 +140,7 @@ def prune(
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     work = _work(model, rules)
+    _check_biases(work)
     with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
         before = predictions(model, rows)
         passes = _Passes(model, rules, rows, work, offload_folder, progress)
@@ -177,6 +178,18 @@ def _work(model: nn.Module, rules: Sequence[Rule]) -> list[_Work]:
         for place, group in enumerate(rule.groups)
         for view in group.compensated
     ]
+
+
+def _check_biases(work: Sequence[_Work]) -> None:
+    """Raise if an update changes the bias of a layer that has none.
+
+    Raises:
+        ConfigError: it does; names the layer.
+    """
+    for item in work:
+        if item.rule.update.moves_bias and item.bias is None:
+            allowed = f"changes the bias, and {item.name!r} has none; use 'least_squares' or 'obs'."
+            raise ConfigError(f"{item.rule.name}.update", item.rule.settings.update, allowed)
 
 
 @contextmanager
@@ -359,7 +372,7 @@ class _Passes:
         done: dict[str, PrunedModule] = {}
         if any(item.is_solved for item in self.work):
             self._solve(done)
-        for rule in {id(item.rule): item.rule for item in self.work}.values():
+        for rule in self._rules:
             for group, kept in zip(rule.groups, rule.kept):
                 done.setdefault(group.name, PrunedModule(group.name, group.num_units, int(kept.sum())))
         return list(done.values())

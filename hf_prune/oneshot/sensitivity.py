@@ -132,7 +132,9 @@ def importance(
         with torch.enable_grad():
             for batch in batches:
                 loss = surprise(model, batch, generator)
-                for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values()))):
+                # What no prediction reads, such as the pooler of a bare encoder, has a gradient of zero.
+                gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
+                for name, gradient in zip(outputs, gradients):
                     squares = gradient.float().square()
                     found[name].tokens.append(squares.sum(dim=-1))
                     found[name].outputs = found[name].outputs + squares.flatten(0, -2).sum(dim=0).double()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..model.blocks import has_bias, out_features
 from ..pruning.reconstruction import Moments
 from .layers import Batch, Call, Reached, Stream, Taps, run
 
@@ -71,11 +71,6 @@ class Site:
 
     module: nn.Module
     joined: nn.Module | None = None
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether a constant is added to what it gives."""
-        return getattr(self.module, "bias", None) is not None
 
 
 @torch.no_grad()
@@ -199,9 +194,8 @@ def moments_during(
 
 
 def _no_moments(site: Site) -> Moments:
-    weight = site.module.get_parameter("weight")
-    outputs, inputs = _matrix(site.module, weight).shape
-    return Moments.zeros(outputs, inputs + site.has_bias, weight.device)
+    weight, outputs = site.module.get_parameter("weight"), out_features(site.module)
+    return Moments.zeros(outputs, weight.numel() // outputs + has_bias(site.module), weight.device)
 
 
 def _add(
@@ -215,7 +209,7 @@ def _add(
 ) -> None:
     """Count a batch's tokens, those held out apart."""
     there, held_out = rows.tokens(index, given.shape[:-1])
-    if site.has_bias:
+    if has_bias(site.module):
         given = torch.cat([given, given.new_ones(*given.shape[:-1], 1)], dim=-1)
     for moments, counted in zip(found, (there & ~held_out, held_out)):
         weights = None if importance is None else importance[index][counted]
@@ -230,8 +224,3 @@ def _at(site: Site, layer: nn.Module, taps: Taps, hidden: Tensor | None) -> Tens
         assert hidden is not None
         return hidden
     return taps.inputs[site.joined]
-
-
-def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A projection's weight as `[out, in]`."""
-    return weight.T if isinstance(module, Conv1D) else weight

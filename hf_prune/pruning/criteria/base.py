@@ -75,6 +75,8 @@ class Criterion:
         """Why it cannot score the units of a group, or an empty string; called before training."""
         if self.scores_inputs and len(group.compensated) != 1:
             return "scores inputs of a weight, and no unit leaves through those of one weight alone"
+        if self.scores_inputs and group.compensated[0].target.parameter.ndim > 2:
+            return "scores inputs of a weight, and a convolution has one for each kernel position"
         if self.scores_columns and not group.compensated[0].owns_columns:
             return "scores inputs of a layer, and no unit holds whole ones"
         if self.scores_rows and not any(view.owns_rows for view in group.weights):
