@@ -144,6 +144,25 @@ def test_fisher_is_the_squared_gradient_of_a_factor_on_the_units_output(pattern:
     run.compare(lambda group: final + earlier)
 
 
+@pytest.mark.parametrize("pattern", ["head", "neuron"])
+def test_kprune_adds_half_the_curvature_and_the_energy_of_what_a_unit_gives(pattern: str) -> None:
+    run = Recorded("kprune", pattern)
+    for group in run.rule.groups:
+        last, (view,) = {group.weights[-1].target.name}, group.compensated
+        steps = [by_unit(group, products(run, step), "sum", last).square() for step in range(STEPS)]
+        squares, weight = run.rule.criterion.seen.mean("squared_inputs", view.target), run.weights[-1][view.target.name]
+        energy = [
+            sum(
+                float(squares[column]) * float(row.square().mean())
+                for column, row in enumerate(weight.T)
+                if column // view.width == unit
+            )
+            for unit in range(group.num_units)
+        ]
+        expected = sum(steps) / STEPS / 2 + 2.5e-4 * torch.tensor(energy, dtype=torch.float64)
+        torch.testing.assert_close(run.rule.criterion.scores(group).double(), expected, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("pattern", ["1x1", "8x8", "head", "neuron"])
 def test_movement_scores_follow_adam_on_the_straight_through_gradient(pattern: str) -> None:
     run = Recorded("movement", pattern)

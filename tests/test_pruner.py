@@ -410,7 +410,7 @@ def test_state_goes_on_exactly(criterion: str, schedule: str) -> None:
     """Stop in the middle, load everything into new objects, go on: the same weights bit for bit."""
     if "movement" in criterion and schedule == "lottery":
         pytest.skip("an error, tested above")
-    pattern = "neuron" if criterion in ("fpgm", "apoz", "mean_activation", "flap") else "4x1"
+    pattern = "neuron" if criterion in ("fpgm", "apoz", "mean_activation", "flap", "kprune") else "4x1"
     config = PruningConfig(pattern=pattern, criterion=criterion, schedule=schedule, frequency=3)
 
     def run(model: PreTrainedModel, pruner: Pruner, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

@@ -54,14 +54,15 @@ CRITERIA: set[str] = {
     "random",
     "obs",
     "flap",
+    "kprune",
 }
 #: What criteria declare that other settings have to fit, attributes of `Criterion` → the names of those of which it is true.
 DECLARED: dict[str, set[str]] = {
     "scores_rows": {"fpgm", "apoz", "mean_activation"},
     "regrows": {"movement", "soft_movement"},
     "regularizes": {"soft_movement"},
-    "scores_inputs": {"obs", "flap"},
-    "scores_columns": {"flap"},
+    "scores_inputs": {"obs", "flap", "kprune"},
+    "scores_columns": {"flap", "kprune"},
 }
 #: Updates, by name; the functions are in `pruning/updates.py`.
 UPDATES: set[str] = {"auto", "zero", "bias", "least_squares", "obs", "sparsegpt"}

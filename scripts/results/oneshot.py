@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"scope": "local"},
     "obs without update": {"criterion": "obs", "update": "zero"},
     "fisher": {"criterion": "fisher", "update": "zero"},
+    "kprune": {"criterion": "kprune", "update": "least_squares"},
     "flap": {"criterion": "flap", "update": "bias"},
     "magnitude": {"criterion": "magnitude", "update": "zero"},
 }

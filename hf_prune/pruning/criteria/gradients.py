@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ...model.units import UnitGroup
+from ...model.units import UnitGroup, View
 from ..statistics import gradient, weight
 from .base import Criterion
 from .registry import register_criterion
@@ -83,3 +84,35 @@ class Fisher(_MeanOverSteps):
 
     def quantity(self, group: UnitGroup) -> Tensor:
         return group.reduce(lambda target: weight(target) * gradient(target), "sum", group.weights[-1:]).square_()
+
+
+@register_criterion("kprune")
+class KPrune(Fisher):
+    """½·(∂L/∂m)² + λ·Σⱼ xⱼ²·meanᵢ Wᵢⱼ²: predictive and representational knowledge, means over the steps and tokens since the last
+    update (K-prune, Park et al. 2024, https://arxiv.org/abs/2308.03449, eq. 4 to 6).
+
+    m is a factor on the unit, j runs over its columns in the weight through which it leaves its block. The paper takes the
+    divergence from the dense model's predictions as L, sub-layer by sub-layer, since its gradient at the dense model is zero; here
+    L is what the driver gives, in `prune()` the log-likelihood whose squared gradient is the curvature of that divergence. Meant
+    for `update="least_squares"`.
+    """
+
+    scores_inputs = True
+    scores_columns = True
+    activations = ("squared_inputs",)
+    #: λ, as the authors have it for MRPC at 50 %.
+    representational = 2.5e-4
+
+    def watched(self, group: UnitGroup) -> tuple[View, ...]:
+        return group.compensated
+
+    def observe(self, group: UnitGroup) -> None:
+        super().observe(group)
+        steps = f"{group.name}/steps"
+        self.state[steps] = self.state.get(steps, torch.zeros(())) + 1
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        (view,) = group.compensated
+        energy = self.seen.mean("squared_inputs", view.target) * weight(view.target).float().square().mean(dim=0)
+        predictive = super().scores(group) / self.state[f"{group.name}/steps"]
+        return predictive / 2 + self.representational * energy[view.columns].sum(dim=1)
