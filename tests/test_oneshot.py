@@ -21,7 +21,8 @@ from hf_prune.oneshot.calibration import calibration
 from hf_prune.oneshot.layers import Stream, record
 from hf_prune.oneshot.walk import advance, find_site
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
-from hf_prune.pruning.updates import UPDATES
+from hf_prune.pruning.updates import UPDATES, register_update
+from hf_prune.settings.config import UPDATES as UPDATE_NAMES
 
 HEADS_AND_NEURONS = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
 
@@ -222,6 +223,28 @@ def test_patterns_inside_a_weight(pattern: str, update: str) -> None:
     assert sum(error < masked for error, masked in errors) > 9
 
 
+@pytest.mark.parametrize("pattern", ["1x1", "2:4", "4x1"])
+def test_sparsegpt_chooses_as_it_goes(pattern: str) -> None:
+    """Under criterion `obs` what goes is chosen from weights that have adapted: less error than with the choice made before."""
+    errors = {}
+    for update in ("sparsegpt", "given"):
+        if update == "given":
+            register_update("given", reads_second_moments=True)(UPDATES["sparsegpt"].compute)
+        try:
+            settings = PruningConfig(pattern=pattern, criterion="obs", update=update, target_sparsity=0.5, scope="local")
+            model = tiny_bert()
+            report = prune(model, settings, correlated(model, 128), held_out=0.0)
+        finally:
+            UPDATES.pop("given", None)
+            UPDATE_NAMES.discard("given")
+        assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+        errors[update] = sum(module.error or 0 for module in report.modules)
+        weight = model.bert.encoder.layer[1].intermediate.dense.weight
+        if pattern == "2:4":
+            assert ((weight == 0).view(-1, 4).sum(dim=1) == 2).all()
+    assert errors["sparsegpt"] < 0.98 * errors["given"]
+
+
 def test_labels_and_none_score_differently_and_both_work() -> None:
     model = tiny_bert()
     rows = [{**batch, "labels": torch.arange(6) % 2} for batch in batches(model)]
@@ -385,7 +408,8 @@ def test_rows_are_taken_until_there_are_tokens_enough(tokens: int, rows: int) ->
     assert given <= rows + 32
 
 
-def test_rules_of_several_criteria_and_levels() -> None:
+@pytest.mark.parametrize("criterion", ["wanda", "obs"])
+def test_rules_of_several_criteria_and_levels(criterion: str) -> None:
     """One rule reads gradients, one activations, one measures; 2:4 inside the heads that are left leaves the others gone."""
     model = tiny_bert()
     settings = PruningConfig(
@@ -394,7 +418,7 @@ def test_rules_of_several_criteria_and_levels() -> None:
             PruningRule(pattern="head", target_sparsity=0.5, criterion="fisher", update="zero"),
             PruningRule(pattern="neuron", target_sparsity=0.5),
             PruningRule(
-                pattern="2:4", target_sparsity=0.5, criterion="wanda", update="sparsegpt", target_modules=["value", "dense"]
+                pattern="2:4", target_sparsity=0.5, criterion=criterion, update="sparsegpt", target_modules=["value", "dense"]
             ),
         ],
     )
@@ -408,6 +432,14 @@ def test_rules_of_several_criteria_and_levels() -> None:
             width = block.unit_width
             dead = (weight.view(len(weight), -1, width) == 0).all(dim=2).all(dim=0)
             assert (block.roles["value"].module.weight.view(-1, width, weight.shape[1])[dead] == 0).all()
+
+
+def test_few_rows_are_enough_for_many_weights() -> None:
+    """As few long rows of a causal language model are: each weight is still measured on one."""
+    model = tiny_bert()
+    report = prune(model, PruningConfig(pattern="1x1", update="sparsegpt", target_sparsity=0.5), batches(model, 8, 1))
+    assert len(report.modules) > 8
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_weight_outside_the_layers_is_pruned_too() -> None:

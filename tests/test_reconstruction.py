@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_prune.model.targets import Target
+from hf_prune.model.units import UnitGroup, View
+from hf_prune.pruning.criteria.activations import kept_in_order
 from hf_prune.pruning.reconstruction import Moments, damping, elimination, inverse, refit, sequential
 
 PROBLEMS = st.tuples(st.integers(1, 5), st.integers(2, 9), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(1e-3, 1.0))
@@ -112,7 +117,8 @@ def test_sequential_is_obs_restricted_to_the_columns_to_the_right(
     weight, x, _, _, damp = problem(sizes)
     gone = torch.tensor(data.draw(st.lists(st.booleans(), min_size=weight.numel(), max_size=weight.numel()))).view_as(weight)
     hessian = x.T @ x + damp * torch.eye(x.shape[1], dtype=x.dtype)
-    found = sequential(weight, inverse(x.T @ x, damp), gone)
+    found, went = sequential(weight, inverse(x.T @ x, damp), lambda columns, *_: gone[:, columns])
+    assert torch.equal(went, gone)
     expected = weight.clone()
     for row in range(len(weight)):
         for column in range(weight.shape[1]):
@@ -135,7 +141,44 @@ def test_sequential_crosses_its_blocks(size: int) -> None:
     for column in range(size):
         error = torch.where(gone[:, column], expected[:, column], 0) / factor[column, column]
         expected[:, column:] -= error[:, None] * factor[column, column:]
-    torch.testing.assert_close(sequential(weight, inverted, gone), expected.masked_fill(gone, 0))
+    found, _ = sequential(weight, inverted, lambda columns, *_: gone[:, columns])
+    torch.testing.assert_close(found, expected.masked_fill(gone, 0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROBLEMS, st.sampled_from(["1x1", "2:4", "1:3", "2x1", "1x2"]), st.floats(0, 1), st.booleans())
+def test_what_goes_in_order_costs_least_by_then(
+    sizes: tuple[int, int, int, int, float], pattern: str, share: float, with_others: bool
+) -> None:
+    """The choice of SparseGPT, step by step: columns to the left are done, those to the right have made up for them."""
+    outputs, blocks, *rest = sizes
+    (n, m), is_n_of_m = map(int, re.split("[x:]", pattern)), ":" in pattern
+    height, width, step = (1, 1, m) if is_n_of_m else (n, m, 128 // m * m)
+    rows, columns = outputs * height, blocks * step if is_n_of_m else blocks * width
+    weight, x, _, _, damp = problem((rows, columns + 1, *rest))  # the last column, as a bias, never goes
+    target = Target("w", "", torch.nn.Parameter(weight[:, :-1]))
+    group = UnitGroup("", (View(target, height, width),), n_of_m=(n, m) if is_n_of_m else None)
+    others = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.2 * with_others
+    others[:, columns] = False
+    number = int(share * group.max_removable)
+    kept = kept_in_order(group.weights[0], group.n_of_m, weight, x.T @ x, number, others, damp)
+    assert int((~kept).sum()) == number
+
+    hessian, now, gone = x.T @ x + damp * torch.eye(len(x.T), dtype=x.dtype), weight.clone(), others.clone()
+    for column in range(columns):
+        if column % step == 0:
+            stop = min(column + step, columns)
+            squares = torch.stack([now[:, j] ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(column, stop)], dim=1)
+            costs = squares.masked_fill(others[:, column:stop], 0).view(outputs, height, -1, width).sum(dim=(1, 3))
+            mine = kept.view(outputs, -1)[:, column // width : stop // width]
+            for row, stays in zip(costs, mine) if is_n_of_m else [(costs.flatten(), mine.flatten())]:
+                if (~stays).any() and stays.any() and (not is_n_of_m or int((~stays).sum()) == n):
+                    assert row[~stays].max() <= row[stays].min() * (1 + 1e-6) + 1e-12
+            gone[:, column:stop] |= (~mine).repeat_interleave(height, 0).repeat_interleave(width, 1)
+        for row in range(rows):
+            if gone[row, column]:
+                left = torch.linalg.inv(hessian[column:, column:])
+                now[row, column:] -= now[row, column] / left[0, 0] * left[0]
 
 
 def test_float32_is_close_to_float64() -> None:

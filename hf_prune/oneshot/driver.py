@@ -20,7 +20,7 @@ from ..model.targets import Target, named_layers
 from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
 from ..pruning.budget import make_budgets
-from ..pruning.criteria.activations import OBS, removal_costs
+from ..pruning.criteria.activations import OBS, kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, damping, elimination, inverse, refit
 from ..pruning.rules import Rule, match_rules
 from ..pruning.updates import DAMPING, zero
@@ -315,7 +315,7 @@ class _Passes:
         costs are brought to the divergence that is measured when it alone is pruned to its target. All these measurements
         together take as many rows as there are.
         """
-        probe = self._rows.some(self._rows.number // max(len(self.work), 1))
+        probe = self._rows.some(max(self._rows.number // max(len(self.work), 1), 1))
         dense = predictions(self._model, probe)
         for layers in self._lists:
             stream = Stream(self._folder)
@@ -420,6 +420,9 @@ class _Passes:
             scaled = whole * self._scale(item).sqrt()[:, None]
             order, _ = elimination(scaled, inverse(moments.inputs, damp), item.view.columns, gone)
             item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
+        elif isinstance(item.rule.criterion, OBS) and item.rule.update.in_order and gone:
+            others, damp = self._gone(item, old, torch.ones_like(item.kept)), damping(moments.inputs, DAMPING)
+            item.kept = kept_in_order(item.view, item.group.n_of_m, old, moments.inputs, gone, others, damp)
         removed = self._gone(item, old, item.kept)
         masked = zero(old, None, removed)
         new = item.rule.update.compute(old, moments, removed)

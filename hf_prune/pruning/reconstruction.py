@@ -14,6 +14,7 @@ to the right, with a mask of its own for each row (SparseGPT, Frantar and Alista
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -185,25 +186,39 @@ def _eliminate_groups(weight: Tensor, inverse: Tensor, units: Tensor, count: int
     return order, rises
 
 
-def sequential(weight: Tensor, inverse: Tensor, gone: Tensor) -> Tensor:
+#: (some neighbouring columns, the weight as it has adapted by then `[out, columns]`, the diagonal of the factor `[columns]`) → what
+#: goes of it, bool `[out, columns]`.
+Choice = Callable[[slice, Tensor, Tensor], Tensor]
+
+
+def sequential(weight: Tensor, inverse: Tensor, choose: Choice, step: int = 1) -> tuple[Tensor, Tensor]:
     """Zero what goes, column by column from the left, and let the columns to the right make up for it, row by row.
+
+    With U the upper Cholesky factor of (H + λI)⁻¹, U_jj² is the first entry of the inverse of H + λI restricted to the columns from
+    j on: a weight of column j costs w²/U_jj², with w as it has adapted to what went to its left.
 
     Args:
         weight: `[out, in]`.
         inverse: (H + λI)⁻¹, `[in, in]`.
-        gone: bool `[out, in]`.
+        choose: says what goes; asked once for every `step` columns, when all to their left are done.
+        step: how many columns are chosen together.
 
     Returns:
-        `[out, in]`: each row as OBS has it that may change only columns to the right of the one that goes.
+        `[out, in]`: each row as OBS has it that may change only columns to the right of the one that goes; and what went, bool
+        `[out, in]`.
     """
     factor = torch.linalg.cholesky(inverse, upper=True)
-    weight = weight.clone()
-    for start in range(0, weight.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weight.shape[1])
+    weight, gone = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
+    size, columns = step * max(_BLOCK // step, 1), weight.shape[1]
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
         errors = weight.new_zeros(len(weight), stop - start)
         for column in range(start, stop):
+            if column % step == 0:
+                some = slice(column, min(column + step, columns))
+                gone[:, some] = choose(some, weight[:, some], factor.diagonal()[some])
             error = torch.where(gone[:, column], weight[:, column], 0) / factor[column, column]
             weight[:, column:stop] -= error[:, None] * factor[column, column:stop]
             errors[:, column - start] = error
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return weight.masked_fill(gone, 0)
+    return weight.masked_fill(gone, 0), gone

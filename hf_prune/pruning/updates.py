@@ -32,6 +32,8 @@ class Update:
         reads_second_moments: whether it is given the moments of the layer.
         whole_columns: whether units have to leave through whole columns: heads, groups, neurons, `channelx1`.
         dense_target: whether it aims at what the dense model gave; else at what the weight gives from the inputs as they are.
+        in_order: whether it goes through the columns from left to right; criterion `obs` then chooses in each what costs least when
+            those to its left are done.
         moves_bias: whether it changes nothing but the bias, which only `prune()` gives it.
     """
 
@@ -39,6 +41,7 @@ class Update:
     reads_second_moments: bool = False
     whole_columns: bool = False
     dense_target: bool = False
+    in_order: bool = False
     moves_bias: bool = False
 
 
@@ -97,8 +100,9 @@ def obs(weight: Tensor, moments: Moments | None, gone: Tensor) -> Tensor:
     return least_squares(weight, moments.without_target(weight), gone)
 
 
-@register_update("sparsegpt", reads_second_moments=True)
+@register_update("sparsegpt", reads_second_moments=True, in_order=True)
 def sparsegpt(weight: Tensor, moments: Moments | None, gone: Tensor) -> Tensor:
     """Column by column, those to the right make up for what goes of a row; see `reconstruction.sequential`."""
     assert moments is not None
-    return sequential(weight, inverse(moments.inputs, damping(moments.inputs, DAMPING)), gone)
+    inverted = inverse(moments.inputs, damping(moments.inputs, DAMPING))
+    return sequential(weight, inverted, lambda columns, *_: gone[:, columns])[0]

@@ -8,11 +8,15 @@ from torch import Tensor
 from ...model.targets import Target
 from ...model.units import UnitGroup, View
 from ...settings.config import PruningConfig
-from ..reconstruction import damping, elimination, inverse
+from ..reconstruction import damping, elimination, inverse, sequential
+from ..selection import candidates, lowest_units
 from ..statistics import weight
 from ..updates import DAMPING
 from .base import Criterion
 from .registry import register_criterion
+
+#: Columns whose weights compete with each other where they are chosen in order, as in SparseGPT.
+_TOGETHER = 128
 
 
 @register_criterion("apoz")
@@ -129,3 +133,44 @@ def removal_costs(view: View, matrix: Tensor, moments: Tensor) -> Tensor:
     order, costs = elimination(matrix, left, view.columns, len(view.columns))
     # A unit that is cheap only after another one went cannot go before it.
     return torch.empty_like(costs).scatter_(0, order, costs.cummax(dim=0).values).float()
+
+
+def kept_in_order(
+    view: View, n_of_m: tuple[int, int] | None, matrix: Tensor, moments: Tensor, number: int, others: Tensor, damp: float
+) -> Tensor:
+    """Choose blocks of a weight from left to right, each after what is to its left has gone and the rest made up for it (SparseGPT,
+    Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, section 3.2).
+
+    What goes is shared evenly among stretches of 128 columns, for N:M of m, in each of which the blocks with the least sum of
+    w²/U_jj² go; see `reconstruction.sequential`.
+
+    Args:
+        view: the blocks of a weight.
+        n_of_m: see `UnitGroup`.
+        matrix: that weight, `[out, in]`, with other columns that stay behind them or without.
+        moments: Σ x·xᵀ of its inputs, `[in, in]`.
+        number: how many blocks go.
+        others: what goes of the weight anyway, bool `[out, in]`.
+        damp: λ.
+
+    Returns:
+        The blocks that stay, bool `[units]`.
+    """
+    rows, height, columns, width = view.grid
+    kept = torch.ones(rows, columns, dtype=torch.bool, device=matrix.device)
+    step = n_of_m[1] if n_of_m else max(_TOGETHER // width, 1) * width
+
+    def choose(part: slice, weight: Tensor, diagonal: Tensor) -> Tensor:
+        gone, stretch = others[:, part].clone(), slice(part.start // width, min(part.stop // width, columns))
+        inside = (stretch.stop - stretch.start) * width
+        costs = (weight / diagonal).square().masked_fill_(gone, 0)[:, :inside]
+        costs = costs.reshape(rows, height, -1, width).sum(dim=(1, 3)).flatten()
+        share = round(number * stretch.stop / columns) - round(number * stretch.start / columns)
+        allowed = None if n_of_m is None else candidates(costs, n_of_m)
+        (goes,) = lowest_units([costs], [torch.zeros_like(costs, dtype=torch.bool)], [allowed], share)
+        kept[:, stretch] = ~goes.view(rows, -1)
+        gone[:, :inside] |= goes.view(rows, 1, -1, 1).expand(-1, height, -1, width).reshape(len(gone), inside)
+        return gone
+
+    sequential(matrix, inverse(moments, damp), choose, step)
+    return kept.flatten()
