@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
 from hf_prune.condense import drop_layers, stock_config
 from hf_prune.condense.plan import plan_block, regroup
-from hf_prune.model import Block, FeedForwardSpec, Part, Projection, find_blocks, spec_for
+from hf_prune.model import ArchitectureSpec, FeedForwardSpec, Part, blocks, find_blocks, spec_for
 from hf_prune.model.targets import weight_target
 from hf_prune.training.recipe import Stage
 
@@ -410,23 +410,11 @@ def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
         gate.weight[[3, 4, 5]] = 0
         gate.bias[3] = 0
         down.weight[:, 6] = 0
-    modules = {"up": up, "gate": gate, "down": down}
-    parts = {
-        name: Projection(name, module, module, Part(name), torch.arange(module.out_features)) for name, module in modules.items()
-    }
-    spec = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"up": up, "gate": gate, "down": down, "act": activation})])
+    gated = FeedForwardSpec(up=Part("up"), down=Part("down"), gate=Part("gate"), activation="act")
+    (block,) = blocks(model, ArchitectureSpec(model_types=(), layers=("layers",), attentions=(), feed_forwards=(gated,)))
     with torch.no_grad():
-        block = Block(
-            kind="feed_forward",
-            unit="neuron",
-            layer="layer",
-            name="layer.up",
-            key="up",
-            roles=parts,
-            size_names=("intermediate_size",),
-            spec=spec,
-            activation=activation,
-        )
         plan = plan_block(block, 1)
         inputs = torch.randn(5, 4)
         before = down(activation(gate(inputs)) * up(inputs))

@@ -9,8 +9,6 @@ if not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,12 +18,13 @@ from transformers import PreTrainedModel
 from ..model import spec_for
 from ..model.attached import is_attached
 from ..model.blocks import layer_lists
+from ..model.lora import zeros_held
 from ..model.wrappers import bare_model, transformers_model
 from .format import without_layers
 from .layers import layer_counts, outline, removable, remove_layers
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
-from .resize import add_bias, keep_units, set_own_heads, shrink
+from .resize import add_bias, keep_units, shrink
 from .snapshot import all_or_nothing, own_configs
 from .stock import stock_config, write_sizes
 from .verify import compare, observe, sample_batch
@@ -104,12 +103,11 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     with all_or_nothing(whole) as snapshot:
         before = observe(body) if verify else None
         own_configs(whole)
-        with _zeros_held(plan):
+        with zeros_held([adapter for block in plan.changed for adapter in block.adapters]):
             for block in plan.changed:
                 fold(block)
                 if block.dead.any():
-                    keep_units(block.block, block.kept, block.groups, select=snapshot.select)
-                    set_own_heads(block.block, block.heads)
+                    keep_units(block.block, block.kept, block.groups, own_heads=block.heads, select=snapshot.select)
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
         write_sizes(body, spec_for(body.config.model_type))
@@ -172,17 +170,3 @@ def fold(plan: BlockPlan) -> None:
         bias = output.bias
         shifted = (bias.to(plan.shift.dtype) + plan.shift).to(bias.dtype)
         output.bias = nn.Parameter(shifted, requires_grad=bias.requires_grad)
-
-
-@contextmanager
-def _zeros_held(plan: CondensePlan) -> Iterator[None]:
-    """Keep merged LoRA weights that are zero exactly zero when both parts shrink, however the smaller product is rounded."""
-    adapters = [adapter for block in plan.changed for adapter in block.adapters]
-    for adapter in adapters:
-        adapter.keep_exact()
-        adapter.base.zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
-    yield
-    for adapter in adapters:
-        layer = adapter.base
-        layer.weight.data = torch.where(layer.zeros, -adapter.delta(), layer.weight.data)
-        del layer.zeros

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model import Block, Projection, find_blocks, spec_for
-from ..model.blocks import body, has_bias, layer_lists, out_features
+from ..model.blocks import body, has_bias, layer_lists
 from ..model.lora import Adapter
-from ..model.targets import BlockWeights, computed_part
+from ..model.targets import BlockWeights, block_weights, computed_part
 from ..model.wrappers import transformers_model
 from ..settings.errors import ConfigError
 from .format import after_condensing
@@ -72,7 +72,7 @@ class BlockPlan:
         """How many parameters would go."""
         block = self.block
         units, groups = block.num_units - len(self.kept), block.num_groups - len(self.groups)
-        total = units * block.unit_width * out_features(block.output.layer) - len(self.shift) * self.adds_bias
+        total = units * block.unit_width * len(self.bias) - len(self.shift) * self.adds_bias
         for part in block.inputs:
             gone = units if part is block.inputs[0] else groups
             inputs = part.layer.weight.shape[0 if isinstance(part.layer, Conv1D) else 1]
@@ -186,20 +186,21 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
 
 
 def plan_block(block: Block, multiple: int) -> BlockPlan:
-    weights, reason = BlockWeights(block), computed_part(block.projections)
-    dead = torch.zeros(block.num_units, dtype=torch.bool) if reason else dead_units(block, weights)
+    weights, reason = block_weights(block), computed_part(block)
+    values, fixed = _fixed_features(block, weights)
+    dead = torch.zeros(block.num_units, dtype=torch.bool) if reason else _dead_units(block, weights, fixed)
     if block.unit_width == 1:  # padding is for the sizes of matrices, and a head is wide enough
         dead[dead.nonzero().flatten()[: -int((~dead).sum()) % multiple]] = False
     kept, groups = regroup(dead, block.units_per_group)
     gone = torch.ones_like(dead)
     gone[kept] = False
-    shift, own = _shift(block, weights, gone), block.own_units
+    shift, own = _shift(weights, values, gone.repeat_interleave(block.unit_width)), block.own_units
     return BlockPlan(
         block=block,
         dead=gone,
         groups=groups,
         shift=shift,
-        bias=weights.bias(block.output),
+        bias=weights.output[1],
         adds_bias=bool(shift.any()) and not has_bias(block.output.layer),
         heads=None if own is None else [own[unit] for unit in kept.tolist()],
         masked=int(dead.sum() - gone.sum()),
@@ -208,13 +209,12 @@ def plan_block(block: Block, multiple: int) -> BlockPlan:
     )
 
 
-def _shift(block: Block, weights: BlockWeights, gone: Tensor) -> Tensor:
-    """The contribution of the removed units to the block's output, `[hidden]`, in float32 at least."""
-    matrix = weights.weight(block.output)
-    constant = _fixed_features(block, weights)[0]  # meaningless for features of living units, and for those that are not read
-    features = gone.repeat_interleave(block.unit_width).to(matrix.device)
+def _shift(weights: BlockWeights, values: Tensor, gone: Tensor) -> Tensor:
+    """What features that are `gone` (bool `[features]`) add to the output by their values, `[hidden]`, in float32 at least."""
+    matrix = weights.output[0]
+    features = gone.to(matrix.device)
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    return matrix[:, features].to(wide) @ constant[features].to(wide)
+    return matrix[:, features].to(wide) @ values[features].to(wide)
 
 
 def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[int]]:
@@ -265,21 +265,24 @@ def _reason(row: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def dead_units(block: Block, weights: BlockWeights | None = None) -> Tensor:
-    """The heads or neurons whose contribution to the output is constant, bool `[units]`; see [`condense_plan`].
+def dead_units(block: Block) -> Tensor:
+    """The heads or neurons whose contribution to the output is constant, bool `[units]`; see [`condense_plan`]."""
+    weights = block_weights(block)
+    return _dead_units(block, weights, _fixed_features(block, weights)[1])
 
-    Args:
-        block: the block.
-        weights: its weights, if they were already read.
-    """
-    weights = weights or BlockWeights(block)
-    unread = ~weights.weight(block.output).any(0).view(block.num_units, block.unit_width).any(1)
-    return (unread | _fixed_features(block, weights)[1]).cpu()
+
+def _dead_units(block: Block, weights: BlockWeights, fixed: Tensor) -> Tensor:
+    """The units that are `fixed` (bool `[units]`), or whose features the output projection does not read."""
+    unread = ~weights.output[0].any(0).view(block.num_units, block.unit_width).any(1)
+    return (unread | fixed).cpu()
 
 
 def _fixed_features(block: Block, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-    """The values of features whose rows are zero, `[features]`, and the units that have these values for every input, `[units]`."""
-    values = {role: (weights.bias(part), ~weights.weight(part).any(1)) for role, part in block.makers.items()}
+    """The values of features whose rows are zero, `[features]`, and the units that have these values for every input, `[units]`.
+
+    The values are meaningless for features of other units.
+    """
+    values = {role: (bias, ~weight.any(1)) for role, (weight, bias) in weights.makers.items()}
     if "value" in values:  # attention weights sum to one
         value, zero = (rows.view(block.num_groups, block.unit_width) for rows in values["value"])
         return value.repeat_interleave(block.units_per_group, 0).flatten(), zero.all(1).repeat_interleave(block.units_per_group)

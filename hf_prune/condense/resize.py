@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..model import ArchitectureSpec, AttentionSpec, Block, Part, blocks
-from ..model.blocks import Adapted, adapted, has_bias, is_adapted, layer_lists, out_features
+from ..model import ArchitectureSpec, AttentionSpec, Block, Projection, blocks
+from ..model.blocks import Adapted, adapted, has_bias, layer_lists, out_features
 from .format import check_original, check_removed, read_sizes
 
 #: `(parameter, dim, indices)` → slices of the parameter along a dimension.
@@ -33,7 +33,7 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """
     entry = model.config.hf_prune
     lists = {path: layer_lists(model, path) for path in spec.layers}
-    found = read_sizes(entry, list(blocks(model, spec)), [path for path, found in lists.items() if not found])
+    found = read_sizes(entry, blocks(model, spec), [path for path, found in lists.items() if not found])
     check_original(entry.get("original", {}), [attribute for widths in spec.widths for attribute in widths.values()])
     check_removed(entry.get("removed_layers", {}), {path: sum(map(len, found.values())) for path, found in lists.items()})
     for block, sizes in found:
@@ -41,11 +41,17 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
             add_bias(block.output.layer)
         stock = block.sizes
         if any(sizes[name] != size for name, size in stock.items()):
-            keep_units(block, *(torch.arange(sizes[name], device="cpu") for name in stock))
-            set_own_heads(block, sizes.get("heads"))
+            keep_units(block, *(torch.arange(sizes[name], device="cpu") for name in stock), own_heads=sizes.get("heads"))
 
 
-def keep_units(block: Block, units: Tensor, groups: Tensor | None = None, *, select: Select = torch.index_select) -> None:
+def keep_units(
+    block: Block,
+    units: Tensor,
+    groups: Tensor | None = None,
+    *,
+    own_heads: list[int] | None = None,
+    select: Select = torch.index_select,
+) -> None:
     """Keep only these heads or neurons of a block.
 
     Args:
@@ -53,25 +59,21 @@ def keep_units(block: Block, units: Tensor, groups: Tensor | None = None, *, sel
         units: indices of heads or neurons, ascending, `[n]` on the CPU.
         groups: indices of the key and value heads that they read, in equal shares, `[m]`; duplicates are copied. Default: unit `i`
             reads group `i`.
+        own_heads: the indices of these heads in the stock model, for an attention module that needs to know them.
         select: what takes slices of a parameter.
     """
     groups = units if groups is None else groups
-    features, shared = block.features(units), block.features(groups)
-    modules: dict[Any, dict[Part, Tensor]] = {}
-    for part in block.inputs:
-        kept = features if part is block.inputs[0] else shared
-        modules.setdefault(part.module, {})[part.part] = part.rows[kept]
-    for module, parts in modules.items():  # one part per projection packed into the module
-        rows = torch.empty(sum(map(len, parts.values())), dtype=torch.long, device="cpu")
-        for share, kept in parts.items():
-            rows[share.rows(len(rows), block.unit_width)] = kept
-        keep_features(module, rows, outputs=True, select=select)
-    keep_features(block.output.module, features, outputs=False, select=select)
+    for part, outputs in block.outputs_of(units, groups):
+        keep_features(part, outputs, outputs=True, select=select)
+    features = block.features(units)
+    keep_features(block.output, features, outputs=False, select=select)
     if block.module is not None:
         sizes = {"heads": len(units), "width": len(features), "groups": max(len(units) // max(len(groups), 1), 1)}
         for attribute, meaning in block.attributes.items():
             set_attribute(block.module, attribute, sizes[meaning])
         adapt_forward(block, len(units))
+        if own_heads is not None:
+            set_attribute(block.module, "own_heads", own_heads)
 
 
 def adapt_forward(block: Block, heads: int) -> None:
@@ -85,12 +87,6 @@ def adapt_forward(block: Block, heads: int) -> None:
         module.__class__ = adapted(getattr(module, "stock_class", module.__class__), mixins)
 
 
-def set_own_heads(block: Block, heads: list[int] | None) -> None:
-    """Record which heads of the stock model an attention module has left; None if it does not need to know."""
-    if heads is not None:
-        set_attribute(block.module, "own_heads", heads)
-
-
 def add_bias(layer: Any) -> None:
     """Add a bias of zeros to a projection without one."""
     if not has_bias(layer):
@@ -102,19 +98,26 @@ def set_attribute(module: Any, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
-def keep_features(module: nn.Module, features: Tensor, outputs: bool, select: Select = torch.index_select) -> None:
+def keep_features(part: Projection, features: Tensor, outputs: bool, select: Select = torch.index_select) -> None:
+    """Keep only these outputs (else inputs) of a projection's module, in place.
+
+    LoRA adapters, active or not, keep the same outputs of B (inputs of A).
+    """
+    layers = [part.layer]
+    if part.module is not part.layer:
+        lora: Any = part.module
+        layers += (lora.lora_B if outputs else lora.lora_A).values()
+        set_attribute(lora, "out_features" if outputs else "in_features", len(features))
+    for layer in layers:
+        _keep_features(layer, features, outputs, select)
+
+
+def _keep_features(module: nn.Module, features: Tensor, outputs: bool, select: Select) -> None:
     """Keep only these outputs (else inputs) of a Linear or Conv1D, in place; dtype, device and `requires_grad` stay.
 
-    LoRA adapters of the layer, active or not, keep the same outputs of B (inputs of A). A projection without inputs returns its
-    bias, see [`NoInputs`]; parameters without elements are frozen.
+    A projection without inputs returns its bias, see [`NoInputs`]; parameters without elements are frozen.
     """
     size = "out_features" if outputs else "in_features"
-    if is_adapted(module):
-        layer: Any = module
-        for part in (layer.base_layer, *(layer.lora_B if outputs else layer.lora_A).values()):
-            keep_features(part, features, outputs, select)
-        set_attribute(layer, size, len(features))
-        return
     stored_in_out = isinstance(module, Conv1D)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if name == "bias" and not outputs:

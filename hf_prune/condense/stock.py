@@ -8,7 +8,6 @@ with stock classes, in other frameworks too. The rest of `config.hf_prune` is in
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model import ArchitectureSpec, Block, blocks, spec_for
-from ..model.blocks import has_bias, layer_lists
+from ..model.blocks import layer_lists, outlines
 from .layers import layer_counts, name_decoder_depth
-from .resize import shrink
 
 
 def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
@@ -29,7 +27,7 @@ def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """
     entry: dict[str, Any] = model.config.hf_prune
     changed = {name for parts in entry["layers"].values() for sizes in parts.values() for name in sizes}
-    found = list(blocks(model, spec))
+    found = blocks(model, spec)
     said = sizes_in_config(model, found, spec, changed)
     if not said:
         return
@@ -55,21 +53,18 @@ def sizes_in_config(model: nn.Module, its_blocks: list[Block], spec: Architectur
         lists = layer_lists(model, path)
         for block in its_blocks:
             if block.layer.rpartition(".")[0] in lists:
-                for name, size in _sizes(block).items() if changed & block.sizes.keys() else ():
+                own = block.sizes | ({} if block.module is None else {"head_dim": block.unit_width})
+                for name, size in own.items() if changed & block.sizes.keys() else ():
                     if (name in changed or name not in block.sizes) and name in widths:
                         found.setdefault(widths[name], set()).add(size)
     sizes = [(attribute, min(values)) for attribute, values in found.items() if len(values) == 1]
     return dict(sizes) if len(sizes) == len(found) and all(size for _, size in sizes) else {}
 
 
-def _sizes(block: Block) -> dict[str, int]:
-    return block.sizes | ({} if block.module is None else {"head_dim": block.unit_width})
-
-
 def describes(model: PreTrainedModel) -> bool:
     """Whether loading makes a model with these blocks of its config: that of one that was cut by hand says something else."""
     spec = spec_for(model.config.model_type)
-    return _makes(model.config, type(model.base_model), list(blocks(model, spec)), spec)
+    return _makes(model.config, type(model.base_model), blocks(model, spec), spec)
 
 
 def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: ArchitectureSpec) -> bool:
@@ -79,15 +74,7 @@ def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: Archi
             stock = kind(type(config).from_dict(config.to_dict()))
     except (ValueError, StrictDataclassError):  # Llama's heads have to divide its hidden size
         return False
-    if getattr(stock.config, "hf_prune", None):
-        shrink(stock, spec)
-    return [_outline(block) for block in blocks(stock, spec)] == [_outline(block) for block in wanted]
-
-
-def _outline(block: Block) -> Hashable:
-    """Everything that condensing changes in a block."""
-    shapes = tuple((tuple(part.layer.weight.shape), has_bias(part.layer)) for part in block.projections)
-    return block.layer, block.key, tuple(_sizes(block).items()), shapes
+    return outlines(blocks(stock, spec)) == outlines(wanted)
 
 
 def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:

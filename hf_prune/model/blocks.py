@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,7 @@ class Projection:
         layer: the layer of the model under the adapters.
         part: its entry in the spec.
         rows: which outputs of the module belong to it, `[n]` on the CPU.
+        index: the index of its rows in a matrix: a slice, which gives a view, if they are contiguous, else `rows`.
     """
 
     name: str
@@ -86,13 +87,7 @@ class Projection:
     layer: Any
     part: Part
     rows: Tensor
-
-    @functools.cached_property
-    def index(self) -> slice | Tensor:
-        """The index of its rows in a matrix: a slice, which gives a view, if they are contiguous, else `rows`."""
-        start = int(self.rows[0]) if len(self.rows) else 0
-        stop = start + len(self.rows)
-        return slice(start, stop) if self.rows.equal(torch.arange(start, stop, device="cpu")) else self.rows
+    index: slice | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +105,10 @@ class Block:
         name: the block's name in the model.
         key: its path in the layer, by which `config.hf_prune` names it.
         roles: role (`query`, `key`, `value`, `up`, `gate`, …) → projection, the output projection last.
-        size_names: the config's name for the number of units, and for that of groups if there can be fewer.
+        num_units: number of heads or neurons.
+        num_groups: number of groups of units that share rows: key and value heads; fewer than heads under grouped-query attention.
+        sizes: the sizes that condensing changes, by their names in the config: the number of units, and that of groups if there can
+            be fewer.
         unit_width: rows of an input, and columns of the output, per unit.
         module: the module whose `forward` splits features into units; None if there is none.
         attributes: the attributes of the module that hold the number of units, see `AttentionSpec.sizes`.
@@ -125,7 +123,9 @@ class Block:
     name: str
     key: str
     roles: Mapping[str, Projection]
-    size_names: tuple[str, ...]
+    num_units: int
+    num_groups: int
+    sizes: dict[str, int]
     spec: Any
     unit_width: int = 1
     module: Any = None
@@ -154,28 +154,45 @@ class Block:
         return {role: self.roles[role] for role in ("value", "up", "gate") if role in self.roles}
 
     @functools.cached_property
-    def num_units(self) -> int:
-        """Number of heads or neurons."""
-        return len(self.inputs[0].rows) // self.unit_width
-
-    @functools.cached_property
-    def num_groups(self) -> int:
-        """Number of groups of units that share rows: key and value heads; fewer than heads under grouped-query attention."""
-        return len(self.inputs[-1].rows) // self.unit_width
-
-    @functools.cached_property
     def units_per_group(self) -> int:
         """How many units share rows (1 if no unit is left)."""
         return self.num_units // self.num_groups if self.num_units else 1
 
-    @functools.cached_property
-    def sizes(self) -> dict[str, int]:
-        """The sizes that condensing changes, by their names in the config."""
-        return dict(zip(self.size_names, (self.num_units, self.num_groups)))
-
     def features(self, units: Tensor) -> Tensor:
         """The rows of an input, or columns of the output, of some units or groups, `[n] → [n·width]`."""
         return (units[:, None] * self.unit_width + torch.arange(self.unit_width, device="cpu")).flatten()
+
+    def outputs_of(self, units: Tensor, groups: Tensor) -> list[tuple[Projection, Tensor]]:
+        """Which outputs of the modules of `inputs` belong to some units and groups, in the order that the modules need them in.
+
+        Returns:
+            For each module a projection in it and the indices of its outputs, `[n]` on the CPU.
+        """
+        own, shared = self.features(units), self.features(groups)
+        modules: dict[nn.Module, list[tuple[Projection, Tensor]]] = {}
+        for part in self.inputs:
+            modules.setdefault(part.module, []).append((part, part.rows[own if part is self.inputs[0] else shared]))
+        found = []
+        for packed in modules.values():
+            outputs = torch.empty(sum(len(rows) for _, rows in packed), dtype=torch.long, device="cpu")
+            for part, rows in packed:
+                outputs[_rows(part.part, len(outputs), self.unit_width)] = rows
+            found.append((packed[0][0], outputs))
+        return found
+
+
+def outlines(found: Iterable[Block]) -> list[Hashable]:
+    """Everything that condensing changes in some blocks: their names, sizes, and what weights and biases their projections have."""
+    return [
+        (
+            block.layer,
+            block.key,
+            block.unit_width,
+            tuple(block.sizes.items()),
+            tuple((tuple(part.layer.weight.shape), has_bias(part.layer)) for part in block.projections),
+        )
+        for block in found
+    ]
 
 
 def at_path(root: Any, path: str) -> Any:
@@ -185,12 +202,29 @@ def at_path(root: Any, path: str) -> Any:
     return root
 
 
+def missing(root: Any, paths: Iterable[str]) -> list[str]:
+    """The dotted paths, of these, at which there is nothing."""
+    return [path for path in paths if at_path(root, path) is None]
+
+
 def _projection(layer: nn.Module, layer_name: str, part: Part, width: int = 1) -> Projection:
     module = at_path(layer, part.path)
     if module is None:
         raise ValueError(f"{layer_name} has no {part.path}, which the architecture spec of its family names.")
     inner = base_layer(module)
-    return Projection(f"{layer_name}.{part.path}", module, inner, part, part.rows(out_features(inner), width))
+    rows = _rows(part, out_features(inner), width)
+    start = int(rows[0]) if len(rows) else 0
+    whole = torch.arange(start, start + len(rows), device="cpu")
+    index = slice(start, start + len(rows)) if rows.equal(whole) else rows
+    return Projection(f"{layer_name}.{part.path}", module, inner, part, rows, index)
+
+
+def _rows(part: Part, size: int, width: int) -> Tensor:
+    """A projection's rows among its module's `size` outputs, ascending, `[size / parts]`, if a unit has `width` of them."""
+    rows = torch.arange(size, device="cpu")
+    if part.interleaved:
+        return rows.view(size // (part.parts * width), part.parts, width)[:, part.index].flatten()
+    return rows.view(part.parts, size // part.parts)[part.index]
 
 
 def body(model: Any) -> Any:
@@ -217,8 +251,8 @@ def layer_lists(model: Any, path: str) -> dict[str, Any]:
     return {name: module for name, module in found.items() if isinstance(module, (nn.ModuleList, nn.Sequential))}
 
 
-def blocks(model: nn.Module, spec: ArchitectureSpec, prefix: str = "") -> Iterator[Block]:
-    """Yield every block of a transformers model that `spec` describes, layer by layer, with or without adapters.
+def blocks(model: nn.Module, spec: ArchitectureSpec, prefix: str = "") -> list[Block]:
+    """Every block of a transformers model that `spec` describes, layer by layer, with or without adapters.
 
     Args:
         model: the model; parts that the spec names but the model lacks are skipped.
@@ -229,10 +263,13 @@ def blocks(model: nn.Module, spec: ArchitectureSpec, prefix: str = "") -> Iterat
         ValueError: a block lacks a projection.
     """
     prefix += body_prefix(model)
-    for path in spec.layers:
-        for list_name, layers in layer_lists(model, path).items():
-            for index, layer in enumerate(layers):
-                yield from _blocks_of(layer, f"{list_name}.{index}", prefix, spec)
+    return [
+        block
+        for path in spec.layers
+        for list_name, layers in layer_lists(model, path).items()
+        for index, layer in enumerate(layers)
+        for block in _blocks_of(layer, f"{list_name}.{index}", prefix, spec)
+    ]
 
 
 def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec) -> Iterator[Block]:
@@ -245,7 +282,8 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
             parts["output"] = attention.output
             width = getattr(module, attention.head_size)
             roles = {role: _projection(layer, full, part, width) for role, part in parts.items()}
-            heads = range(len(roles["query"].rows) // width)
+            heads, groups = (len(roles[role].rows) // width for role in ("query", "value"))
+            grouped = "groups" in attention.sizes.values()
             yield Block(
                 kind="attention",
                 unit="head",
@@ -253,24 +291,30 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
                 name=f"{full}.{attention.module}",
                 key=attention.module,
                 roles=roles,
-                size_names=("num_attention_heads", *(["num_key_value_heads"] if "groups" in attention.sizes.values() else [])),
+                num_units=heads,
+                num_groups=groups,
+                sizes={"num_attention_heads": heads, **({"num_key_value_heads": groups} if grouped else {})},
                 spec=attention,
                 unit_width=width,
                 module=module,
                 attributes=attention.sizes,
-                own_units=list(getattr(module, "own_heads", heads)) if attention.position_bias else None,
+                own_units=list(getattr(module, "own_heads", range(heads))) if attention.position_bias else None,
             )
     for ffn in spec.feed_forwards:
         if at_path(layer, ffn.up.path) is not None:
             parts = {"up": ffn.up, **({"gate": ffn.gate} if ffn.gate else {}), "down": ffn.down}
+            roles = {role: _projection(layer, full, part) for role, part in parts.items()}
+            neurons = len(roles["up"].rows)
             yield Block(
                 kind="feed_forward",
                 unit="neuron",
                 layer=short,
                 name=f"{full}.{ffn.up.path}",
                 key=ffn.up.path,
-                roles={role: _projection(layer, full, part) for role, part in parts.items()},
-                size_names=("intermediate_size",),
+                roles=roles,
+                num_units=neurons,
+                num_groups=neurons,
+                sizes={"intermediate_size": neurons},
                 spec=ffn,
                 activation=at_path(layer, ffn.activation),
             )

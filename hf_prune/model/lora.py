@@ -12,13 +12,15 @@ may round the product differently. With `lora_dropout`, training sees dead weigh
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Adapted, adapted, base_layer, is_adapted
+from .blocks import Adapted, adapted, base_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,32 +106,43 @@ class RoundsToBase(Adapted):
         return delta.to(base_layer(self).weight.dtype)
 
 
-def adapter_of(name: str, module: nn.Module) -> Adapter | None:
-    """The active adapter of a layer, or None.
+def adapter_of(name: str, layer: Any, base: nn.Module) -> Adapter | None:
+    """The active adapter of a PEFT layer, or None.
 
     Args:
         name: the layer's name, for the message.
-        module: the layer.
+        layer: the layer.
+        base: the layer of the model under it.
 
     Raises:
         ValueError: the weight that the layer computes with is not W + s·BA for a single trained pair A, B.
     """
-    if not is_adapted(module):
-        return None
-    layer: Any = module
-    reason = _obstacle(layer)
+    reason = _obstacle(layer, base)
     if reason:
         raise ValueError(f"{name}: {reason}. Use one plain LoRA adapter, or merge_and_unload() first.")
     names = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    return Adapter(layer, names[0], base_layer(layer)) if names else None
+    return Adapter(layer, names[0], base) if names else None
 
 
-def _obstacle(layer: Any) -> str:
+@contextmanager
+def zeros_held(adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Keep merged weights that are zero exactly zero while both of their parts are cut, however the smaller product is rounded."""
+    for adapter in adapters:
+        adapter.keep_exact()
+        adapter.base.zeros = nn.Parameter(adapter.merged() == 0, requires_grad=False)  # cut like the weight
+    yield
+    for adapter in adapters:
+        layer = adapter.base
+        layer.weight.data = torch.where(layer.zeros, -adapter.delta(), layer.weight.data)
+        del layer.zeros
+
+
+def _obstacle(layer: Any, base: nn.Module) -> str:
     """Why the merged weight of an adapted layer is not W + s·BA, or an empty string."""
     from peft.tuners.lora.layer import Conv1d, Conv2d, Linear  # there is an adapted layer, so it is imported already
 
     stock = layer.stock_class if isinstance(layer, RoundsToBase) else type(layer)
-    if stock not in (Linear, Conv1d, Conv2d) or is_adapted(layer.base_layer):
+    if stock not in (Linear, Conv1d, Conv2d) or layer.base_layer is not base:
         return f"its adapter is a {stock.__module__}.{stock.__name__}, whose merged weight is not W + BA"
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) > 1:
@@ -137,9 +150,9 @@ def _obstacle(layer: Any) -> str:
     for name in active:
         if name in layer.lora_variant:
             return f"its adapter is a LoRA variant, {type(layer.lora_variant[name]).__name__}, whose merged weight is not W + BA"
-        if layer.lora_B[name].bias is not None and base_layer(layer).bias is None:
+        if layer.lora_B[name].bias is not None and base.bias is None:
             return "its adapter has a bias (lora_bias=True) and the layer has none, so it cannot be merged"
-        if getattr(base_layer(layer), "groups", 1) > 1:
+        if getattr(base, "groups", 1) > 1:
             return "PEFT cannot merge an adapter of a grouped convolution"
     if layer.merged or layer.disable_adapters:
         return "its adapter is merged or disabled"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..settings.errors import closest
-from .blocks import Block, at_path, blocks, body, layer_lists
+from .blocks import Block, at_path, blocks, body, layer_lists, missing
 from .families import spec_for
 from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec
 from .wrappers import transformers_models
@@ -49,19 +49,19 @@ def check_spec(model: Any, spec: ArchitectureSpec) -> None:
         if not hasattr(model.config, name):
             raise _lacks(model.config, name, "the number of layers", vars(model.config))
 
+    everyone: tuple[AttentionSpec | FeedForwardSpec, ...] = (*spec.attentions, *spec.feed_forwards)
     layers = {path: [layer for members in lists[path].values() for layer in members] for path in lists}
+    lacking = {layer: missing(layer, map(_place, everyone)) for members in layers.values() for layer in members}
     for path, members in layers.items():
         for kind in (spec.attentions, spec.feed_forwards):
-            if members and kind and not any(_has(layer, block) for layer in members for block in kind):
+            if members and kind and all(_place(block) in lacking[layer] for layer in members for block in kind):
                 raise _lacks(model, f"{path}.*.{_place(kind[0])}", "a block of a layer", _below(members[0], f"{path}.*."))
-    everyone: tuple[AttentionSpec | FeedForwardSpec, ...] = (*spec.attentions, *spec.feed_forwards)
-    everything = [layer for members in layers.values() for layer in members]
     for block in everyone:
-        there = [layer for layer in everything if _has(layer, block)]
-        if everything and not there:
-            unnamed = [name for layer in everything for name in _unnamed(layer, block, spec)]
+        there = [layer for layer in lacking if _place(block) not in lacking[layer]]
+        if lacking and not there:
+            unnamed = [name for layer in lacking for name in _unnamed(layer, block, spec)]
             if unnamed or not block.optional:
-                raise _lacks(model, _place(block), "a block of a layer", unnamed or _below(everything[0]))
+                raise _lacks(model, _place(block), "a block of a layer", unnamed or _below(next(iter(lacking))))
         for layer in there:
             _check_block(model, layer, block)
 
@@ -77,17 +77,12 @@ def _check_block(model: Any, layer: nn.Module, block: AttentionSpec | FeedForwar
         for attribute in (block.head_size, *block.sizes):
             if not hasattr(module, attribute):
                 raise _lacks(module, attribute, "an attribute", vars(module))
-    for path in (*(part.path for part in parts), *modules):
-        if at_path(layer, path) is None:
-            raise _lacks(model, path, "a module of a layer", _below(layer))
+    if absent := missing(layer, (*(part.path for part in parts), *modules)):
+        raise _lacks(model, absent[0], "a module of a layer", _below(layer))
 
 
 def _place(block: AttentionSpec | FeedForwardSpec) -> str:
     return block.module if isinstance(block, AttentionSpec) else block.up.path
-
-
-def _has(layer: nn.Module, block: AttentionSpec | FeedForwardSpec) -> bool:
-    return at_path(layer, _place(block)) is not None
 
 
 def _unnamed(layer: nn.Module, block: AttentionSpec | FeedForwardSpec, spec: ArchitectureSpec) -> list[str]:

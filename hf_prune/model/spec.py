@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class Part:
@@ -22,13 +19,6 @@ class Part:
     index: int = 0
     parts: int = 1
     interleaved: bool = False
-
-    def rows(self, size: int, width: int) -> Tensor:
-        """The projection's rows among the module's `size` outputs, ascending, `[size / parts]`, if a unit has `width` of them."""
-        rows = torch.arange(size, device="cpu")
-        if self.interleaved:
-            return rows.view(size // (self.parts * width), self.parts, width)[:, self.index].flatten()
-        return rows.view(self.parts, size // self.parts)[self.index]
 
 
 @dataclass(frozen=True)

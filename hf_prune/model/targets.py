@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,12 @@ PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 ModuleNames = str | list[str] | None
 
 
-def computed(module: nn.Module) -> str:
+def computed(layer: nn.Module) -> str:
     """A message if a layer's weight or bias is not a parameter but computed from others; `""` if neither is.
 
     `torch.nn.utils.parametrize`, `torch.nn.utils.prune` and weight norm, which wav2vec2 uses, do that. Zeros written into such a
     tensor are lost in the next forward pass.
     """
-    layer = base_layer(module)
     for name in ("weight", "bias"):
         if name not in layer._parameters and getattr(layer, name, None) is not None:
             sources = [key for key, _ in layer.named_parameters() if any(step.startswith(name) for step in key.split("."))]
@@ -42,9 +41,9 @@ def computed(module: nn.Module) -> str:
     return ""
 
 
-def computed_part(parts: Iterable[Projection]) -> str:
+def computed_part(block: Block) -> str:
     """A message if a projection of a block has a weight or bias that is [`computed`]; `""` if none has."""
-    found = ((part.name, computed(part.module)) for part in parts)
+    found = ((part.name, computed(part.layer)) for part in block.projections)
     return next((f"of {name}: {reason}" for name, reason in found if reason), "")
 
 
@@ -143,8 +142,20 @@ def weight_target(name: str, module: nn.Module, kernel_first: bool = False) -> T
     Raises:
         ValueError: the layer has an adapter other than a plain LoRA one.
     """
-    layer: Any = base_layer(module)
-    transposed, adapter = isinstance(layer, Conv1D), adapter_of(name, module)
+    return _weight_target(name, module, base_layer(module), kernel_first)
+
+
+def projection_target(part: Projection) -> Target:
+    """The weight of a projection's module.
+
+    Raises:
+        ValueError: the module has an adapter other than a plain LoRA one.
+    """
+    return _weight_target(part.name, part.module, part.layer)
+
+
+def _weight_target(name: str, module: nn.Module, layer: Any, kernel_first: bool = False) -> Target:
+    transposed, adapter = isinstance(layer, Conv1D), None if module is layer else adapter_of(name, module, layer)
     return Target(f"{name}.weight", name, layer.weight, transposed, kernel_first and layer.weight.ndim > 2, adapter)
 
 
@@ -153,38 +164,45 @@ def bias_target(name: str, module: nn.Module) -> Target | None:
     return Target(f"{name}.bias", name, module.get_parameter("bias")) if module.bias is not None else None
 
 
+@dataclass(frozen=True, eq=False)
 class BlockWeights:
-    """The effective weights and biases of a block: under LoRA the merged ones, each merged once.
+    """What determines a block's features and its output: weights `[rows, in]` and biases `[rows]`, zeros if there is none.
 
-    Args:
-        block: the block.
+    They are the effective ones: under LoRA, merged.
+
+    Attributes:
+        makers: weight and bias of the projections that compute the features, by role, see `Block.makers`.
+        output: weight and bias of the output projection.
+        adapters: the LoRA adapters of all projections.
+    """
+
+    makers: Mapping[str, tuple[Tensor, Tensor]]
+    output: tuple[Tensor, Tensor]
+    adapters: tuple[Adapter, ...]
+
+
+def block_weights(block: Block) -> BlockWeights:
+    """The weights of a block, each merged once.
 
     Raises:
         ValueError: a layer has an adapter other than a plain LoRA one.
     """
+    targets = {part.module: projection_target(part) for part in block.projections}
+    merged: dict[nn.Module, Tensor] = {}
 
-    def __init__(self, block: Block) -> None:
-        self._targets = {part.module: weight_target(part.name, part.module) for part in block.projections}
-        self._matrices: dict[nn.Module, Tensor] = {}
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """The adapters of its layers."""
-        return tuple(target.adapter for target in self._targets.values() if target.adapter is not None)
-
-    def weight(self, part: Projection) -> Tensor:
-        """The weight of a projection, `[rows, in]`."""
-        if part.module not in self._matrices:
-            self._matrices[part.module] = self._targets[part.module].weight()
-        return self._matrices[part.module][part.index]
-
-    def bias(self, part: Projection) -> Tensor:
-        """The bias of a projection, `[rows]`; zeros if it has none."""
+    def read(part: Projection) -> tuple[Tensor, Tensor]:
+        target = targets[part.module]
+        if part.module not in merged:
+            merged[part.module] = target.weight()
+        weight = merged[part.module][part.index]
         if part.layer.bias is None:
-            return self.weight(part).new_zeros(len(part.rows))
-        adapter = self._targets[part.module].adapter
-        bias: Tensor = part.layer.bias.detach() if adapter is None else adapter.merged_bias()
-        return bias[part.index]
+            return weight, weight.new_zeros(len(part.rows))
+        bias: Tensor = part.layer.bias.detach() if target.adapter is None else target.adapter.merged_bias()
+        return weight, bias[part.index]
+
+    makers = {role: read(part) for role, part in block.makers.items()}
+    adapters = tuple(target.adapter for target in targets.values() if target.adapter is not None)
+    return BlockWeights(makers, read(block.output), adapters)
 
 
 def named_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:

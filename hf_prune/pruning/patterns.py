@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..model import Block, Projection
-from ..model.targets import bias_target, computed_part, weight_target
+from ..model.targets import bias_target, computed_part, projection_target, weight_target
 from ..model.units import UnitGroup, View
 from ..settings.patterns import Pattern
 
@@ -67,7 +67,7 @@ def _matrix_group(pattern: Pattern, name: str, module: nn.Module) -> tuple[UnitG
 
 def _obstacle(block: Block) -> str:
     """Why a block has no units to prune, or an empty string."""
-    return computed_part(block.projections) if block.num_units else "condensing left nothing of it"
+    return computed_part(block) if block.num_units else "condensing left nothing of it"
 
 
 def _unit_group(block: Block, together: int = 1) -> UnitGroup:
@@ -109,17 +109,17 @@ def _whole_group(name: str, blocks: Iterable[Block]) -> UnitGroup:
 
 
 def _row_view(part: Projection, height: int) -> View:
-    target = weight_target(part.name, part.module)
+    target = projection_target(part)
     return View(target, height, target.shape[1], part.index)
 
 
 def _column_view(part: Projection, width: int) -> View:
-    target = weight_target(part.name, part.module)
+    target = projection_target(part)
     return View(target, target.shape[0], width)
 
 
 def _tile_view(part: Projection, size: int) -> View:
-    target = weight_target(part.name, part.module)
+    target = projection_target(part)
     height, width = (size if length % size == 0 else length for length in (len(part.rows), target.shape[1]))
     return View(target, height, width, part.index)
 

@@ -37,7 +37,7 @@ from ..measure.latency import compare
 from ..measure.sparsity import count_zeros, evaluated
 from ..measure.tables import as_text
 from ..model import find_blocks, spec_for
-from ..model.targets import Target, body_prefixes, weight_target
+from ..model.targets import Target, body_prefixes, projection_target
 from ..pruning import recover
 from ..pruning.criteria import CRITERIA
 from ..settings.checks import check_share, check_type, check_types, dataclass_from_dict, dataclass_from_json_file
@@ -495,7 +495,7 @@ def _differing(model: PreTrainedModel, other: PreTrainedModel) -> list[str]:
 def _weights(model: PreTrainedModel) -> list[Target]:
     """The weights of the attention and feed-forward blocks, each once."""
     modules = {id(part.module): part for block in find_blocks(model) for part in block.projections}
-    return [weight_target(part.name, part.module) for part in modules.values()]
+    return [projection_target(part) for part in modules.values()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- checks
