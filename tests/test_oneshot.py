@@ -112,6 +112,67 @@ def test_a_stream_on_disk_is_the_stream_in_memory(tmp_path: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_database_makes_every_other_budget_cheaper_and_changes_no_bit(tmp_path: Any) -> None:
+    """It is written once; with it a model is run less often, for any target, and the result is the same to the bit."""
+    dense = tiny_bert()
+    rows = batches(dense)
+    calls: list[int] = []
+
+    def pruned(share: float, **where: Any) -> Any:
+        model = copy.deepcopy(dense)
+        calls.append(0)
+        handle = model.bert.encoder.layer[0].register_forward_pre_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
+        prune(model, config(target_sparsity=share), rows, **where)
+        handle.remove()
+        return snapshot(model)
+
+    folder = tmp_path / "database"
+    for share in (0.5, 0.25):
+        assert_equal(pruned(share), pruned(share, database=folder))
+    without_first, first, without_second, second = calls
+    assert without_first == first == without_second > second
+    assert {path.name for path in tmp_path.iterdir()} == {"database"}
+
+
+def test_a_database_of_something_else_is_refused(tmp_path: Any) -> None:
+    """Of another model, other rows, units or seed; damaged; or a folder that is no database. The model stays as it is."""
+    model = tiny_bert()
+    rows = batches(model)
+    folder = tmp_path / "database"
+    prune(copy.deepcopy(model), config(), rows, database=folder)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight[0, 0] += 1
+    before = snapshot(other)
+    with pytest.raises(ConfigError, match="was measured with other weights"):
+        prune(other, config(), rows, database=folder)
+    assert_equal(before, snapshot(other))
+    with pytest.raises(ConfigError, match="other calibration rows"):
+        prune(model, config(), batches(model, 3), database=folder)
+    with pytest.raises(ConfigError, match="other calibration rows, seed"):  # the seed says which rows are held out
+        prune(model, config(), rows, database=folder, seed=1)
+    with pytest.raises(ConfigError, match="other units"):
+        prune(model, config(rules=HEADS_AND_NEURONS[:1]), rows, database=folder)
+    (folder / "bert.encoder.layer.0.output.dense.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="is damaged"):
+        prune(model, config(), rows, database=folder)
+    (folder / "database.json").unlink()
+    with pytest.raises(ConfigError, match="is no database"):
+        prune(model, config(), rows, database=folder)
+
+
+def test_an_interrupted_measurement_leaves_no_database(tmp_path: Any) -> None:
+    model = tiny_bert()
+
+    def interrupted(ticks: range) -> Iterator[int]:
+        yield from ticks[:1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, config(), batches(model), database=tmp_path / "database", progress=interrupted)
+    assert not list(tmp_path.iterdir())
+
+
 def test_same_seed_same_bits_and_nothing_else_changes() -> None:
     """Mode, gradients, `requires_grad`, the cache setting and the random state stay as they are."""
     models = [tiny("llama", "causal-lm") for _ in range(2)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..pruning.updates import DAMPING, zero
 from ..settings.config import PruningConfig
 from ..settings.errors import ConfigError
 from .calibration import at_once, calibration, check_model
+from .database import Database, Measured, fingerprints
 from .layers import Call, Stream, record, run
 from .report import PrunedModule, PruneReport
 from .sensitivity import Importance, Prediction, divergence, importance, predictions, surprise
@@ -103,6 +104,7 @@ def prune(
     calibration_rows: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
+    database: str | Path | None = None,
     offload_folder: str | Path | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> PruneReport:
@@ -124,6 +126,8 @@ def prune(
         held_out: share of the rows on which updates are judged. One that makes a projection's error on them larger than zeros
             alone is not taken.
         seed: of what is drawn: labels, and the rows that are held out.
+        database: a folder for what criterion `"obs"` measures in the dense model, which is the same for every budget: it is written
+            the first time, and read by all other calls with the same model, rows and seed. Result and bits are the same without.
         offload_folder: where hidden states go; by default they stay in memory.
         progress: wraps a range with a number for each layer of each pass, to show how far it is.
 
@@ -138,13 +142,16 @@ def prune(
     settings = at_once(config)
     rules, skipped = match_rules(model, settings, 1, None)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
     work = _work(model, rules)
     _check_biases(work)
+    levels = None
+    if database is not None:
+        units = {item.name: item.group.num_units for item in work if isinstance(item.rule.criterion, OBS)}
+        levels = Database(database, fingerprints(model, rows, units, seed))
     with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
         before = predictions(model, rows)
-        passes = _Passes(model, rules, rows, work, offload_folder, progress)
-        predicted = _choose(model, rules, rows, passes, labels, generator)
+        passes = _Passes(model, rules, rows, work, levels, offload_folder, progress)
+        predicted = _choose(model, rules, rows, passes, labels, seed)
         modules = passes.update()
         for rule in rules:
             rule.apply()
@@ -227,23 +234,19 @@ def _still(model: PreTrainedModel) -> Iterator[None]:
             model.config.use_cache = cached
 
 
-def _choose(
-    model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Passes, labels: bool, generator: torch.Generator
-) -> float:
+def _choose(model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Passes, labels: bool, seed: int) -> float:
     """Score all units of the dense model and spend the budgets. Returns what the scores of the units that go add up to."""
     measured = [rule for rule in rules if isinstance(rule.criterion, OBS)]
     if measured:
         for rule in measured:
             rule.seen.detach()  # its statistics are taken one layer at a time
-        watched = {item.name: item.module for item in passes.work if item.rule in measured}
-        passes.cares = importance(model, rows.batches, watched, generator)
-        passes.score()
+        passes.score(seed)
     others = [rule for rule in rules if rule not in measured]
     with ExitStack() as stack:
         for rule in others:
             stack.enter_context(rule.seen.calibrating())
         if any(rule.criterion.reads_gradients for rule in others):
-            _observe(model, others, rows, labels, generator)
+            _observe(model, others, rows, labels, _generator(model, seed))
         elif any(rule.criterion.activations for rule in others):
             for batch in rows.batches:
                 model(**batch)
@@ -253,6 +256,10 @@ def _choose(
             predicted += sum(float(rule.criterion.scores(group)[~stay].sum()) for group, stay in zip(rule.groups, kept))
             rule.keep(kept)
     return predicted
+
+
+def _generator(model: PreTrainedModel, seed: int) -> torch.Generator:
+    return torch.Generator(device=model.device).manual_seed(seed)
 
 
 def _observe(model: PreTrainedModel, rules: Sequence[Rule], rows: Rows, labels: bool, generator: torch.Generator) -> None:
@@ -282,6 +289,7 @@ class _Passes:
         rules: the rules at work.
         rows: the calibration rows.
         work: the weights to be updated.
+        database: what was measured already, or where that goes.
         folder: where hidden states go.
         progress: see [`prune`].
     """
@@ -292,12 +300,14 @@ class _Passes:
         rules: list[Rule],
         rows: Rows,
         work: list[_Work],
+        database: Database | None,
         folder: str | Path | None,
         progress: Callable[[range], Iterable[int]],
     ) -> None:
-        self._model, self._rules, self._rows, self.work, self._folder = model, rules, rows, work, folder
+        self._model, self._rules, self._rows, self._work = model, rules, rows, work
+        self._database, self._folder = database, folder
         #: Module name → what an error of its output costs.
-        self.cares: Mapping[str, Importance] = {}
+        self._cares: dict[str, Importance] = {}
         self.extra_bytes = 0
         self._lists: list[list[nn.Module]] = [
             list(layers)
@@ -305,18 +315,39 @@ class _Passes:
             for layers in layer_lists(model, path).values()
             if len(layers)
         ]
-        passes = 2 if any(isinstance(item.rule.criterion, OBS) for item in work) else 1
+        is_walked = any(isinstance(item.rule.criterion, OBS) for item in work) and not (database and database.is_measured)
+        passes = 1 + is_walked
         self._ticks = iter(progress(range(passes * sum(map(len, self._lists)))))
 
-    def score(self) -> None:
+    def score(self, seed: int) -> None:
         """What it costs to take away each unit, from the dense model's activations, layer by layer; kept by the criteria.
 
         Costs within a block are exact to second order, but blocks differ in how errors of different tokens add up. So each block's
         costs are brought to the divergence that is measured when it alone is pruned to its target. All these measurements
         together take as many rows as there are.
+
+        Args:
+            seed: of the labels that the model draws.
         """
-        probe = self._rows.some(max(self._rows.number // max(len(self.work), 1), 1))
+        items = {item.name: item for item in self._work if isinstance(item.rule.criterion, OBS)}
+        probe = self._rows.some(self._rows.number // max(len(self._work), 1))
         dense = predictions(self._model, probe)
+        if self._database is not None and self._database.is_measured:
+            for item in items.values():
+                measured = self._database.load(item.name, self._model.device)
+                self._cares[item.name] = measured.importance
+                self._rank(item, measured, probe, dense)
+            return
+        watched = {name: item.module for name, item in items.items()}
+        self._cares = importance(self._model, self._rows.batches, watched, _generator(self._model, seed))
+        with nullcontext(None) if self._database is None else self._database.written() as save:
+            for name, measured in self._measure():
+                if save is not None:
+                    save(name, measured)
+                self._rank(items[name], measured, probe, dense)
+
+    def _measure(self) -> Iterator[tuple[str, Measured]]:
+        """What there is to know of each weight whose units are to be scored, by name; layer by layer."""
         for layers in self._lists:
             stream = Stream(self._folder)
             calls = record(self._model, self._rows.batches, layers, stream)
@@ -328,13 +359,11 @@ class _Passes:
                 ) -> None:
                     stream.replace(index, run(layer, stream[index], calls[index]))
 
-                self._score(through, self._inside(layer), stream.nbytes, probe, dense)
-        self._score(self._run, self._outside(), 0, probe, dense)
+                yield from self._measure_on(through, self._inside(layer), stream.nbytes)
+        yield from self._measure_on(self._run, self._outside(), 0)
 
-    def _score(
-        self, forward: Callable[[int], object], items: Sequence[_Work], streams: int, probe: Rows, dense: Sequence[Prediction]
-    ) -> None:
-        """Score the units of some weights, on batches that `forward` runs."""
+    def _measure_on(self, forward: Callable[[int], object], items: Sequence[_Work], streams: int) -> Iterator[tuple[str, Measured]]:
+        """The same of some weights, on batches that `forward` runs."""
         items = [item for item in items if isinstance(item.rule.criterion, OBS)]
         sites, importances = [Site(item.module) for item in items], [self._importance(item) for item in items]
         found = moments_during(forward, sites, self._rows, importances)
@@ -342,35 +371,36 @@ class _Passes:
         for item, (moments, _) in zip(items, found):
             scale = self._scale(item) / self._rows.number
             costs = removal_costs(item.view, item.matrix() * scale.sqrt()[:, None], moments.inputs)
-            measured, estimated = self._measure(item, moments, costs, probe, dense)
-            item.rule.criterion.state[item.group.name] = costs * (measured / estimated if estimated > 0 else 1.0)
+            yield item.name, Measured(costs, moments.inputs, moments.tokens, self._cares[item.name])
 
-    def _run(self, index: int) -> None:
-        """The whole model on a batch."""
-        self._model(**self._rows.batches[index])
-
-    def _measure(
-        self, item: _Work, moments: Moments, costs: Tensor, probe: Rows, dense: Sequence[Prediction]
-    ) -> tuple[float, float]:
-        """The model's divergence when the cheapest units of one weight go and the others make up for them, and their costs."""
+    def _rank(self, item: _Work, measured: Measured, probe: Rows, dense: Sequence[Prediction]) -> None:
+        """Keep the costs of a weight's units, brought to the model's divergence when the cheapest go and the others make up for
+        them."""
+        costs = measured.costs
         number = min(max(round(item.rule.settings.target_sparsity * len(costs)), 1), item.group.max_removable)
         kept = torch.ones(len(costs), dtype=torch.bool, device=costs.device)
         kept[costs.argsort(stable=True)[:number]] = False
         old, parameters = item.matrix(), [item.view.target.parameter, *([] if item.bias is None else [item.bias])]
         values = [parameter.detach().clone() for parameter in parameters]
+        moments = Moments.of(old, measured.inputs, measured.tokens)
         try:
             item.fill(item.rule.update.compute(old, moments, self._gone(item, old, kept)))
-            measured = divergence(self._model, probe, dense)
+            actual = divergence(self._model, probe, dense)
         finally:
             for parameter, value in zip(parameters, values):
                 parameter.copy_(value)
-        assert measured is not None
-        return measured, float(costs[~kept].sum())
+        estimated = float(costs[~kept].sum())
+        assert actual is not None
+        item.rule.criterion.state[item.group.name] = costs * (actual / estimated if estimated > 0 else 1.0)
+
+    def _run(self, index: int) -> None:
+        """The whole model on a batch."""
+        self._model(**self._rows.batches[index])
 
     def update(self) -> list[PrunedModule]:
         """Go through the layers in order and let the weights that stay make up for those that go."""
         done: dict[str, PrunedModule] = {}
-        if any(item.is_solved for item in self.work):
+        if any(item.is_solved for item in self._work):
             self._solve(done)
         for rule in self._rules:
             for group, kept in zip(rule.groups, rule.kept):
@@ -458,25 +488,25 @@ class _Passes:
     def _inside(self, layer: nn.Module) -> list[_Work]:
         """The work in a layer, in the order in which the layer runs its modules."""
         modules = {module: index for index, module in enumerate(layer.modules())}
-        return sorted((item for item in self.work if item.module in modules), key=lambda item: modules[item.module])
+        return sorted((item for item in self._work if item.module in modules), key=lambda item: modules[item.module])
 
     def _outside(self) -> list[_Work]:
         """The work in no layer."""
         layers = {module for layers in self._lists for layer in layers for module in layer.modules()}
-        return [item for item in self.work if item.module not in layers]
+        return [item for item in self._work if item.module not in layers]
 
     def _importance(self, item: _Work) -> list[Tensor] | None:
         """What each token of each batch matters for what a module gives; Σᵢ gᵢ², of which a share is spread evenly."""
-        if item.name not in self.cares:
+        if item.name not in self._cares:
             return None
-        tokens = self.cares[item.name].tokens
+        tokens = self._cares[item.name].tokens
         mean = sum(float(part.sum()) for part in tokens) / sum(int((part > 0).sum()) or 1 for part in tokens)
         return [part * (1 - _EVEN) + mean * _EVEN for part in tokens]
 
     def _scale(self, item: _Work) -> Tensor:
         """What each output of a module matters: half its share of Σᵢ gᵢ², so that Σ scale·importance·δ² is in nats; `[out]`."""
         outputs = item.view.target.shape[0]
-        if item.name not in self.cares:
+        if item.name not in self._cares:
             return torch.ones(outputs, dtype=torch.float64, device=item.view.target.parameter.device)
-        squares = self.cares[item.name].outputs
+        squares = self._cares[item.name].outputs
         return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny) / 2
