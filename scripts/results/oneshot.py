@@ -3,7 +3,9 @@
     python scripts/results/oneshot.py mrpc=runs/mrpc/dense-1 sst2=runs/sst2/dense-1 --glue_dir glue
 
 Each cell prunes heads and neurons of the dense model with unlabelled training rows, and evaluates it on the validation rows. CPU
-time is that of `prune()`. Results go to a JSON file cell by cell; cells that it holds are not measured again.
+time is that of `prune()`; with `--database`, shares after the first start from what was measured for that. Results go to a JSON
+file cell by cell; cells that it holds are not measured again. A second table compares methods with and without their updates:
+points, with the standard error of a paired bootstrap over the validation rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rich
 import torch
 from rich.table import Table
@@ -34,10 +37,12 @@ TASKS: dict[str, tuple[tuple[str, ...], Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "uniform": {"scope": "local"},
-    "obs without update": {"criterion": "obs", "update": "zero"},
+    "without update": {"criterion": "obs", "update": "zero"},
     "fisher": {"criterion": "fisher", "update": "zero"},
     "kprune": {"criterion": "kprune", "update": "least_squares"},
+    "kprune without update": {"criterion": "kprune", "update": "zero"},
     "flap": {"criterion": "flap", "update": "bias"},
+    "flap without update": {"criterion": "flap", "update": "zero"},
     "magnitude": {"criterion": "magnitude", "update": "zero"},
 }
 
@@ -58,17 +63,18 @@ def batches(rows: Sequence[dict[str, Any]], tokenizer: Any, size: int) -> list[d
 
 
 @torch.no_grad()
-def evaluate(model: Any, validation: Sequence[dict[str, Tensor]], metric: Any) -> float:
-    """The metric on the validation rows."""
-    predicted, labels = [], []
+def predict(model: Any, validation: Sequence[dict[str, Tensor]]) -> list[int]:
+    """The class that the model predicts for each validation row."""
+    predicted = []
     for batch in validation:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         predicted += model(**inputs).logits.argmax(dim=-1).tolist()
-        labels += batch["labels"].tolist()
-    return float(metric(labels, predicted))
+    return predicted
 
 
-def measure(folder: str, task: str, glue: Path, method: str, share: float, seed: int, rows: int | None) -> dict[str, Any]:
+def measure(
+    folder: str, task: str, glue: Path, method: str, share: float, seed: int, rows: int | None, database: Path | None = None
+) -> dict[str, Any]:
     """One cell."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -78,16 +84,22 @@ def measure(folder: str, task: str, glue: Path, method: str, share: float, seed:
     chosen = [training[index] for index in torch.randperm(len(training), generator=generator)[: rows or 2048].tolist()]
     calibration = batches(chosen, tokenizer, 32)
     order = torch.randperm(len(calibration), generator=generator).tolist()
-    dense = evaluate(model, validation, TASKS[task][1])
+    labels = [label for batch in validation for label in batch["labels"].tolist()]
+    metric, dense = TASKS[task][1], predict(model, validation)
     config = PruningConfig(
         target_sparsity=share, rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")], **METHODS[method]
     )
     started = time.process_time()
-    report = prune(model, config, [calibration[index] for index in order], calibration_rows=rows, seed=seed)
+    chosen_batches = [calibration[index] for index in order]
+    report = prune(model, config, chosen_batches, calibration_rows=rows, seed=seed, database=database)
+    seconds = time.process_time() - started
+    predicted = predict(model, validation)
     return {
-        "cpu_seconds": time.process_time() - started,
-        "dense": dense,
-        "metric": evaluate(model, validation, TASKS[task][1]),
+        "cpu_seconds": seconds,
+        "dense": float(metric(labels, dense)),
+        "metric": float(metric(labels, predicted)),
+        "labels": labels,
+        "predicted": predicted,
         "sparsity": report.sparsity,
         "held_out_error": report.held_out_error,
         "masked_errors": [module.error_masked for module in report.modules],
@@ -109,6 +121,37 @@ def table(results: dict[str, dict[str, Any]], tasks: Sequence[str], methods: Seq
     return found
 
 
+def standard_error(metric: Any, left: dict[str, Any], right: dict[str, Any], repeats: int = 1000) -> float:
+    """The standard error of the difference of two cells' metrics: a paired bootstrap over the validation rows."""
+    labels, first, second = (np.array(part) for part in (left["labels"], left["predicted"], right["predicted"]))
+    draws = np.random.default_rng(0).integers(len(labels), size=(repeats, len(labels)))
+    return float(np.std([metric(labels[rows], first[rows]) - metric(labels[rows], second[rows]) for rows in draws]))
+
+
+def updates(results: dict[str, dict[str, Any]], shares: Sequence[float]) -> Table:
+    """Methods with against without their updates, task by task: points, over seeds, with the standard error of one seed."""
+    found = Table("task", "method", *(f"{share:.0%}" for share in shares), title="points gained by the update")
+    for task, (_, metric) in TASKS.items():
+        for method, without in (
+            ("default", "without update"),
+            ("kprune", "kprune without update"),
+            ("flap", "flap without update"),
+        ):
+            row = []
+            for share in shares:
+                pairs = [
+                    (cell, results[other])
+                    for key, cell in results.items()
+                    if key.startswith(f"{task}/{method}/{share}/")
+                    and (other := key.replace(f"/{method}/", f"/{without}/")) in results
+                ]
+                gains = [100 * (cell["metric"] - other["metric"]) for cell, other in pairs]
+                errors = [100 * standard_error(metric, *pair) for pair in pairs]
+                row.append(f"{sum(gains) / len(gains):+.1f} ± {max(errors):.1f}" if gains else "")
+            found.add_row(task, method, *row)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure what the options ask for; return all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.33, 0.5, 0.67, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, help="calibration rows; by default what `prune` takes")
+    parser.add_argument("--database", type=Path, help="folder for what is measured once for all shares")
     parser.add_argument("--output", type=Path, default=Path("oneshot.json"))
     options = parser.parse_args(arguments)
     models = dict(model.split("=", 1) for model in options.models)
@@ -129,11 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
                 for task, folder in models.items():
                     key = f"{task}/{method}/{share}/{seed}/{options.rows}"
                     if key not in results:
-                        results[key] = measure(folder, task, options.glue_dir, method, share, seed, options.rows)
+                        database = options.database and options.database / f"{task}-{seed}-{options.rows}"
+                        results[key] = measure(folder, task, options.glue_dir, method, share, seed, options.rows, database)
                         options.output.write_text(json.dumps(results, indent=1))
                         cell = results[key]
                         print(f"{key}: {cell['dense']:.4f} → {cell['metric']:.4f}, {cell['cpu_seconds']:.0f} CPU s", flush=True)
     rich.print(table(results, list(models), options.methods, options.shares))
+    rich.print(updates(results, options.shares))
     return results
 
 
