@@ -33,6 +33,12 @@ def mask(size: int, value: bool) -> st.SearchStrategy[list[bool]]:
     return st.just([value] * size) | st.lists(st.booleans(), min_size=size, max_size=size)
 
 
+def grid(rows: int, columns: int, n_of_m: tuple[int, int] | None = None) -> UnitGroup:
+    """Single weights in rows."""
+    target = Target("grid.weight", "grid", nn.Parameter(torch.ones(rows, columns)))
+    return UnitGroup("grid", (View(target, 1, 1),), n_of_m=n_of_m)
+
+
 def nothing(groups: list[UnitGroup]) -> list[Tensor]:
     return [torch.zeros(g.num_units, dtype=torch.bool) for g in groups]
 
@@ -167,6 +173,27 @@ def test_n_m_cells_are_never_overfull_while_sparsity_rises(cells: int, seed: int
         assert bool((new | ~old).all())
         assert int(new.view(-1, 4).sum(dim=1).max()) <= 2
         assert last.view(-1, 4).sum(dim=1).unique().tolist() == [2]
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 2**20), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_under_scope_row_the_lowest_of_each_row_go(
+    rows: int, cells: int, cell: bool, seed: int, first: float, second: float
+) -> None:
+    """Rows lose as many to within one unit, the group exactly its share; what is gone stays gone, and no cell is overfull."""
+    units, (low, high) = grid(rows, 4 * cells, (2, 4) if cell else None), sorted([first, second])
+    scores = torch.randint(6, (rows, 4 * cells), generator=torch.Generator().manual_seed(seed)).float()
+    (before,) = allocate([units], [scores.flatten()], nothing([units]), low, "row")
+    (fresh,) = allocate([units], [scores.flatten()], nothing([units]), high, "row")
+    (after,) = allocate([units], [-scores.flatten()], [before], high, "row")
+    assert bool((after | ~before).all())
+    for gone, share in ((before, low), (fresh, high), (after, high)):
+        counts = gone.view(rows, -1).sum(dim=1)
+        assert int(counts.sum()) == round(share * units.num_units)
+        assert int(counts.max() - counts.min()) <= 1
+        assert not cell or int(gone.view(-1, 4).sum(dim=1).max()) <= 2
+    for row, gone in zip(scores, fresh.view(rows, -1)):
+        allowed = candidates(row, (2, 4)) if cell else torch.ones_like(gone)
+        assert sorted(row[gone].tolist()) == sorted(row[allowed].tolist())[: int(gone.sum())]
 
 
 def test_zero_scores_do_not_wipe_a_layer() -> None:

@@ -390,9 +390,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"rules": [{"pattern": "neurons"}]}, "rules[0].pattern='neurons': must be 'NxM' *. Did you mean 'neuron'?"),
     ({"criterion": "magnitud"}, "criterion='magnitud': must be one of * magnitude, *. Did you mean 'magnitude'?"),
     ({"criterion": 3}, "criterion=3: must be one of *."),
-    ({"scope": "locl"}, "scope='locl': must be one of local, global*. Did you mean 'local'?"),
+    ({"scope": "locl"}, "scope='locl': must be one of row, local, global*. Did you mean 'local'?"),
     ({"schedule": "cubik"}, "schedule='cubik': must be one of constant, linear, *. Did you mean 'cubic'?"),
-    ({"rules": [{"scope": "Global"}]}, "rules[0].scope='Global': must be one of local, global*. Did you mean 'global'?"),
+    ({"rules": [{"scope": "Global"}]}, "rules[0].scope='Global': must be one of row, local, global*. Did you mean 'global'?"),
     # durations
     *(
         ({f"{phase}_steps": value}, f"{phase}_steps={value!r}: {STEPS}")

@@ -306,6 +306,22 @@ def test_sparsegpt_chooses_as_it_goes(pattern: str) -> None:
     assert errors["sparsegpt"] < 0.98 * errors["given"]
 
 
+def test_wanda_compares_weights_within_each_output_row() -> None:
+    """As published: |w|·‖x‖ over the tokens of an input, and the lowest half of each row goes."""
+    model = tiny_bert(num_hidden_layers=1)
+    seen: list[Tensor] = []
+    projection = model.bert.encoder.layer[0].output.dense
+    handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
+    rows, weight = correlated(model), projection.weight.detach().clone()
+    for batch in rows:
+        outputs(model, batch)
+    handle.remove()
+    prune(model, PruningConfig(pattern="1x1", criterion="wanda", update="zero", scope="row", target_sparsity=0.5), rows)
+    scores = weight.abs() * torch.cat(seen).square().sum(dim=0).sqrt()
+    half = scores.sort(dim=1).values[:, [scores.shape[1] // 2]]
+    assert torch.equal(projection.weight == 0, scores < half)
+
+
 def test_labels_and_none_score_differently_and_both_work() -> None:
     model = tiny_bert()
     rows = [{**batch, "labels": torch.arange(6) % 2} for batch in batches(model)]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..model.passes import count_nonzero
 from ..model.units import UnitGroup
-from .selection import candidates, lowest, lowest_units, ranked
+from ..settings.config import LOCAL_SCOPES
+from .selection import candidates, lowest, lowest_in_rows, lowest_units, ranked
 
 
 def allocate(
@@ -30,14 +31,14 @@ def allocate(
         scores: unit scores, `[units]` each; the lowest are removed first. Under `"global"`, scores per cost.
         removed: units already removed, bool `[units]` each; they stay removed.
         sparsity: share of the total cost to remove, in `[0, 1]`.
-        scope: `"local"`: each group separately; `"global"`: all ranked together, counted in their costs; `"threshold"`: all units
-            with scores of at most `threshold`, regardless of `sparsity`.
+        scope: `"local"`: each group separately; `"row"`: each row of a group's units; `"global"`: all ranked together, counted in
+            their costs; `"threshold"`: all units with scores of at most `threshold`, regardless of `sparsity`.
         costs: cost of one unit of each group; by default its number of weights.
         floors, caps: smallest and largest share of each group to remove, under `"global"` and `"threshold"`; by default none.
 
     Returns:
-        Bool `[units]` for each group. The number of units is the requested one to within one unit (of the group under `"local"`, of
-        the largest size under `"global"`), and never less than the number already removed.
+        Bool `[units]` for each group. The number of units is the requested one to within one unit (of the group under `"local"` and
+        `"row"`, of the largest size under `"global"`), and never less than the number already removed.
 
     Raises:
         ValueError: a score is NaN or infinite; names the group.
@@ -53,7 +54,7 @@ def allocate(
         return _allocate_global(groups, scores, removed, sparsity, costs, floors, caps)
     chosen = []
     for group, score, gone, floor, cap in zip(groups, scores, removed, floors, caps):
-        if scope == "local":
+        if scope in LOCAL_SCOPES:
             count = round(sparsity * group.num_units)
         else:
             assert threshold is not None
@@ -61,7 +62,10 @@ def allocate(
             count = min(max(below, least_removed(group, floor)), most_removable(group, cap))
         least = count_nonzero(gone)
         count = min(max(count, least), group.max_removable)
-        chosen += lowest_units([score], [gone], [_allowed(group, score, gone)], count)
+        if scope == "row":
+            chosen.append(_lowest_of_each_row(group, score, gone, count))
+        else:
+            chosen += lowest_units([score], [gone], [_allowed(group, score, gone)], count)
     return chosen
 
 
@@ -86,6 +90,15 @@ def least_removed(group: UnitGroup, floor: float) -> int:
 def _allowed(group: UnitGroup, score: Tensor, gone: Tensor) -> Tensor | None:
     """The units that the pattern allows to remove, None for all."""
     return None if group.n_of_m is None else candidates(score, group.n_of_m, gone)
+
+
+def _lowest_of_each_row(group: UnitGroup, score: Tensor, gone: Tensor, count: int) -> Tensor:
+    """Mark the lowest units of each row, `count` in all; the first rows have one more where they do not divide it."""
+    rows, _, columns, _ = group.weights[0].grid
+    counts = torch.full((rows,), count // rows, device=score.device)
+    counts[: count % rows] += 1
+    grid = ranked([score], [gone], [_allowed(group, score, gone)]).view(rows, columns)
+    return lowest_in_rows(grid, torch.maximum(counts, gone.view(rows, columns).sum(dim=1))).flatten()
 
 
 def _allocate_global(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..measure.tables import as_text, table_of_modules
 from ..model.units import UnitGroup
+from ..settings.config import LOCAL_SCOPES
 from .allocation import least_removed, most_removable
 from .budget import Budget
 from .rules import Rule
@@ -168,7 +169,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
         density: dict[str, float] = {}
         for group in rule.groups:
             fewest, most = _units_left(rule, group)
-            share = fewest / group.num_units if settings.scope == "local" else 1 - settings.target_sparsity
+            share = fewest / group.num_units if settings.scope in LOCAL_SCOPES else 1 - settings.target_sparsity
             for target in (view.target for view in (*group.weights, *group.biases)):
                 sizes[target.name] = target.parameter.numel()
                 density[target.name] = share if cut else 1.0
@@ -187,7 +188,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
                     weights=group.size,
                     sparsity=None if settings.scope == "threshold" else settings.target_sparsity,
                     min_sparsity=settings.min_sparsity_per_module if bounded else 0.0,
-                    max_sparsity=1.0 if settings.scope == "local" else settings.max_sparsity_per_module,
+                    max_sparsity=1.0 if settings.scope in LOCAL_SCOPES else settings.max_sparsity_per_module,
                     units_left=(fewest, most),
                 )
             )
@@ -212,7 +213,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
 def _units_left(rule: Rule, group: UnitGroup) -> tuple[int, int]:
     """The smallest and the largest number of units of a group that can be left at the end."""
     settings, number = rule.settings, group.num_units
-    if settings.scope == "local":
+    if settings.scope in LOCAL_SCOPES:
         left = number - min(round(settings.target_sparsity * number), group.max_removable)
         return left, left
     fewest = number - most_removable(group, settings.max_sparsity_per_module)

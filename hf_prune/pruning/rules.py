@@ -15,7 +15,7 @@ from ..model.sharding import is_sharded, is_tensor_parallel
 from ..model.targets import Target, body_prefixes, check_names, names_module, selector, weights
 from ..model.units import UnitGroup
 from ..model.wrappers import transformers_models
-from ..settings.config import PruningConfig
+from ..settings.config import LOCAL_SCOPES, PruningConfig
 from ..settings.errors import ConfigError
 from ..settings.patterns import Pattern
 from .allocation import least_removed, most_removable
@@ -97,7 +97,7 @@ class Rule:
                     f"{self.name}: min_sparsity_per_module={floor} rounds to {gone} of the {number} units of {group.name}; the "
                     f"nearest possible values are {gone / number:.4g} and {(gone + 1) / number:.4g}."
                 )
-        for group in self.groups if settings.scope == "local" else ():
+        for group in self.groups if settings.scope in LOCAL_SCOPES else ():
             number, target = group.num_units, settings.target_sparsity
             if target and round(target * number) == 0:
                 found.append(
@@ -377,7 +377,7 @@ def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup])
     target = settings.target_sparsity
     if settings.scope == "threshold" or not target:
         return
-    if settings.scope == "local":
+    if settings.scope in LOCAL_SCOPES:
         wanted = max(target * group.num_units for group in groups)
         smallest = 1 / max(group.num_units for group in groups)
     else:
@@ -387,7 +387,7 @@ def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup])
         number = round(1 / smallest)
         allowed = (
             f"is {wanted:.2g} of {number} units and rounds to none; the smallest possible value above 0 is {smallest:.4g} "
-            f"(1 unit of {number}{' in a module' if settings.scope == 'local' else ''})."
+            f"(1 unit of {number}{' in a module' if settings.scope in LOCAL_SCOPES else ''})."
         )
         raise ConfigError(f"{name}.target_sparsity", target, allowed)
 

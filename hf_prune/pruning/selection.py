@@ -38,6 +38,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return lowest_in_torch(scores, count)
 
 
+def lowest_in_rows(scores: Tensor, counts: Tensor) -> Tensor:
+    """Mark the lowest scores of each row; of equal ones, the first. `[rows, n]`, and how many of each row → bool `[rows, n]`."""
+    places = torch.arange(scores.shape[1], device=scores.device)
+    marked = torch.zeros_like(scores, dtype=torch.bool)
+    return marked.scatter_(1, scores.argsort(dim=1, stable=True), places < counts[:, None])
+
+
 def lowest_units(scores: Sequence[Tensor], gone: Sequence[Tensor], allowed: Sequence[Tensor | None], count: int) -> list[Tensor]:
     """The `count` lowest of all scores together, as [`lowest`] marks them: removed units first, those not allowed last.
 

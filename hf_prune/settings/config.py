@@ -69,7 +69,9 @@ UPDATES: set[str] = {"auto", "zero", "bias", "least_squares", "obs", "sparsegpt"
 #: What `"auto"` stands for: in a `Pruner`, while a model trains, and in `prune()`.
 WHILE_TRAINING: dict[str, str] = {"criterion": "snip_momentum", "update": "zero"}
 WITHOUT_TRAINING: dict[str, str] = {"criterion": "obs", "update": "least_squares"}
-SCOPES: tuple[str, ...] = ("local", "global", "threshold")
+SCOPES: tuple[str, ...] = ("row", "local", "global", "threshold")
+#: Those under which every module reaches the target by itself.
+LOCAL_SCOPES: frozenset[str] = frozenset({"row", "local"})
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "l2", "max")
 NORMALIZATIONS: tuple[str, ...] = ("none", "mean", "l2")
 
@@ -95,6 +97,13 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
         "pattern",
         frozenset({"NxM", "N:M"}),
         "scores inputs of a layer, so it needs a pattern whose units hold whole ones: head, kv_group, neuron or channelx1",
+    ),
+    (
+        "scope",
+        frozenset({"row"}),
+        "pattern",
+        frozenset({"1xchannel", "channelx1", "auto", "head", "kv_group", "neuron", "block", "layer"}),
+        "compares what lies in one output row, so it needs a pattern with several units in each: NxM or N:M",
     ),
     (
         "scope",
@@ -149,7 +158,8 @@ class PruningSettings:
     score_learning_rate: float = setting(1e-2, "Learning rate of movement scores, which Adam trains.", check_positive)
     scope: str = setting(
         "global",
-        "'local': every module reaches the target; 'global': all modules of the rule are ranked together, counted in weights; "
+        "'local': every module reaches the target; 'row': so does every output row of its weight; "
+        "'global': all modules of the rule are ranked together, counted in weights; "
         "'threshold': units whose score is at most threshold are removed, and target_sparsity only shapes the schedule.",
         choices=SCOPES,
     )
