@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
+import platform
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import models
@@ -24,6 +27,7 @@ from hf_prune import condense
 from hf_prune.condense import resize, verify, wide
 from hf_prune.condense.layers import layer_counts
 from hf_prune.condense.plan import BlockPlan, CondensePlan, plan_block
+from hf_prune.condense.snapshot import return_memory
 from hf_prune.model import Block, find_blocks
 
 condensing = importlib.import_module("hf_prune.condense")
@@ -297,6 +301,28 @@ def test_parameters_that_are_cut_are_not_kept_whole(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     condense(model)
     assert shared.shape == (32, 40)
+
+
+def resident() -> int:
+    """The memory of this process, in bytes."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found[1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads Linux's /proc, of a process with glibc")
+def test_holes_in_memory_are_returned_while_a_model_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [torch.zeros(1 << 16, dtype=torch.uint8) for _ in range(1 << 9)]  # 32 MB, too small to be mapped one by one
+    del others[::2]
+    before = resident()
+    return_memory()
+    assert before - resident() > 12 << 20
+    returned: list[None] = []
+    monkeypatch.setattr(condensing, "return_memory", lambda: returned.append(None))
+    model = masked("bert")
+    blocks = [plan for plan in condensing.condense_plan(model).changed if plan.dead.any()]
+    condense(model)
+    assert len(returned) == len(blocks) > 1
 
 
 def test_no_second_model_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from .layers import layer_counts, outline, removable, remove_layers
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
 from .resize import add_bias, keep_units, shrink
-from .snapshot import all_or_nothing, own_configs
+from .snapshot import all_or_nothing, own_configs, return_memory
 from .stock import stock_config, write_sizes
 from .verify import compare, observe, sample_batch
 
@@ -70,8 +70,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         model: a transformers model, or an object that holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a custom
             module. The transformers model in it is changed in place, all or nothing; the wrapper's `save_pretrained` saves it.
         verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch, in float64, for
-            two to three times the time of condensing. The process grows by up to 0.2 of a float32 model's memory, and 0.6 of a
-            bfloat16 one's (BERT-base and a Llama of half a billion parameters; `scripts/benchmarks/benchmark_verification.py`).
+            about twice the time of condensing. The process grows by up to 0.2 of the model's memory, verified or not (BERT-base in
+            float32 and a Llama of half a billion parameters in bfloat16; `scripts/benchmarks/benchmark_verification.py`).
         pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this. Some matrix kernels are slow on
             widths that are not a multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
             on an Intel one with AVX-512 and AMX a neuron costs the same at any width, to within 3 % in float32 and 7 % in bfloat16
@@ -108,6 +108,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
                 fold(block)
                 if block.dead.any():
                     keep_units(block.block, block.kept, block.groups, own_heads=block.heads, select=snapshot.select)
+                    return_memory()
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
         write_sizes(body, spec_for(body.config.model_type))
