@@ -19,6 +19,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -301,6 +302,25 @@ def test_parameters_that_are_cut_are_not_kept_whole(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     condense(model)
     assert shared.shape == (32, 40)
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+def test_what_is_not_verified_is_told(even: bool, caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(transformers.BertModel):
+        def __init__(self, config: transformers.BertConfig, others: int) -> None:
+            super().__init__(config)
+
+    model = Mine(models.FAMILIES["bert"](), 1).eval()
+    for number, block in enumerate(block for block in find_blocks(model) if block.unit == "neuron"):
+        models.zero_units(block, [*range(4 if even else 4 + number)], "out")
+    neurons = model.config.intermediate_size
+    condense(model)
+    assert model.config.intermediate_size == neurons  # no config says the size of a model that none can make
+    assert all(layer.output.dense.in_features < neurons for layer in model.encoder.layer)
+    assert caplog.messages == [
+        "What the config says of the sizes is not verified: Mine raises TypeError: "
+        f"{Mine.__qualname__}.__init__() missing 1 required positional argument: 'others'"
+    ]
 
 
 def resident() -> int:

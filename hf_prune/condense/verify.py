@@ -68,7 +68,8 @@ def observe(model: PreTrainedModel, before: Observation | None = None) -> Observ
         before: of the masked model, for the condensed one: what was possible there is so here, or raises.
     """
     if before is None:
-        dtypes, described = _if_possible(_own_dtypes, model), _if_possible(describes, model)
+        dtypes = _if_possible(_own_dtypes, model, "The dtype of the outputs")
+        described = _if_possible(describes, model, "What the config says of the sizes")
     else:
         dtypes = None if before.dtypes is None else _own_dtypes(model)
         described = None if before.described is None else describes(model)
@@ -88,10 +89,12 @@ def observe(model: PreTrainedModel, before: Observation | None = None) -> Observ
     return Observation(outputs, wide, dtypes, described)
 
 
-def _if_possible(check: Callable[[PreTrainedModel], Value], model: PreTrainedModel) -> Value | None:
+def _if_possible(check: Callable[[PreTrainedModel], Value], model: PreTrainedModel, what: str) -> Value | None:
+    """What a check of the masked model gives; or None and a warning, if `what` it finds out cannot be found out."""
     try:
         return check(model)
-    except Exception:  # a kernel that its dtype lacks, a class of somebody's own that wants more than a config
+    except Exception as error:  # a kernel that its dtype lacks, a class of somebody's own that wants more than a config
+        logger.warning("%s is not verified: %s raises %s", what, type(model).__name__, _first_line(error))
         return None
 
 
@@ -103,9 +106,13 @@ def _in_float64(model: PreTrainedModel) -> tuple[Outputs | None, str]:
                 widen(model)
             seen = _outputs(model)
         except Exception as error:  # if it is no matter of float64, the model as it is raises it, too
-            return None, f"{type(error).__name__}: {error}".partition("\n")[0]
+            return None, _first_line(error)
         finite = all(bool(value.isfinite().all()) for value in seen.values())
         return (seen, "") if finite else (None, "it gives values that are not finite")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 @torch.no_grad()
@@ -128,7 +135,7 @@ def _outputs(model: PreTrainedModel) -> Outputs:
     """What a model puts out in evaluation mode. It stays in that mode, with the last attention implementation."""
     seen: Outputs = {}
     model.train(False)
-    batch = sample_batch(model)
+    batch = sample_batch(model, tokens=8)  # enough to tell positions and padding apart; the time goes up with the tokens
     for implementation in implementations(model):
         model.set_attn_implementation(implementation)
         outputs = model(**batch, output_hidden_states=True, return_dict=True)
