@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         add_teacher_logits,
     )
     from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
+    from .measure.latency_table import LatencyTable, latency_table
     from .measure.sparse import to_sparse
     from .measure.sparsity import SparsityReport, print_sparsity, sparsity_report
     from .oneshot import PruneReport, prune
@@ -41,6 +42,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationConfig",
     "DistillationTrainer",
+    "LatencyTable",
     "ModelCardCallback",
     "PruneReport",
     "Pruner",
@@ -55,6 +57,7 @@ __all__ = [
     "condense_plan",
     "convert_v4_pruned_heads",
     "last_complete_checkpoint",
+    "latency_table",
     "model_card",
     "print_sparsity",
     "prune",
@@ -84,6 +87,7 @@ _HOMES = {
         "model_card",
         "push_to_hub",
     ),
+    "measure.latency_table": ("LatencyTable", "latency_table"),
     "measure.sparse": ("to_sparse",),
     "measure.sparsity": (
         "SparsityReport",

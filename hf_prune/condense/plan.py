@@ -174,7 +174,7 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
     found = find_blocks(model)
     for block in found:
         for part in block.projections:
-            _check_plain(part)
+            check_plain(part)
     plans = [plan_block(block, multiple) for block in found]
     removed = _without_layers(model, plans)
     sizes = {}
@@ -319,7 +319,12 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     return heads, groups
 
 
-def _check_plain(part: Projection) -> None:
+def check_plain(part: Projection) -> None:
+    """Check that a projection can be cut.
+
+    Raises:
+        ValueError: it is no plain floating-point Linear or Conv1D in memory.
+    """
     module = part.layer
     if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
         raise ValueError(

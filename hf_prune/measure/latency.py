@@ -147,9 +147,9 @@ def benchmark(
             for _ in track(range(repeats + 1)):
                 for name, model in models.items():
                     model.eval()
-                    start = _now(device)
+                    start = now(device)
                     model(**inputs)
-                    seconds[name].append(_now(device) - start)
+                    seconds[name].append(now(device) - start)
     finally:
         torch.set_num_threads(threads)
         for name, model in models.items():
@@ -157,9 +157,9 @@ def benchmark(
     return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def _now(device: torch.device) -> float:
-    """Seconds of this process's CPU time, or on CUDA of time, when all work given to the device is done."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
+def now(device: torch.device, threads: int = 1) -> float:
+    """Seconds of this process's CPU time, or of time on several threads and on CUDA, when all work given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time() if threads == 1 else time.perf_counter()

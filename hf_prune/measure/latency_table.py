@@ -1,0 +1,478 @@
+"""The latency table: what a model's blocks cost at each size, measured on the device at hand.
+
+Who wants a speed has to know what heads and neurons cost where the model will run, and no formula says that: neither numbers of
+weights nor rules about round sizes (Kurtić, Frantar, Alistarh 2023, ZipLM, https://arxiv.org/abs/2302.04089, section 3.2). So
+blocks are timed at many sizes, in the model itself and cut as `condense` cuts them: all alike at once, so that caches hold what
+they will hold, and calls cost what they will cost.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..condense import sample_batch
+from ..condense.layers import layer_counts, outline, remove_layers
+from ..condense.plan import check_plain, regroup
+from ..condense.resize import keep_units
+from ..condense.snapshot import unchanged
+from ..files import read_object, write_text
+from ..model import Block, find_blocks, spec_for
+from ..model.blocks import body, layer_lists, out_features
+from ..model.targets import computed_part
+from ..model.wrappers import transformers_model
+from ..settings.checks import check_frequency, check_name, is_number
+from ..settings.errors import ConfigError
+from .latency import now
+
+#: How a model is run: as it is, or compiled by `torch.compile`.
+RUNTIMES = ("torch", "compile")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: So many widths of a feed-forward block, each nine tenths of the one before it, as in ZipLM.
+_WIDTHS, _RATIO = 43, 0.9
+#: What kernels like widths to be a multiple of: with each width the multiple below it is measured.
+_MULTIPLE = 64
+#: So many alike layers are measured at once, at most: enough for no cache to hold more of them than it will of the whole model.
+_LAYERS = 6
+#: At least so many seconds of forwards are timed at a time, if that takes no more than so many.
+_SECONDS, _FORWARDS = 0.02, 10
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What a model's blocks cost at each size, in milliseconds of one forward, on one device and at one setting.
+
+    Attributes:
+        model: what the table holds true for: `class`, `model_type`, `hidden_size`, `vocab_size`, and of each of `blocks` its unit
+            (head or neuron), how many `units` and `groups` of them there are, their `width`, and the `outputs` of the block.
+        device: where it was measured: `type`, `name` of the processor or GPU, `cores`, `instructions`, and the versions of `torch`,
+            `transformers` and `hf_prune`.
+        setting: `batch_size`, `length` (None for models that take no tokens), `dtype`, `threads`, `runtime`, `attn_implementation`,
+            and the shapes of the `inputs`.
+        total: milliseconds of the whole dense model.
+        blocks: block's name, as in `sparsity_report` → units left → milliseconds. The dense size is there, and 0 units, which are
+            0.0: the layer without the block.
+        spread: half the interquartile range of a size's timings as a share of their median; the median over all sizes.
+    """
+
+    model: Mapping[str, Any]
+    device: Mapping[str, Any]
+    setting: Mapping[str, Any]
+    total: float
+    blocks: Mapping[str, Mapping[int, float]]
+    spread: float = 0.0
+
+    @property
+    def fixed(self) -> float:
+        """Milliseconds of all that is in no block: embeddings, norms, heads."""
+        return self.total - sum(costs[max(costs)] for costs in self.blocks.values())
+
+    def milliseconds(self, block: str, units: int) -> float:
+        """What a block costs with so many heads or neurons left: as measured, or linear between the measured sizes beside it.
+
+        Raises:
+            ConfigError: the table has no such block, or the block never had so many units.
+        """
+        if block not in self.blocks:
+            raise ConfigError("block", block, f"must be a block of the table, one of {', '.join(self.blocks)}.")
+        costs = self.blocks[block]
+        if units in costs:
+            return costs[units]
+        sizes = sorted(costs)
+        place = bisect.bisect(sizes, units)
+        if not 0 < place < len(sizes):
+            raise ConfigError("units", units, f"must be from 0 to {sizes[-1]}, the size of {block}.")
+        low, high = sizes[place - 1], sizes[place]
+        return costs[low] + (costs[high] - costs[low]) * (units - low) / (high - low)
+
+    def check(self, model: Any, elsewhere: bool = False) -> None:
+        """Check that the table is one of this model, measured here.
+
+        Args:
+            model: the model, or an object that holds one.
+            elsewhere: the table was given for another machine, which will run the model: only the model is compared.
+
+        Raises:
+            ConfigError: it is not; names what differs.
+        """
+        differences = list(_differences(self.model, _model_facts(model)))
+        if differences:
+            shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+            raise ConfigError("latency_table", self.model.get("class"), f"was measured of another model: {shown}.")
+        here = {} if elsewhere else _device_facts(transformers_model(model).device)
+        if differences := list(_differences(self.device, here)) if here else []:
+            allowed = (
+                f"was measured elsewhere: {'; '.join(differences)}. Measure it here, or say that it is for a machine elsewhere."
+            )
+            raise ConfigError("latency_table", self.device.get("name"), allowed)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to a JSON file, atomically; its folder is created."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read what [`LatencyTable.save`] wrote; numbers are the same to the bit.
+
+        Raises:
+            ConfigError: there is no such file, or it holds no table; says what is wrong.
+        """
+        try:
+            return cls.from_dict(read_object(path))
+        except OSError as error:
+            raise ConfigError("latency_table", str(path), f"cannot be read ({error.strerror}).") from None
+        except ConfigError as error:
+            raise ConfigError("latency_table", str(path), f"is damaged: {error}") from None
+        except ValueError as error:  # no JSON
+            raise ConfigError("latency_table", str(path), f"is damaged: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """Build from what `to_dict` returned, or JSON made of it.
+
+        Raises:
+            ConfigError: a field is missing or cannot be right; names it.
+        """
+        for name in ("model", "device", "setting", "blocks"):
+            if not isinstance(data.get(name), Mapping):
+                raise ConfigError(name, data.get(name), "must be an object.")
+        for name in ("total", "spread"):
+            _check_cost(name, data.get(name))
+        blocks = {}
+        known = data["model"].get("blocks")
+        if not isinstance(known, Mapping) or known.keys() != data["blocks"].keys():
+            raise ConfigError("blocks", list(data["blocks"]), "must be those of `model`.")
+        for block, costs in data["blocks"].items():
+            if not isinstance(costs, Mapping) or not all(str(size).isdecimal() for size in costs):
+                raise ConfigError(f"blocks.{block}", costs, "must be an object from numbers of units to milliseconds.")
+            for size, cost in costs.items():
+                _check_cost(f"blocks.{block}.{size}", cost)
+            blocks[block] = {int(size): cost for size, cost in costs.items()}
+            units = known[block].get("units") if isinstance(known[block], Mapping) else None
+            if blocks[block].get(0) != 0 or max(blocks[block]) != units:
+                raise ConfigError(f"blocks.{block}", costs, f"must have 0 units, at no cost, and all {units}.")
+        return cls(data["model"], data["device"], data["setting"], data["total"], blocks, data["spread"])
+
+
+def _check_cost(name: str, value: object) -> None:
+    if not is_number(value) or value < 0:  # type: ignore[operator]
+        raise ConfigError(name, value, "must be a number, 0 or more.")
+
+
+def _differences(table: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What differs between two nested objects, in words."""
+    if isinstance(table, Mapping) and isinstance(here, Mapping):
+        for key in dict.fromkeys((*table, *here)):
+            yield from _differences(table.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+    elif table != here:
+        yield f"{name} is {table!r} in the table and {here!r} here"
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    """What of a model determines the sizes of its matrices."""
+    inner = transformers_model(model)
+    text = inner.config.get_text_config()
+    return {
+        "class": type(inner).__name__,
+        "model_type": inner.config.model_type,
+        "hidden_size": getattr(text, "hidden_size", None),
+        "vocab_size": getattr(text, "vocab_size", None),
+        "blocks": {
+            block.name: {
+                "unit": block.unit,
+                "units": block.num_units,
+                "groups": block.num_groups,
+                "width": block.unit_width,
+                "outputs": out_features(block.output.layer),
+            }
+            for block in find_blocks(model)
+        },
+    }
+
+
+def _device_facts(device: torch.device) -> dict[str, Any]:
+    """What of this machine determines how long a forward takes."""
+    cuda = device.type == "cuda"
+    own = importlib.import_module("hf_prune").__version__  # the package's face, which cannot be imported from inside
+    return {
+        "type": device.type,
+        "name": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "cores": os.cpu_count(),
+        "instructions": "" if cuda else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "hf_prune": own,
+    }
+
+
+def _processor() -> str:
+    """The name of the processor; Linux has it in a file only."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+# --------------------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Blocks that cost the same.
+
+    Attributes:
+        names: of all of them.
+        measured: those of them that are resized at once.
+        removed: the layers that are absent meanwhile, by the path of their list.
+    """
+
+    names: tuple[str, ...]
+    measured: tuple[Block, ...]
+    removed: Mapping[str, list[int]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of units at which a block is measured, ascending."""
+        block = self.measured[0]
+        if block.unit == "neuron":
+            widths = [round(block.num_units * _RATIO**power) for power in range(_WIDTHS)]
+            return sorted({0, *widths, *(width // _MULTIPLE * _MULTIPLE for width in widths)})
+        # under grouped queries, those at which no dead head has to stay
+        return [size for size in range(block.num_units + 1) if len(_first(block, size)[0]) == size]
+
+
+def latency_table(
+    model: Any,
+    batch_size: int = 8,
+    length: int = 128,
+    dtype: str = "float32",
+    threads: int = 1,
+    runtime: str = "torch",
+    *,
+    repeats: int = 5,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> LatencyTable:
+    """Measure what a model's blocks cost at each size, on its device.
+
+    Attention is measured at every number of heads that condensing can leave, a feed-forward block at 43 widths, each nine tenths of
+    the one before, and at the multiples of 64 below them. A block costs at some size what the model takes with all blocks of its
+    kind (at most those of six layers; other layers are absent) at this size, less what it takes without them, each its share. Sizes
+    take turns, so that whatever else the machine does meets all alike; medians count. The model is left as it was.
+
+    Args:
+        model: a transformers model, or an object that holds one (see `model/wrappers.py`), on the device that counts.
+        batch_size, length: rows and tokens of the batch, random and full; images and sounds have sizes of their own.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`, of weights and computation.
+        threads: of the CPU. One is measured in CPU time, which leaves out what other processes take; more, and CUDA, in time.
+        runtime: `"torch"`, or `"compile"` for a model under `torch.compile`, which compiles at every size: it takes long.
+        repeats: how often each size has its turn.
+        progress: wraps the turns, to show how far it is.
+
+    Raises:
+        ConfigError: a setting cannot be used, or the model cannot be condensed.
+        ValueError: the family has no architecture spec, or a projection is no plain Linear or Conv1D.
+    """
+    check_frequency("batch_size", batch_size, "rows")
+    check_frequency("length", length, "tokens")
+    check_frequency("threads", threads, "threads")
+    check_frequency("repeats", repeats, "turns")
+    check_name("dtype", dtype, DTYPES)
+    check_name("runtime", runtime, RUNTIMES)
+    inner = transformers_model(model)
+    blocks = find_blocks(model)
+    _check_blocks(blocks)
+    facts = _model_facts(model)
+    with _at_rest(inner, DTYPES[dtype], threads):
+        inputs = _inputs(inner, batch_size, length)
+        kinds = _kinds(inner, blocks)
+        times = _times(inner, kinds, inputs, runtime, repeats, progress)
+    middles = {turn: statistics.median(values) for turn, values in times.items()}
+    costs: dict[str, dict[int, float]] = {block.name: {0: 0.0} for block in blocks}
+    for number, kind in enumerate(kinds):
+        for size in kind.sizes[1:]:
+            cost = 1000 * (middles[number, size] - middles[number, 0]) / len(kind.measured)
+            for name in kind.names:
+                costs[name][size] = max(cost, 0.0)
+    takes_tokens = inner.main_input_name == "input_ids"
+    setting = {
+        "batch_size": batch_size,
+        "length": length if takes_tokens else None,
+        "dtype": dtype,
+        "threads": threads,
+        "runtime": runtime,
+        "attn_implementation": inner.config._attn_implementation,
+        "inputs": {name: list(value.shape) for name, value in inputs.items()},
+    }
+    spread = statistics.median(_spread(values) for values in times.values())
+    return LatencyTable(facts, _device_facts(inner.device), setting, 1000 * middles[None, 0], costs, spread)
+
+
+def _spread(values: list[float]) -> float:
+    """Half the interquartile range of values as a share of their median."""
+    if len(values) == 1:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+def _check_blocks(blocks: Iterable[Block]) -> None:
+    for block in blocks:
+        for part in block.projections:
+            check_plain(part)
+        if reason := computed_part(block):
+            raise ConfigError("model", block.name, f"cannot be cut ({reason}), so it has no other size to be measured at.")
+
+
+@contextlib.contextmanager
+def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int) -> Iterator[None]:
+    """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was."""
+    before = torch.get_num_threads()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with unchanged(model), torch.random.fork_rng(devices), torch.inference_mode():
+        model.eval()  # type: ignore[no-untyped-call]
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():  # not `model.to`, which changes gradients too
+                tensor.data = tensor.data.to(dtype)
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch of full rows.
+
+    Raises:
+        ConfigError: the model cannot take so many rows or tokens.
+    """
+    inputs = sample_batch(model, batch_size, length, shortest=length)
+    *_, rows, size = (1, *inputs[model.main_input_name].shape) if model.main_input_name == "input_ids" else (0, 0)
+    if rows and rows != batch_size:
+        raise ConfigError("batch_size", batch_size, f"must be {rows}: {type(model).__name__} has no padding token.")
+    if size and size != length:
+        raise ConfigError("length", length, f"must be at most {size}, what {type(model).__name__} has positions for.")
+    return inputs
+
+
+def _kinds(model: PreTrainedModel, blocks: Iterable[Block]) -> list[_Kind]:
+    """The blocks of a model by kind: those with units, which differ neither in themselves nor in the layer around them."""
+    found: dict[Hashable, list[Block]] = {}
+    for block in blocks:
+        if block.num_units:
+            layer = body(model).get_submodule(block.layer)
+            found.setdefault((re.sub(r"\d+", "*", block.layer), block.key, _description(layer)), []).append(block)
+    kinds = []
+    for members in found.values():
+        removed = _removed(model, [block.layer for block in members])
+        gone = {f"{path}.{index}" for path, indices in removed.items() for index in indices}
+        measured = tuple(block for block in members if block.layer not in gone)
+        kinds.append(_Kind(tuple(block.name for block in members), measured, removed))
+    return kinds
+
+
+def _description(layer: nn.Module) -> Hashable:
+    """What of a layer determines how long it takes: its modules, the shapes of its parameters, and all that they were told but
+    which layer they are."""
+    told = tuple(
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, type(None))) and not key.endswith(("_idx", "_id"))
+    )
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+    return tuple(outline(layer).items()), shapes, told
+
+
+def _removed(model: PreTrainedModel, wanted: list[str]) -> dict[str, list[int]]:
+    """The layers that can be absent while some are measured: all but the first of each list, which may differ from the others, and
+    the first few wanted ones. Empty if layers share weights."""
+    spec, staying = spec_for(model.config.model_type), set(wanted[:_LAYERS])
+    try:
+        paths = layer_counts(spec)
+    except ConfigError:
+        return {}
+    lists = {path: layer_lists(model, path) for path in paths}
+    absent = {
+        path: [index for index in range(1, len(found[path])) if f"{path}.{index}" not in staying]
+        for path, found in lists.items()
+        if found
+    }
+    return {path: indices for path, indices in absent.items() if indices}
+
+
+def _first(block: Block, units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What condensing keeps, heads or neurons and their groups, if the first so many of them are alive."""
+    return regroup(torch.arange(block.num_units, device="cpu") >= units, block.units_per_group)
+
+
+def _times(
+    model: PreTrainedModel,
+    kinds: list[_Kind],
+    inputs: Mapping[str, torch.Tensor],
+    runtime: str,
+    repeats: int,
+    progress: Callable[[range], Iterable[int]],
+) -> dict[tuple[int | None, int], list[float]]:
+    """Seconds of forwards, by the index of a kind and its size; of the whole model, by `(None, 0)`."""
+    sizes: list[tuple[int | None, int]] = [(None, 0)]
+    sizes += [(number, size) for number, kind in enumerate(kinds) for size in kind.sizes]
+    threads = torch.get_num_threads()
+
+    def timed(forwards: int) -> list[float]:
+        run: Callable[..., Any] = model
+        if runtime == "compile":
+            torch._dynamo.reset()
+            run = torch.compile(model)
+            run(**inputs)
+        run(**inputs)
+        seconds = []
+        for _ in range(forwards):
+            start = now(model.device, threads)
+            run(**inputs)
+            seconds.append(now(model.device, threads) - start)
+        return seconds
+
+    forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(timed(1)[0], 1e-9))))
+    if runtime == "compile":  # a size is compiled once
+        repeats, forwards = 1, repeats * forwards
+    turns = [size for turn in range(repeats) for size in (reversed(sizes) if turn % 2 else sizes)]
+    times: dict[tuple[int | None, int], list[float]] = {size: [] for size in sizes}
+    for place in progress(range(len(turns))):
+        number, units = turns[place]
+        with unchanged(model):
+            if number is not None:
+                _resize(model, kinds[number], units)
+            times[turns[place]] += timed(forwards)
+    return times
+
+
+def _resize(model: PreTrainedModel, kind: _Kind, units: int) -> None:
+    """Leave so many units in each block of a kind that is measured, and no layer that is to be absent."""
+    remove_layers(model, spec_for(model.config.model_type), dict(kind.removed))
+    for block in kind.measured:
+        kept, groups = _first(block, units)
+        own = None if block.own_units is None else [block.own_units[unit] for unit in kept.tolist()]
+        keep_units(block, kept, groups, own_heads=own)

@@ -1,0 +1,218 @@
+"""The latency table: every block of every family at every size, bit for bit through a file, and refused where it is not true."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_equal, snapshot
+from models import FAMILIES, tiny, zero_units
+
+import hf_prune.measure.latency_table as module
+from hf_prune import ConfigError, LatencyTable, condense, latency_table, sparsity_report
+from hf_prune.model import find_blocks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_widths() -> Iterator[None]:
+    """Fewer sizes than the 43 of a feed-forward block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_WIDTHS", 3)
+        yield
+
+
+def quick(model: Any, **settings: Any) -> LatencyTable:
+    return latency_table(model, **{"batch_size": 2, "length": 8, "repeats": 1} | settings)
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    return quick(tiny())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_of_every_family(family: str) -> None:
+    model = tiny(family)
+    table = quick(model)
+    assert {name: max(costs) for name, costs in table.blocks.items()} == {
+        block.name: block.units for block in sparsity_report(model).blocks
+    }
+    assert all(costs[0] == 0.0 <= min(costs.values()) for costs in table.blocks.values())
+    assert table.total > 0
+    assert table.fixed == pytest.approx(table.total - sum(max(costs.items())[1] for costs in table.blocks.values()))
+    table.check(model)
+
+
+def test_sizes_are_those_that_condensing_leaves() -> None:
+    sizes = [list(costs) for costs in quick(tiny("bert", intermediate_size=200)).blocks.values()]
+    assert sizes[0] == [0, 1, 2, 3, 4]
+    assert {0, 128, 162, 180, 192, 200} < set(sizes[1])
+    grouped = quick(tiny("llama")).blocks["model.layers.0.self_attn"]
+    assert list(grouped) == [0, 1, 2, 4, 6, 8]  # of three heads in two groups a fourth stays, masked
+
+
+def test_blocks_that_are_alike_cost_the_same() -> None:
+    model = tiny()
+    first = find_blocks(model)[1]
+    zero_units(first, [0, 1], "out")
+    costs = list(quick(condense(model)).blocks.values())
+    assert max(costs[1]) == 38
+    assert costs[3] == costs[5] != costs[1]
+    assert costs[2] == costs[4] != costs[0]  # its neighbour is another
+
+
+def test_between_sizes_the_cost_is_linear(table: LatencyTable) -> None:
+    made = LatencyTable({}, {}, {}, 10.0, {"one": {0: 0.0, 4: 1.0, 8: 5.0}})
+    assert [made.milliseconds("one", units) for units in range(9)] == [0, 0.25, 0.5, 0.75, 1, 2, 3, 4, 5]
+    assert made.fixed == 5.0
+    for name, costs in table.blocks.items():
+        assert {units: table.milliseconds(name, units) for units in costs} == costs
+    with pytest.raises(ConfigError, match=r"units=9: must be from 0 to 8, the size of one"):
+        made.milliseconds("one", 9)
+    with pytest.raises(ConfigError, match="units=-1"):
+        made.milliseconds("one", -1)
+    with pytest.raises(ConfigError, match="block='two': must be a block of the table, one of one"):
+        made.milliseconds("two", 1)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny().train()
+    model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([1])).loss.backward()
+    before, config = snapshot(model), model.config.to_dict()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    copies = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+    identities = [id(parameter) for parameter in model.parameters()]
+    handle = model.register_forward_hook(lambda *inputs: None)
+    hooks = dict(model._forward_hooks)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+
+    quick(model, dtype="bfloat16", threads=2)
+    assert_equal(snapshot(model), before)
+    assert model.dtype == torch.float32
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    assert all(parameter.grad is gradients[name] for name, parameter in model.named_parameters())
+    assert_equal({name: gradient for name, gradient in gradients.items() if gradient is not None}, copies)
+    assert model.config.to_dict() == config
+    assert dict(model._forward_hooks) == hooks
+    assert all(module.training for module in model.modules())
+    assert torch.get_num_threads() == threads
+    now = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert now[:2] == states[:2]
+    assert torch.equal(now[2], states[2])
+    handle.remove()
+
+
+def test_a_file_keeps_every_bit(table: LatencyTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "tables" / "one.json")
+    again = LatencyTable.load(tmp_path / "tables" / "one.json")
+    assert again == table
+    assert again.to_dict() == table.to_dict()
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["one.json"]
+
+
+BLOCK = "bert.encoder.layer.0.attention.self"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.pop("total"), "total=None: must be a number, 0 or more"),
+        (lambda data: data.update(total=float("nan")), "total=nan: must be a number, 0 or more"),
+        (lambda data: data.update(device=[]), "device=[]: must be an object"),
+        (lambda data: data.pop("blocks"), "blocks=None: must be an object"),
+        (lambda data: data["blocks"].pop(BLOCK), "must be those of `model`"),
+        (lambda data: data["blocks"].update({BLOCK: 3}), f"blocks.{BLOCK}=3: must be an object"),
+        (lambda data: data["blocks"][BLOCK].update({"2": -1.0}), f"blocks.{BLOCK}.2=-1.0: must be a number, 0 or more"),
+        (lambda data: data["blocks"][BLOCK].update({"half": 1.0}), "from numbers of units to milliseconds"),
+        (lambda data: data["blocks"][BLOCK].update({"0": 1.0}), "must have 0 units, at no cost, and all 4"),
+        (lambda data: data["blocks"][BLOCK].pop("4"), "must have 0 units, at no cost, and all 4"),
+    ],
+)
+def test_damaged_files_are_refused(damage: Any, message: str, table: LatencyTable, tmp_path: Path) -> None:
+    data = json.loads(json.dumps(table.to_dict()))
+    damage(data)
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ConfigError) as caught:
+        LatencyTable.load(file)
+    assert str(caught.value).startswith(f"latency_table={str(file)!r}: is damaged: ")
+    assert message in str(caught.value)
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"latency_table='.*missing.json': cannot be read \(No such file"):
+        LatencyTable.load(tmp_path / "missing.json")
+    (tmp_path / "half.json").write_text('{"model": {')
+    with pytest.raises(ConfigError, match=r"latency_table='.*half.json': is damaged: .*is not valid JSON"):
+        LatencyTable.load(tmp_path / "half.json")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"intermediate_size": 48}, "bert.encoder.layer.0.intermediate.dense.units is 40 in the table and 48 here"),
+        ({"num_hidden_layers": 2}, "bert.encoder.layer.2.attention.self is {.*} in the table and None here"),
+        ({"hidden_size": 64}, "hidden_size is 32 in the table and 64 here"),
+        (
+            {"family": "electra"},
+            "class is 'BertForSequenceClassification' in the table and 'ElectraForSequenceClassification' here",
+        ),
+        ({"head": "masked-lm"}, "class is 'BertForSequenceClassification' in the table and 'BertForMaskedLM' here"),
+    ],
+)
+def test_the_table_of_another_model_is_refused(other: dict[str, Any], message: str, table: LatencyTable) -> None:
+    for elsewhere in (False, True):
+        with pytest.raises(ConfigError, match=f"was measured of another model: .*{message}"):
+            table.check(tiny(**other), elsewhere=elsewhere)
+
+
+@pytest.mark.parametrize(("name", "value"), [("name", "Abacus"), ("cores", 1000), ("torch", "1.0"), ("type", "cuda")])
+def test_the_table_of_another_machine_is_refused(name: str, value: object, table: LatencyTable) -> None:
+    other = LatencyTable(**vars(table) | {"device": {**table.device, name: value}})
+    with pytest.raises(ConfigError, match=f"was measured elsewhere: {name} is {value!r} in the table and .* here"):
+        other.check(tiny())
+    other.check(tiny(), elsewhere=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: must be a whole number of rows, 1 or more"),
+        ({"length": 1.5}, "length=1.5: must be a whole number of tokens, 1 or more"),
+        ({"threads": 0}, "threads=0: must be a whole number of threads"),
+        ({"repeats": 0}, "repeats=0: must be a whole number of turns"),
+        ({"dtype": "float31"}, "dtype='float31': must be one of .* Did you mean 'float32'?"),
+        ({"runtime": "compiled"}, "runtime='compiled': must be one of torch, compile. Did you mean 'compile'?"),
+        ({"length": 41}, "length=41: must be at most"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quick(tiny(), **settings)
+
+
+def test_a_decoder_without_padding_classifies_one_row() -> None:
+    model = tiny("gpt2", pad_token_id=None)
+    with pytest.raises(ConfigError, match=r"batch_size=2: must be 1: GPT2ForSequenceClassification has no padding token"):
+        quick(model)
+    assert quick(model, batch_size=1).setting["inputs"]["input_ids"] == [1, 8]
+
+
+def test_what_is_written_down(table: LatencyTable) -> None:
+    assert {key: table.setting[key] for key in ("batch_size", "length", "dtype", "threads", "runtime")} == {
+        "batch_size": 2,
+        "length": 8,
+        "dtype": "float32",
+        "threads": 1,
+        "runtime": "torch",
+    }
+    assert table.setting["inputs"]["input_ids"] == [2, 8]
+    assert table.device["torch"] == torch.__version__
+    assert quick(tiny("vit")).setting["length"] is None
