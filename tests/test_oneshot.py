@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hf_prune import ConfigError, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
 from hf_prune.model import find_blocks, spec_for
 from hf_prune.model.blocks import layer_lists
+from hf_prune.oneshot import driver
 from hf_prune.oneshot.calibration import calibration
 from hf_prune.oneshot.layers import Stream, record
-from hf_prune.oneshot.walk import advance, find_site
+from hf_prune.oneshot.walk import advance, find_site, moments_at, same_inputs
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
 from hf_prune.pruning.updates import UPDATES, register_update
 from hf_prune.settings.config import UPDATES as UPDATE_NAMES
@@ -101,6 +102,50 @@ def test_the_place_where_a_projection_joins_the_stream_is_found(family: str, whe
         if block.layer.endswith(".0")
     ]
     assert [names[site.joined] for site in found if site.joined is not None] == where
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        (
+            "llama",
+            [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
+        ),
+        ("bert", [["attention.self.query", "attention.self.value"], ["intermediate.dense"], ["output.dense"]]),
+    ],
+)
+def test_modules_that_are_given_one_tensor_are_found(family: str, groups: list[list[str]]) -> None:
+    model = tiny(family)
+    stream = Stream()
+    (path,) = spec_for(model.config.model_type).layers
+    (layers,) = layer_lists(model, path).values()
+    calls = record(model, batches(model, 1), list(layers), stream)
+    modules = [[layers[0].get_submodule(name) for name in group] for group in groups]
+    found = same_inputs(layers[0], [module for group in modules for module in group], stream[0], calls[0][0])
+    assert [{found[module] for module in group} for group in modules] == [{number} for number in range(len(groups))]
+
+
+def test_statistics_of_one_tensor_serve_all_that_are_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query, key and value take the same moments, and end as they would with moments of their own."""
+    models, taken = [tiny("llama", "causal-lm") for _ in range(2)], []
+    settings = PruningConfig(pattern="2:4", update="sparsegpt", scope="local", target_sparsity=0.5)
+    for number, model in enumerate(models):
+        calls = 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return moments_at(*args)
+
+        monkeypatch.setattr(driver, "moments_at", counted)
+        if number:
+            monkeypatch.setattr(driver, "same_inputs", lambda layer, modules, *_: {module: id(module) for module in modules})
+        prune(model, settings, batches(model))
+        taken.append(calls)
+    layers = models[0].config.num_hidden_layers
+    assert taken == [4 * layers, 7 * layers]
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(value, models[1].state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_stream_on_disk_is_the_stream_in_memory(tmp_path: Any) -> None:
@@ -429,8 +474,16 @@ def test_extra_memory_does_not_grow_with_depth() -> None:
     assert extra[1] <= extra[0] * 1.1
 
 
-@pytest.mark.parametrize(("family", "criterion", "ticks"), [("bert", "obs", 2 * 3), ("bert", "magnitude", 3), ("t5", "obs", 2 * 6)])
-def test_progress_is_a_number_for_each_layer_of_each_pass(family: str, criterion: str, ticks: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings", "ticks"),
+    [
+        ("bert", {"criterion": "obs"}, 2 * 3),
+        ("bert", {"criterion": "magnitude"}, 3),
+        ("bert", {"criterion": "obs", "update": "sparsegpt", "scope": "local", "pattern": "2:4", "rules": []}, 3),
+        ("t5", {"criterion": "obs"}, 2 * 6),
+    ],
+)
+def test_progress_is_a_number_for_each_layer_of_each_pass(family: str, settings: dict[str, Any], ticks: int) -> None:
     seen: list[int] = []
 
     def watched(numbers: range) -> Iterator[int]:
@@ -441,7 +494,7 @@ def test_progress_is_a_number_for_each_layer_of_each_pass(family: str, criterion
         seen.append(-1)
 
     model = tiny(family)
-    prune(model, config(criterion=criterion), batches(model), progress=watched)
+    prune(model, config(**settings), batches(model), progress=watched)
     assert seen == [*range(ticks), -1]
 
 

@@ -24,14 +24,14 @@ from ..pruning.criteria.activations import OBS, kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, damping, elimination, inverse, refit
 from ..pruning.rules import Rule, match_rules
 from ..pruning.updates import DAMPING, zero
-from ..settings.config import PruningConfig
+from ..settings.config import LOCAL_SCOPES, PruningConfig
 from ..settings.errors import ConfigError
 from .calibration import at_once, calibration, check_model
 from .database import Database, Measured, fingerprints
 from .layers import Call, Stream, record, run
 from .report import PrunedModule, PruneReport
 from .sensitivity import Importance, Prediction, divergence, importance, predictions, surprise
-from .walk import Rows, Site, advance, find_site, moments_at, moments_during
+from .walk import Rows, Site, advance, find_site, moments_at, moments_during, same_inputs
 
 #: The share of a token's importance that all tokens have alike: what the model's output does not read today it may tomorrow.
 _EVEN = 0.1
@@ -75,6 +75,15 @@ class _Work:
         """The bias of the weight's module."""
         bias: nn.Parameter | None = getattr(self.module, "bias", None)
         return bias
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its units compete with those of other weights by what their absence costs in the dense model.
+
+        Where each weight loses a share of its own and chooses when its turn comes, there is nothing to compare.
+        """
+        in_turn = self.rule.update.in_order and self.rule.settings.scope in LOCAL_SCOPES
+        return isinstance(self.rule.criterion, OBS) and not in_turn
 
     @property
     def is_solved(self) -> bool:
@@ -315,7 +324,7 @@ class _Passes:
             for layers in layer_lists(model, path).values()
             if len(layers)
         ]
-        is_walked = any(isinstance(item.rule.criterion, OBS) for item in work) and not (database and database.is_measured)
+        is_walked = any(item.is_measured for item in work) and not (database and database.is_measured)
         passes = 1 + is_walked
         self._ticks = iter(progress(range(passes * sum(map(len, self._lists)))))
 
@@ -329,8 +338,13 @@ class _Passes:
         Args:
             seed: of the labels that the model draws.
         """
-        items = {item.name: item for item in self._work if isinstance(item.rule.criterion, OBS)}
-        probe = self._rows.some(self._rows.number // max(len(self._work), 1))
+        for item in self._work:
+            if isinstance(item.rule.criterion, OBS) and not item.is_measured:
+                item.rule.criterion.state[item.group.name] = torch.zeros(item.group.num_units, device=item.group.device)
+        items = {item.name: item for item in self._work if item.is_measured}
+        if not items:
+            return
+        probe = self._rows.some(max(self._rows.number // max(len(self._work), 1), 1))
         dense = predictions(self._model, probe)
         if self._database is not None and self._database.is_measured:
             for item in items.values():
@@ -364,7 +378,7 @@ class _Passes:
 
     def _measure_on(self, forward: Callable[[int], object], items: Sequence[_Work], streams: int) -> Iterator[tuple[str, Measured]]:
         """The same of some weights, on batches that `forward` runs."""
-        items = [item for item in items if isinstance(item.rule.criterion, OBS)]
+        items = [item for item in items if item.is_measured]
         sites, importances = [Site(item.module) for item in items], [self._importance(item) for item in items]
         found = moments_during(forward, sites, self._rows, importances)
         self._check(items, found, streams)
@@ -410,6 +424,7 @@ class _Passes:
     def _solve(self, done: dict[str, PrunedModule]) -> None:
         """The pass through the layers; adds what was done to `done`."""
         dense: list[tuple[Stream, list[list[Call]]]] = []
+        is_aimed = any(item.rule.update.dense_target for item in self._work)
         for layers in self._lists:
             stream = Stream(self._folder)
             dense.append((stream, record(self._model, self._rows.batches, layers, stream)))
@@ -422,13 +437,26 @@ class _Passes:
             for layer, layer_calls, layer_dense in zip(layers, calls, dense_calls):
                 next(self._ticks, None)
                 items = self._inside(layer)
-                sites = [find_site(layer, item.module, wanted[0], layer_dense[0]) for item in items]
                 aims = [item.rule.update.dense_target for item in items]
-                at = iter(advance(layer, wanted, layer_dense, [site for site, aim in zip(sites, aims) if aim]))
+                sites = [
+                    find_site(layer, item.module, wanted[0], layer_dense[0]) if aim else Site(item.module)
+                    for item, aim in zip(items, aims)
+                ]
+                wants = [site for site, aim in zip(sites, aims) if aim]
+                at = iter(advance(layer, wanted, layer_dense, wants) if is_aimed else ())
+                inputs = same_inputs(layer, [item.module for item in items], stream[0], layer_calls[0])
+                seen: dict[object, tuple[Moments, Moments]] = {}
                 for item, site, aim in zip(items, sites, aims):
-                    target = next(at) if aim else None
+                    target, weights = next(at) if aim else None, self._importance(item)
                     if target is not None or not item.kept.all():
-                        found = moments_at(site, layer, stream, layer_calls, self._rows, target, self._importance(item))
+                        same = None if aim or weights else (inputs[item.module], item.bias is None)
+                        if same in seen:  # as those of query, key and value are
+                            kept, held_out = (part.without_target(item.matrix()) for part in seen[same])
+                            found = kept, held_out
+                        else:
+                            found = moments_at(site, layer, stream, layer_calls, self._rows, target, weights)
+                        if same is not None:
+                            seen[same] = found
                         self._check([item], [found], sum(part.nbytes for part in target or ()) + wanted.nbytes + stream.nbytes)
                         done[item.group.name] = self._update(item, *found, toward_dense=aim)
                 advance(layer, stream, layer_calls)

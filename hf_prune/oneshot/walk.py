@@ -108,6 +108,28 @@ def find_site(layer: nn.Module, module: nn.Module, hidden: Tensor, call: Call) -
     return Site(module)
 
 
+@torch.no_grad()
+def same_inputs(layer: nn.Module, modules: Sequence[nn.Module], hidden: Tensor, call: Call) -> dict[nn.Module, int]:
+    """Module → the number of the tensor that it is given: the same where several are given one, as query, key and value are."""
+    tensors: list[tuple[Tensor, int]] = []
+    found: dict[nn.Module, int] = {}
+
+    def into(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tensor, version = args[0], args[0]._version  # a tensor that was changed in place is another
+        number = next((place for place, (other, then) in enumerate(tensors) if other is tensor and then == version), len(tensors))
+        if number == len(tensors):
+            tensors.append((tensor, version))
+        found[module] = number
+
+    handles = [module.register_forward_pre_hook(into) for module in modules]
+    try:
+        run(layer, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def _close(left: Tensor, right: Tensor) -> bool:
     return float((left - right).abs().max()) <= _EQUAL * float(left.abs().max())
 
