@@ -20,6 +20,7 @@ import models
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,7 @@ from hf_prune.condense import resize, verify, wide
 from hf_prune.condense.layers import layer_counts
 from hf_prune.condense.plan import BlockPlan, CondensePlan, plan_block
 from hf_prune.condense.snapshot import return_memory
-from hf_prune.model import Block, find_blocks
+from hf_prune.model import Block, Projection, find_blocks
 
 condensing = importlib.import_module("hf_prune.condense")
 
@@ -84,6 +85,15 @@ def shifted_columns(patch: Patch) -> None:
     def shift(block: Block) -> None:
         inputs = 0 if isinstance(block.output.layer, Conv1D) else 1
         replaced(block.output.layer, "weight", lambda weight: weight.roll(1, inputs))
+
+    after_cutting(patch, shift)
+
+
+def shifted_adapters(patch: Patch) -> None:
+    """The LoRA matrix that adds to rows of what goes into a block adds to the next ones."""
+
+    def shift(block: Block) -> None:
+        replaced(adapted(block.inputs[-1]).lora_B["default"], "weight", lambda weight: weight.roll(1, 0))
 
     after_cutting(patch, shift)
 
@@ -226,6 +236,27 @@ def masked(family: str) -> PreTrainedModel:
     return model
 
 
+def under_lora(family: str) -> Any:
+    """The first block has no head left, and others lack units that add nothing, or a constant: of the merged weights."""
+    model = models.tiny(family)
+    layers = sorted({part.name for block in find_blocks(model) for part in block.projections})
+    model = get_peft_model(model, LoraConfig(target_modules=layers, r=2, init_lora_weights=False))
+    for number, block in enumerate(find_blocks(model)):
+        units = torch.arange(block.num_units if number == 0 else 2)
+        how = "in" if block.unit == "neuron" else "out"
+        models.zero_units(block, units.tolist(), how)
+        if how == "out":
+            adapted(block.output).lora_A["default"].weight.detach()[:, block.features(units)] = 0
+        for part in (block.roles[name] for name in ("up", "gate") if how == "in" and name in block.roles):
+            adapted(part).lora_B["default"].weight.detach()[part.rows[units]] = 0
+    return model.eval()
+
+
+def adapted(part: Projection) -> Any:
+    """A layer with its adapters."""
+    return part.module
+
+
 def without_a_layer(family: str) -> PreTrainedModel:
     """The second layer does nothing but add a constant."""
     model = models.tiny(family)
@@ -237,12 +268,19 @@ def without_a_layer(family: str) -> PreTrainedModel:
 CUTS: list[Fault] = [wrong_head, shifted_rows, shifted_columns, wrong_constant, said_sizes]
 BIASES: list[Fault] = [forgotten_input_bias, forgotten_fold, folded_twice, bias_of_another_dtype]
 LAYERS: list[Fault] = [swapped_layers, stale_depth, stale_layer_numbers, wrong_layer, constant_of_a_layer_forgotten]
+ADAPTED: list[Fault] = [wrong_head, shifted_rows, shifted_columns, shifted_adapters, said_sizes, swapped_layers]
 CASES = [
     *((fault, masked, family) for fault in CUTS for family in ("bert", "gpt2", "llama-with-biases", "t5", "bart", "vit", "albert")),
     *((fault, masked, family) for fault in BIASES for family in ("bert", "gpt2", "llama-with-biases", "bart")),
     *((swapped_layers, masked, family) for family in ("bert", "t5", "bart", "vit")),
     *((wrong_residual, masked, family) for family in ("albert", "gpt2", "llama-with-biases", "t5")),
     *((stale_sizes, masked, family) for family in ("gpt2", "llama-with-biases", "t5")),  # others tell their heads from their width
+    *((fault, under_lora, "bert") for fault in (*ADAPTED, forgotten_input_bias, forgotten_fold, folded_twice)),
+    *(
+        pytest.param(fault, under_lora, family, marks=pytest.mark.slow)
+        for family, more in {"llama": [stale_sizes], "t5": [stale_sizes, wrong_residual]}.items()
+        for fault in (*ADAPTED, *more)
+    ),
     *((fault, without_a_layer, family) for fault in LAYERS for family in ("llama-with-biases", "gpt2")),
 ]
 
