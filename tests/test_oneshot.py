@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from models import FAMILIES, ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from tables import CRITERIA
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from hf_prune import ConfigError, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
 from hf_prune.model import find_blocks, spec_for
@@ -591,9 +593,31 @@ def test_what_no_prediction_reads_costs_nothing() -> None:
 def test_a_bias_that_is_not_there_cannot_change() -> None:
     model = tiny("llama")
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"config.update='bias': changes the bias, and '.*down_proj' has none"):
+    message = r"config.update='bias': changes the bias, and '.*down_proj' has none; .* with attention_bias=True, mlp_bias=True"
+    with pytest.raises(ConfigError, match=message):
         prune(model, PruningConfig(pattern="neuron", criterion="flap", update="bias"), batches(model))
     assert_equal(snapshot(model), before)
+
+
+def test_a_model_can_be_loaded_with_biases_for_flap(tmp_path: Path) -> None:
+    """Biases of zero change nothing; what FLAP puts into them stays through condensing, saving and loading."""
+    tiny("llama", "causal-lm").save_pretrained(tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", attention_bias=True, mlp_bias=True).eval()
+    (batch,) = batches(model, 1)
+    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch))
+    rules = [PruningRule(pattern="kv_group"), PruningRule(pattern="neuron")]
+    report = prune(model, PruningConfig(target_sparsity=0.4, rules=rules, criterion="flap", update="bias"), batches(model))
+    assert report.sparsity == pytest.approx(0.4, abs=0.1)
+    updated = {module.name for module in report.modules if module.updated}
+    assert updated
+    for block in find_blocks(model):
+        assert bool(block.output.module.bias.any()) == (block.name in updated)
+    pruned, parameters = outputs(model, batch), model.num_parameters()
+    condense(model).save_pretrained(tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert small.num_parameters() < parameters
+    torch.testing.assert_close(outputs(small, batch), pruned, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_of_a_convolution_are_not_scored() -> None:

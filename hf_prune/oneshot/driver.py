@@ -152,7 +152,7 @@ def prune(
     rules, skipped = match_rules(model, settings, 1, None)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
     work = _work(model, rules)
-    _check_biases(work)
+    _check_biases(model, work)
     levels = None
     if database is not None:
         units = {item.name: item.group.num_units for item in work if isinstance(item.rule.criterion, OBS)}
@@ -196,15 +196,19 @@ def _work(model: nn.Module, rules: Sequence[Rule]) -> list[_Work]:
     ]
 
 
-def _check_biases(work: Sequence[_Work]) -> None:
+def _check_biases(model: PreTrainedModel, work: Sequence[_Work]) -> None:
     """Raise if an update changes the bias of a layer that has none.
 
     Raises:
-        ConfigError: it does; names the layer.
+        ConfigError: it does; names the layer, and the settings of the model's config by which it would have one.
     """
+    switches = [f"{name}=True" for name, value in model.config.to_dict().items() if name.endswith("_bias") and value is False]
     for item in work:
         if item.rule.update.moves_bias and item.bias is None:
-            allowed = f"changes the bias, and {item.name!r} has none; use 'least_squares' or 'obs'."
+            ways = "use 'least_squares' or 'obs'"
+            if switches:
+                ways += f", or load the model with {', '.join(switches)}, which gives it biases of zero"
+            allowed = f"changes the bias, and {item.name!r} has none; {ways}."
             raise ConfigError(f"{item.rule.name}.update", item.rule.settings.update, allowed)
 
 
