@@ -1,5 +1,7 @@
 """Settings for every test."""
 
+import gc
+
 import pytest
 import torch
 from command_line import CommandLine
@@ -11,6 +13,11 @@ torch.set_num_threads(1)
 # The machines that run the tests vary in speed, so examples are few and have no deadline.
 settings.register_profile("default", max_examples=40, deadline=None)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays to the end: a million objects, through which each run of a Trainer would go to free memory."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -35,6 +35,10 @@ ALL_LOSSES = DistillationConfig(temperature=2.0, alpha_task=0.3, alpha_logits=0.
 EVERY_LOSS = DistillationConfig(
     alpha_task=0.3, alpha_logits=0.5, alpha_hidden=0.7, alpha_hidden_layers=0.2, alpha_attention=0.4, alpha_simkd=0.6
 )
+#: With the losses by layer, the closest layers paired.
+LAYERED = DistillationConfig(
+    alpha_task=0.3, alpha_logits=0.5, alpha_hidden=0.7, alpha_hidden_layers=0.2, alpha_attention=0.4, layer_map="dynamic"
+)
 #: Of a teacher that is wider and deeper than the student, and has more heads.
 WIDE = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 4}
 

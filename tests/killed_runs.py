@@ -10,6 +10,7 @@ FOLDER/results, and one JSON line is printed for each kill.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -164,6 +165,7 @@ def main(setting: str, folder: Path, kills: int, seed: int) -> None:
     output, results = folder / "run", folder / "results"
     run(setting, output)  # imports what the first step and the first save import
     shutil.rmtree(output)
+    gc.freeze()  # see conftest.py
     forked(partial(run, setting, output, Bomb(), results / "whole"))  # which counts, and sends nothing
     shutil.rmtree(output)
     counted = json.loads((results / "whole" / "calls.json").read_text())

@@ -8,6 +8,7 @@ each case returns: tensors to `CASE.RANK.safetensors`, the rest to `CASE.RANK.js
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from distillation_cases import EVERY_LOSS, LAYERED, TASKS, WIDE, train, training_logs
 from helpers import arguments, ragged_rows, snapshot
 from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
@@ -211,6 +213,35 @@ def distilled(folder: Path) -> Result:
     )
     trainer.train()
     return outcome(trainer)
+
+
+#: Students of one task each: the losses, and how the teacher's sizes differ.
+STUDENTS: dict[str, tuple[DistillationConfig, dict[str, int]]] = {
+    "sequence": (EVERY_LOSS, WIDE),
+    "token": (LAYERED, {"num_hidden_layers": 6}),
+    "translation": (LAYERED, {"d_model": 48}),
+    "question": (DistillationConfig(), {}),
+}
+
+
+def student(task: str) -> Callable[[Path], Result]:
+    """A student that is trained without a pruner: its weights, projections and logs."""
+
+    def case(folder: Path) -> Result:
+        losses, changes = STUDENTS[task]
+        teacher, rows = TASKS[task](seed=1, count=32, **changes)
+        model = TASKS[task](seed=0, count=32)[0]
+        accumulated = {"per_device_train_batch_size": 4 // world(), "gradient_accumulation_steps": 2}
+        trainer, _ = train(folder, model, teacher, rows, losses, optim="sgd", learning_rate=0.05, **accumulated)
+        projections = trainer.accelerator.unwrap_model(trainer.projections).state_dict()
+        weights = model.state_dict() | {f"projections.{name}": value for name, value in projections.items()}
+        tied = model._tied_weights_keys or ()
+        logs = [{name: log[name] for name in log if name.endswith("loss")} for log in training_logs(trainer)]
+        return {"world": trainer.accelerator.num_processes, "logs": logs} | {
+            name: value.clone() for name, value in weights.items() if name not in tied
+        }
+
+    return case
 
 
 # ------------------------------------------------------------------------------------------------------------------ in loops
@@ -441,6 +472,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
     "terminated": terminated,
     "ragged": ragged,
     "distilled": distilled,
+    **{f"student of {task}": student(task) for task in STUDENTS},
     "accelerated": accelerated,
     "disagreeing": disagreeing,
     "one sees nothing": one_sees_nothing,
@@ -458,6 +490,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
 def main(folder: Path, names: list[str]) -> None:
     """Run cases as one of several processes and write what they return."""
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
 
     Accelerator(cpu=True)  # starts the process group
     for name in names:

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from distillation_cases import (
     ALL_LOSSES,
     EVERY_LOSS,
+    LAYERED,
     TASKS,
     WIDE,
     distiller,
@@ -33,7 +32,6 @@ from distillation_cases import (
     training_logs,
 )
 from helpers import LENGTH, Gradients, arguments, assert_equal, ragged_rows, snapshot, tiny_bert
-from launch_distillation import CASES, LAYERED, main
 from models import prune_randomly, tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -587,32 +585,6 @@ def test_attention_dropout_leaves_the_gradient_right_on_average() -> None:
     loss = attention_loss(drawn, teacher.expand(8000, -1, -1, -1), weights.expand(8000, -1))
     (dropped,) = torch.autograd.grad(loss, attention)
     torch.testing.assert_close(dropped / 8000 / 0.75, plain, rtol=0.03, atol=0)
-
-
-# --------------------------------------------------------------------------------------------------------------- two processes
-
-
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    folders = {processes: tmp_path / str(processes) for processes in (1, 2)}
-    for folder in folders.values():
-        folder.mkdir()
-    main(folders[1])
-    script = Path(__file__).with_name("launch_distillation.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, str(script), str(folders[2])], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for case in CASES:
-        one, two = (load_file(folder / f"{case}.safetensors") for folder in folders.values())
-        assert one.keys() == two.keys()
-        start = TASKS[case](seed=0, count=1)[0].state_dict()
-        assert any((one[name] - start[name]).abs().max() > 1e-3 for name in start.keys() & one.keys())
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{case} {name}: {text}")  # noqa: B023
-        left, right = (json.loads((folder / f"{case}.json").read_text()) for folder in folders.values())
-        assert (left["processes"], right["processes"]) == (1, 2)
-        for before, after in zip(left["logs"], right["logs"]):
-            assert after == pytest.approx(before, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- errors

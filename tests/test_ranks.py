@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from distillation_cases import TASKS
 from helpers import assert_equal
-from ranks import CASES, STEPS, TRAINED, Result
+from ranks import CASES, STEPS, STUDENTS, TRAINED, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -113,6 +114,21 @@ def test_distillation_on_two_processes_is_that_of_one(two: Runs, tmp_path: Path)
     alone = CASES["distilled"](tmp_path)
     assert_same_run(first, alone)
     assert_same_logs(first["logs"], alone["logs"])
+
+
+@pytest.mark.parametrize("task", STUDENTS)
+def test_a_student_of_two_processes_is_that_of_one(task: str, two: Runs, tmp_path: Path) -> None:
+    first, second = two(f"student of {task}")
+    alone = CASES[f"student of {task}"](tmp_path)
+    assert (alone["world"], first["world"], second["world"]) == (1, 2, 2)
+    assert_equal(tensors(first), tensors(second))
+    assert tensors(first).keys() == tensors(alone).keys()
+    start = TASKS[task](seed=0, count=1)[0].state_dict()
+    assert any((alone[name] - start[name]).abs().max() > 1e-3 for name in start.keys() & alone.keys())
+    for name, tensor in tensors(alone).items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    for before, after in zip(alone["logs"], first["logs"], strict=True):
+        assert after == pytest.approx(before, rel=1e-4)
 
 
 def test_ragged_batches_leave_ranks_together(two: Runs) -> None:
