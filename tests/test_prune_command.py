@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hf_prune
 from hf_prune import CardFacts, ConfigError, PruningConfig, PruningRule, condense
 from hf_prune.files import read_object
-from hf_prune.oneshot.calibration import longest_row
+from hf_prune.model.positions import longest_row
 from hf_prune.oneshot.data import calibration_batches, row_length
 
 SENTENCES = [row["sentence"] for row in quickstart.make_rows(48, seed=3)]

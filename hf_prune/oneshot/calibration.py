@@ -14,6 +14,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from ..model.attached import is_attached
 from ..model.blocks import is_adapted
+from ..model.positions import longest_row
 from ..model.sharding import is_sharded
 from ..settings.config import DECLARED, WITHOUT_TRAINING, PruningConfig
 from ..settings.errors import ConfigError, closest
@@ -150,19 +151,6 @@ def _count_tokens(batch: Batch) -> int:
         return int(counted.sum())
     ids = batch.get("input_ids")
     return len(next(iter(batch.values()))) * _PATCHES if ids is None else ids.numel()
-
-
-def longest_row(model: PreTrainedModel) -> int | None:
-    """How many tokens a row may have; None where positions have no end."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    others = (
-        module for module in model.modules() if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-    )
-    # RoBERTa counts positions from behind that of the padding.
-    paddings = [table.padding_idx for table in others if table.num_embeddings == positions and table.padding_idx is not None]
-    return positions - max((padding + 1 for padding in paddings), default=0)
 
 
 def _check_lengths(model: PreTrainedModel, batch: Batch) -> None:

@@ -20,8 +20,9 @@ from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model.positions import longest_row
 from ..settings.errors import ConfigError, closest, closest_path
-from .calibration import FEWEST_ROWS, MOST_ROWS, TOKENS, longest_row
+from .calibration import FEWEST_ROWS, MOST_ROWS, TOKENS
 
 #: What reads a file, by its ending.
 READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}
