@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 import hf_prune
 
-from .files import check_new_folder
+from .files import check_new_file, check_new_folder
 from .settings.config import CONFIG_NAME, PruningConfig
 from .settings.errors import closest_path
 
@@ -239,6 +239,33 @@ def benchmark(
     if as_json:
         return emit({"path": path, "against": against, **comparison.to_dict()})
     show(comparison)
+    return None
+
+
+@app.command()
+def latency(
+    path: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The JSON file to write.")],
+    batch_size: Rows = 8,
+    length: Tokens = 128,
+    dtype: Annotated[str, typer.Option(help="Of weights and computation: float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU. One is measured in CPU time, more in time.")] = 1,
+    runtime: Annotated[str, typer.Option(help="How the model runs: torch, or compile for torch.compile.")] = "torch",
+    repeats: Annotated[int, typer.Option(min=1, help="How often each size has its turn.")] = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure what heads and neurons cost at each size of a block, for pruning to a speed on this machine."""
+    check_new_file(out)
+    check_device(device)
+    model: Any = load(local(path))
+    table = hf_prune.latency_table(
+        model.to(device), batch_size, length, dtype, threads, runtime, repeats=repeats, progress=progress
+    )
+    table.save(out)
+    if as_json:
+        return emit({"path": str(out), **table.to_dict()})
+    show(table, f"Written: {out}")
     return None
 
 

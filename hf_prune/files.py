@@ -48,6 +48,16 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"OUT={folder}: is a file; give a new folder.")
 
 
+def check_new_file(path: str | os.PathLike[str]) -> None:
+    """Check that a file to be written does not exist yet.
+
+    Raises:
+        ValueError: the path exists.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"OUT={os.fspath(path)}: exists; give a new file.")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the body is done; if the body raises, nothing is changed.

@@ -92,7 +92,9 @@ def test_condense(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     assert f"{made['parameters']:,} parameters" in cli("condense", masked, tmp_path / "again", "--pad-to-multiple-of", 8)
 
 
-@pytest.mark.parametrize("command", ["inspect", "prune", "evaluate", "condense", "convert", "benchmark", "plan", "card", "push"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "prune", "evaluate", "condense", "convert", "benchmark", "latency", "plan", "card", "push"]
+)
 def test_no_command_makes_tensors_up(command: str, cli: CommandLine, condensed: Path, masked: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(masked, folder)
@@ -105,6 +107,7 @@ def test_no_command_makes_tensors_up(command: str, cli: CommandLine, condensed: 
         "condense": [folder, out],
         "convert": [folder, out],
         "benchmark": [condensed, "--against", folder],
+        "latency": [folder, tmp_path / "latency.json"],
         "plan": [folder, tmp_path / "half.json"],
         "push": [folder, "me/half"],
     }

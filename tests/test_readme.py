@@ -71,6 +71,7 @@ TINY = {
     "scripts/results/reproduce.py": """--rows half --seeds 1 --use_cpu --model_name_or_path start --overrides
         '{"max_steps": 6, "max_train_samples": 24, "max_eval_samples": 8}' --results runs/results""",
     "hf-prune benchmark": "--repeats=1",
+    "hf-prune latency": "--repeats=1 --batch-size=1 --length=8",
     "hf-prune card": "--repeats=1",
 }
 
@@ -172,7 +173,7 @@ def sandbox(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def provide(call: list[str], sandbox: Path) -> None:
     """Put pruned and condensed models where a command reads what one before it has left."""
-    written = call[3] if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert") else None
+    written = call[3] if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency") else None
     for before, word in pairwise(call):
         if word.startswith("runs/") and before not in ("--output_dir", "--output", "--results") and word != written:
             target = sandbox / word

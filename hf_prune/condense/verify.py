@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from ..model.positions import longest_row
 from .layers import without_inputs
 from .snapshot import unchanged
 from .stock import describes
@@ -189,7 +190,7 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     Args:
         model: the model; its `forward` and config determine the inputs.
         rows: number of rows.
-        tokens: length of the first row, at most half of the model's positions; lengths decrease evenly from row to row.
+        tokens: length of the first row, but no more than the model has positions for; lengths decrease evenly from row to row.
         shortest: length of the last row. Images and audio have fixed sizes.
     """
     config = model.config
@@ -198,7 +199,7 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
         rows = 1  # a decoder finds the last token of each row by the padding
     generator = torch.Generator().manual_seed(0)
     padding, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))
-    tokens = min(tokens, (getattr(config, "max_position_embeddings", None) or 2 * tokens) // 2)
+    tokens = min(tokens, longest_row(model) or tokens)
     lengths = torch.linspace(tokens, min(shortest, tokens), rows).long()
     mask = (torch.arange(tokens) < lengths[:, None]).long()
 

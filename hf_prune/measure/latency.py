@@ -108,7 +108,7 @@ def compare(
         dense: what to compare with; by default a random model of the sizes that the model had before it was condensed.
         reference: what the dense model is, in words.
         rows: batch size; 1 for a decoder that classifies and has no padding token.
-        tokens: length of the rows, at most half of the positions that the model has; images and sounds have sizes of their own.
+        tokens: length of the rows, but no more than the model has positions for; images and sounds have sizes of their own.
         repeats: timed forward passes of each model.
         track: wraps the rounds of measuring, to show progress.
     """

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,6 +41,7 @@ from ..model.wrappers import transformers_model
 from ..settings.checks import check_frequency, check_name, is_number
 from ..settings.errors import ConfigError
 from .latency import now
+from .tables import as_text, table_of_modules
 
 #: How a model is run: as it is, or compiled by `torch.compile`.
 RUNTIMES = ("torch", "compile")
@@ -147,6 +149,21 @@ class LatencyTable:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self)
+
+    def __rich__(self) -> Table:
+        """Each block at a few sizes: all of it, three quarters, half, a quarter."""
+        said = [f"{name} {value}" for name, value in self.setting.items() if name != "inputs" and value is not None]
+        title = f"{self.total:.2f} ms on {self.device['name']}, of which {self.fixed:.2f} ms are in no block"
+        caption = f"{', '.join(said)}; timings spread by {self.spread:.1%}"
+        table = table_of_modules(title, "block", "units", "ms", "3/4", "1/2", "1/4", caption=caption)
+        for name, costs in self.blocks.items():
+            units = max(costs)
+            parts = (self.milliseconds(name, round(units * share)) for share in (1, 0.75, 0.5, 0.25))
+            table.add_row(name, f"{units:,}", *(f"{cost:.3f}" for cost in parts))
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
