@@ -25,6 +25,7 @@ from hf_prune.oneshot.layers import Stream, record
 from hf_prune.oneshot.walk import advance, find_site, moments_at, same_inputs
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
 from hf_prune.pruning.updates import UPDATES, register_update
+from hf_prune.settings.config import DECLARED
 from hf_prune.settings.config import UPDATES as UPDATE_NAMES
 
 HEADS_AND_NEURONS = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
@@ -304,8 +305,12 @@ TRAINED = {"movement", "soft_movement"}
 def test_every_criterion_can_choose(criterion: str) -> None:
     model = tiny_bert(hidden_dropout_prob=0.0)
     reads = criterion != "auto" and CRITERION_CLASSES[criterion].reads_gradients
-    report = prune(model, config(criterion=criterion, update="obs"), batches(model))
-    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    layers = criterion in DECLARED["scores_layers"]
+    settings = (
+        PruningConfig(pattern="layer", criterion=criterion, update="zero") if layers else config(criterion=criterion, update="obs")
+    )
+    report = prune(model, settings, batches(model))
+    assert report.sparsity == pytest.approx(2 / 3 if layers else 0.5, abs=0.03)
     assert all(parameter.grad is None for parameter in model.parameters()), reads
 
 
@@ -367,6 +372,38 @@ def test_wanda_compares_weights_within_each_output_row() -> None:
     scores = weight.abs() * torch.cat(seen).square().sum(dim=0).sqrt()
     half = scores.sort(dim=1).values[:, [scores.shape[1] // 2]]
     assert torch.equal(projection.weight == 0, scores < half)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_block_influence_is_how_far_a_layer_turns_the_stream(family: str) -> None:
+    """The layer goes whose input and output, as `output_hidden_states` has them, point the same way; padding does not count."""
+    model = tiny(family)
+    rows = batches(model)
+    sums: dict[str, float] = {}
+    for path in spec_for(model.config.model_type).layers:
+        for name, layers in layer_lists(model, path).items():
+            for number, layer in enumerate(layers):
+
+                def hook(module: Any, args: Any, kwargs: Any, out: Any, key: str = f"{name}.{number}") -> None:
+                    given, out = (args[0] if args else kwargs["hidden_states"]), out[0] if isinstance(out, tuple) else out
+                    cosines = (given * out).sum(-1) / given.norm(dim=-1) / out.norm(dim=-1)
+                    kept = mask.bool() if cosines.shape == mask.shape else torch.ones_like(cosines, dtype=torch.bool)
+                    sums[key] = sums.get(key, 0.0) + float(cosines[kept].sum()) / 1e3
+
+                layer.register_forward_hook(hook, with_kwargs=True)
+    for batch in rows:
+        mask = batch["attention_mask"]
+        outputs(model, batch)
+    for layer in model.modules():
+        layer._forward_hooks.clear()
+        layer._forward_hooks_with_kwargs.clear()
+    report = prune(model, PruningConfig(pattern="layer", criterion="block_influence", update="zero", target_sparsity=0.34), rows)
+    gone = [module.name for module in report.modules if not module.units_left]
+    straightest = max(sums, key=lambda name: sums[name])
+    assert len(gone) >= 1
+    assert any(straightest.endswith(name) for name in gone)
+    parameters = model.num_parameters()
+    assert condense(model).num_parameters() < parameters
 
 
 def test_labels_and_none_score_differently_and_both_work() -> None:

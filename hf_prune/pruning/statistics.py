@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
 from ..model.blocks import base_layer
@@ -49,12 +50,13 @@ class Statistic:
 #: Optimizer steps before a mask update in which large statistics are collected.
 WINDOW = 16
 
-#: Name → statistic. `second_moments` is Σ x·xᵀ over tokens, `[in, in]`.
+#: Name → statistic. `second_moments` is Σ x·xᵀ over tokens, `[in, in]`; `cosines` are of what goes into a module and what it gives.
 STATISTICS: dict[str, Statistic] = {
     "positive_outputs": Statistic(lambda target: (target.shape[0],), lambda inputs, outputs: (outputs > 0).float().sum(dim=0)),
     "absolute_outputs": Statistic(lambda target: (target.shape[0],), lambda inputs, outputs: outputs.abs().sum(dim=0)),
     "inputs": Statistic(lambda target: (target.inputs,), lambda inputs, outputs: inputs.sum(dim=0)),
     "squared_inputs": Statistic(lambda target: (target.inputs,), lambda inputs, outputs: inputs.square().sum(dim=0)),
+    "cosines": Statistic(lambda target: (), lambda inputs, outputs: cosine_similarity(inputs, outputs, dim=-1).sum()),
     "second_moments": Statistic(
         lambda target: (target.inputs, target.inputs), lambda inputs, outputs: inputs.T @ inputs, every_step=False
     ),
@@ -94,7 +96,7 @@ class Activations:
                     key, device = f"{name}/{target.name}", target.parameter.device
                     self._sums[key] = torch.zeros(STATISTICS[name].shape(target), device=device)
                     self._tokens_seen[key] = torch.zeros((), device=device)
-                    self._handles.append(module.register_forward_hook(self._hook(name, key)))
+                    self._handles.append(module.register_forward_hook(self._hook(name, key), with_kwargs=True))
         self._kept = self._snapshot()
 
     @contextmanager
@@ -182,15 +184,17 @@ class Activations:
         if model is self._forward_of:
             self._forward_of = None
 
-    def _hook(self, name: str, key: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _hook(self, name: str, key: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         statistic = STATISTICS[name]
 
         @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
             if self._forward_of is None or not (statistic.every_step or self._large):
                 return
             channels = 1 if isinstance(base_layer(module), (nn.Conv1d, nn.Conv2d)) else -1
-            inputs, outputs = args[0].detach().movedim(channels, -1), output.detach().movedim(channels, -1)
+            given = args[0] if args else kwargs["hidden_states"]  # a whole layer's may be named, and it may give more than these
+            output = output[0] if isinstance(output, tuple) else output
+            inputs, outputs = given.detach().movedim(channels, -1), output.detach().movedim(channels, -1)
             tokens = self._tokens
             if tokens is not None and inputs.shape[:-1] == tokens.shape:
                 inputs, outputs = inputs[tokens], outputs[tokens]

@@ -55,11 +55,13 @@ CRITERIA: set[str] = {
     "obs",
     "flap",
     "kprune",
+    "block_influence",
 }
 #: What criteria declare that other settings have to fit, attributes of `Criterion` → the names of those of which it is true.
 DECLARED: dict[str, set[str]] = {
     "scores_rows": {"fpgm", "apoz", "mean_activation"},
     "regrows": {"movement", "soft_movement"},
+    "scores_layers": {"block_influence"},
     "regularizes": {"soft_movement"},
     "scores_inputs": {"obs", "flap", "kprune"},
     "scores_columns": {"flap", "kprune"},
@@ -97,6 +99,13 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
         "pattern",
         frozenset({"NxM", "N:M"}),
         "scores inputs of a layer, so it needs a pattern whose units hold whole ones: head, kv_group, neuron or channelx1",
+    ),
+    (
+        "criterion",
+        DECLARED["scores_layers"],
+        "pattern",
+        frozenset({"NxM", "N:M", "1xchannel", "channelx1", "auto", "head", "kv_group", "neuron", "block"}),
+        "scores layers as a whole, so it needs pattern 'layer'",
     ),
     (
         "scope",

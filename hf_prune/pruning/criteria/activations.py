@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,29 @@ class Fluctuation(Criterion):
         found = units[:, 0] if view.width == 1 else units.square().mean(dim=1)
         spread = found.std() if len(found) > 1 else torch.zeros(())
         return ((found - found.mean()) / spread.clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+@register_criterion("block_influence")
+class BlockInfluence(Criterion):
+    """1 − the mean cosine of what goes into a layer and what comes out, over tokens: how much the layer turns the hidden stream
+    (ShortGPT, Men et al. 2024, https://arxiv.org/abs/2403.03853, eq. 1)."""
+
+    scores_layers = True
+    activations = ("cosines",)
+
+    def __init__(self, settings: PruningConfig) -> None:
+        super().__init__(settings)
+        self.reduction = "sum"  # it is of the layer as it is, whatever its size
+
+    def watched(self, group: UnitGroup) -> tuple[View, ...]:
+        view = group.weights[0]
+        before, _, _ = view.target.module_name.partition(f"{group.name}.")
+        layer = before + group.name
+        return (replace(view, target=replace(view.target, name=layer, module_name=layer)),)
+
+    def scores(self, group: UnitGroup) -> Tensor:
+        (layer,) = self.watched(group)
+        return 1 - self.seen.mean("cosines", layer.target)[None]
 
 
 @register_criterion("obs")

@@ -51,6 +51,8 @@ class Criterion:
     scores_inputs = False
     #: Whether these inputs have to be whole: columns of the weight.
     scores_columns = False
+    #: Whether it scores layers as a whole.
+    scores_layers = False
     #: Whether it adds a penalty to the loss, which the setting `regularization` weighs.
     regularizes = False
     #: The statistics of activations that it reads, names in `statistics.STATISTICS`, of the views it watches.
