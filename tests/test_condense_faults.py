@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import math
 import platform
 import re
@@ -29,7 +30,7 @@ from hf_prune import condense
 from hf_prune.condense import resize, verify, wide
 from hf_prune.condense.layers import layer_counts
 from hf_prune.condense.plan import BlockPlan, CondensePlan, plan_block
-from hf_prune.condense.snapshot import return_memory
+from hf_prune.condense.snapshot import Snapshot, return_memory
 from hf_prune.model import Block, Projection, find_blocks
 
 condensing = importlib.import_module("hf_prune.condense")
@@ -359,6 +360,28 @@ def test_what_is_not_verified_is_told(even: bool, caplog: pytest.LogCaptureFixtu
         "What the config says of the sizes is not verified: Mine raises TypeError: "
         f"{Mine.__qualname__}.__init__() missing 1 required positional argument: 'others'"
     ]
+
+
+def test_a_check_that_is_cut_short_while_it_puts_back_leaves_the_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = masked("llama")
+    wanted = verify.all_outputs(model)
+    restore, calls = Snapshot.restore, itertools.count()
+
+    def cut_short(self: Snapshot) -> None:
+        if next(calls) == 0:
+            model.base_model.embed_tokens._parameters.clear()
+            raise MemoryError("injected")
+        restore(self)
+
+    monkeypatch.setattr(Snapshot, "restore", cut_short)
+    condense(model)
+    assert caplog.messages == [
+        "The dtype of the outputs is not verified: LlamaForSequenceClassification raises MemoryError: injected"
+    ]
+    for name, value in verify.all_outputs(model).items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-5)
 
 
 def resident() -> int:

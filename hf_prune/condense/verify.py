@@ -92,11 +92,12 @@ def observe(model: PreTrainedModel, before: Observation | None = None) -> Observ
 
 def _if_possible(check: Callable[[PreTrainedModel], Value], model: PreTrainedModel, what: str) -> Value | None:
     """What a check of the masked model gives; or None and a warning, if `what` it finds out cannot be found out."""
-    try:
-        return check(model)
-    except Exception as error:  # a kernel that its dtype lacks, a class of somebody's own that wants more than a config
-        logger.warning("%s is not verified: %s raises %s", what, type(model).__name__, _first_line(error))
-        return None
+    with unchanged(model):  # also if what the check itself puts back is not put back
+        try:
+            return check(model)
+        except Exception as error:  # a kernel that its dtype lacks, a class of somebody's own that wants more than a config
+            logger.warning("%s is not verified: %s raises %s", what, type(model).__name__, _first_line(error))
+            return None
 
 
 def _in_float64(model: PreTrainedModel) -> tuple[Outputs | None, str]:
