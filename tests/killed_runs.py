@@ -1,11 +1,11 @@
 """Ends short training runs with SIGKILL, inside a save or anywhere, or with SIGTERM, upon which they save, and resumes each.
 
-    python killed_runs.py SETTING FOLDER KILLS SEED
+    python killed_runs.py FOLDER KILLS SEED SETTING...
 
 Python's profiling hook counts function calls, so a kill can strike between any two calls of a run, and inside a save before any
 call that touches a file: while one is open and half written, after the model and before the optimizer, while an older checkpoint is
 deleted. Every run is a process of its own, forked from one that has imported everything. What the runs end with is left in
-FOLDER/results, and one JSON line is printed for each kill.
+FOLDER/SETTING/results, and one JSON line is printed for each kill.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ def main(setting: str, folder: Path, kills: int, seed: int) -> None:
         ended = forked(partial(run, setting, output, bomb))
         found = last_complete_checkpoint(output)
         report = {
+            "setting": setting,
             "kind": kind,
             "signal": ended,
             "save": bomb.save,
@@ -198,4 +199,6 @@ def main(setting: str, folder: Path, kills: int, seed: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    folder, kills, seed, *settings = sys.argv[1:]
+    for setting in settings:
+        main(setting, Path(folder, setting), int(kills), int(seed))

@@ -37,32 +37,60 @@ EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 SETTINGS = ["snip_momentum", "movement", "distillation", "activations"]
 
 
-@pytest.mark.parametrize(
-    ("setting", "kills"),
-    [*((name, 4) for name in SETTINGS[:3]), *(pytest.param(name, 12, marks=pytest.mark.slow) for name in SETTINGS)],
-)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting: str, kills: int, tmp_path: Path) -> None:
+def kill(settings: list[str], kills: int, folder: Path) -> list[dict[str, Any]]:
+    """Kill that many runs of each setting, and say what each kill did. One process runs all: what takes long is importing."""
     script = Path(__file__).with_name("killed_runs.py")
-    command = [sys.executable, str(script), setting, str(tmp_path), str(kills), "0"]
+    command = [sys.executable, str(script), str(folder), str(kills), "0", *settings]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"kind"')]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"setting"')]
+
+
+Killed = tuple[Path, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    return folder, kill(SETTINGS[:3], 4, folder)
+
+
+@pytest.fixture(scope="module")
+def often_killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("often")
+    return folder, kill(SETTINGS, 12, folder)
+
+
+@pytest.mark.parametrize("setting", SETTINGS[:3])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting: str, killed: Killed) -> None:
+    check_resumed(setting, killed, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_killed_run_goes_on_wherever_it_was_killed(setting: str, often_killed: Killed) -> None:
+    reports = check_resumed(setting, often_killed, 12)
+    left = [report for report in reports if report["checkpoints"] and report["resumed_from"] != report["checkpoints"][-1]]
+    assert left, "no kill left half a checkpoint behind"
+    ended = [report for report in reports if report["kind"] == TERMINATED and report["signal"] == 0]
+    assert any(report["resumed_from"] != "checkpoint-12" for report in ended), "no run ended upon the signal"
+
+
+def check_resumed(setting: str, killed: Killed, kills: int) -> list[dict[str, Any]]:
+    home, every = killed
+    reports = [report for report in every if report["setting"] == setting]
     print("\n".join(str(report) for report in reports))
     assert [report["kind"] for report in reports] == [KINDS[number % 4] for number in range(kills)]
-    whole = tmp_path / "results" / "whole"
+    whole = home / setting / "results" / "whole"
     for number, report in enumerate(reports):
-        folder = tmp_path / "results" / str(number)
+        folder = home / setting / "results" / str(number)
         for name in ("model.safetensors", "pruner.safetensors"):
             assert_equal(load_file(folder / name), load_file(whole / name))
         ours, history = (json.loads((each / "metrics.json").read_text()) for each in (folder, whole))
         terminated = report["kind"] in (TERMINATED, TERMINATED_AND_KILLED)
         assert report["signal"] in ({0, signal.SIGTERM, signal.SIGKILL} if terminated else {signal.SIGKILL})
         assert ours == history
-    if kills > 4:
-        left = [report for report in reports if report["checkpoints"] and report["resumed_from"] != report["checkpoints"][-1]]
-        assert left, "no kill left half a checkpoint behind"
-        ended = [report for report in reports if report["kind"] == TERMINATED and report["signal"] == 0]
-        assert any(report["resumed_from"] != "checkpoint-12" for report in ended), "no run ended upon the signal"
+    return reports
 
 
 # ------------------------------------------------------------------------------------------------------------- exact resuming
