@@ -198,7 +198,7 @@ class UnitGroup:
         assert total is not None
         if how == "l2":
             return total.sqrt()
-        return total / size if how == "mean" and size > 1 else total
+        return total.div_(size) if how == "mean" and size > 1 else total  # a sum, so nobody else has it
 
 
 def whole_scores(groups: Sequence[UnitGroup], scores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
