@@ -68,6 +68,35 @@ def test_blocks_that_are_alike_cost_the_same() -> None:
     assert costs[2] == costs[4] != costs[0]  # its neighbour is another
 
 
+@pytest.mark.parametrize("together", [0.0, 2.0])
+def test_what_kinds_cost_together_is_shared(together: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time that is linear in both kinds, and higher where both are there, comes back along the diagonal."""
+    monkeypatch.setattr(module, "_WIDTHS", 43)
+    model = tiny()
+    kinds = module._kinds(model, find_blocks(model))
+    heads, neurons = (kind.sizes[-1] for kind in kinds)
+
+    def taken(head: int, neuron: int) -> float:
+        first, second = head / heads, neuron / neurons
+        return 5 + 6 * first + 9 * second + together * first * second
+
+    times = {(0, size): taken(size, neurons) for size in kinds[0].sizes} | {
+        (1, size): taken(heads, size) for size in kinds[1].sizes
+    }
+    times |= {module._DENSE: taken(heads, neurons), module._GONE: taken(0, 0)}
+    table = LatencyTable({}, {}, {}, times[module._DENSE], module._costs(kinds, times))
+    assert table.fixed == pytest.approx(5)
+    for head in range(heads + 1):
+        units = {"head": head, "neuron": neurons * head // heads}
+        predicted = table.fixed + sum(table.milliseconds(block.name, units[block.unit]) for block in find_blocks(model))
+        assert predicted == pytest.approx(taken(*units.values()), rel=0.01)
+
+
+def test_turns_at_which_the_machine_was_slow_count_as_others() -> None:
+    times = {(-1, 1): [[4.0, 4.0], [8.0], [4.0]], (-1, 0): [[1.0], [2.0], [1.0]], (0, 1): [[3.0], [6.0], [3.0]]}
+    assert module._slowness(times) == [1.0, 2.0, 1.0]
+
+
 def test_between_sizes_the_cost_is_linear(table: LatencyTable) -> None:
     made = LatencyTable({}, {}, {}, 10.0, {"one": {0: 0.0, 4: 1.0, 8: 5.0}})
     assert [made.milliseconds("one", units) for units in range(9)] == [0, 0.25, 0.5, 0.75, 1, 2, 3, 4, 5]

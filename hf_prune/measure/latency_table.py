@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import random
 import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -53,8 +55,10 @@ _WIDTHS, _RATIO = 43, 0.9
 _MULTIPLE = 64
 #: So many alike layers are measured at once, at most: enough for no cache to hold more of them than it will of the whole model.
 _LAYERS = 6
-#: At least so many seconds of forwards are timed at a time, if that takes no more than so many.
-_SECONDS, _FORWARDS = 0.02, 10
+#: So many seconds of forwards are timed at a time, but no more than so many forwards.
+_SECONDS, _FORWARDS = 0.05, 5
+#: What every cost rests on is timed so often in a turn of all sizes: the dense model, the model and the kinds without blocks.
+_ANCHORS = 3
 
 
 @dataclass(frozen=True)
@@ -255,21 +259,26 @@ def _processor() -> str:
 # --------------------------------------------------------------------------------------------------------------------- measuring
 
 
+#: What is timed: the index of a kind of blocks and how many units each has; or the whole model, with all blocks or with none.
+_Case = tuple[int, int]
+_DENSE, _GONE = (-1, 1), (-1, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class _Kind:
     """Blocks that cost the same.
 
     Attributes:
-        names: of all of them.
+        blocks: all of them.
         measured: those of them that are resized at once.
         removed: the layers that are absent meanwhile, by the path of their list.
     """
 
-    names: tuple[str, ...]
+    blocks: tuple[Block, ...]
     measured: tuple[Block, ...]
     removed: Mapping[str, list[int]]
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """The numbers of units at which a block is measured, ascending."""
         block = self.measured[0]
@@ -295,8 +304,9 @@ def latency_table(
 
     Attention is measured at every number of heads that condensing can leave, a feed-forward block at 43 widths, each nine tenths of
     the one before, and at the multiples of 64 below them. A block costs at some size what the model takes with all blocks of its
-    kind (at most those of six layers; other layers are absent) at this size, less what it takes without them, each its share. Sizes
-    take turns, so that whatever else the machine does meets all alike; medians count. The model is left as it was.
+    kind (at most those of six layers; other layers are absent) at this size, less what it takes without them, each its share. Where
+    blocks of two kinds take longer together than apart, each bears half of that; see [`_costs`]. Sizes take turns, in random order,
+    so that whatever else the machine does meets all alike; medians count. The model is left as it was.
 
     Args:
         model: a transformers model, or an object that holds one (see `model/wrappers.py`), on the device that counts.
@@ -325,13 +335,8 @@ def latency_table(
         inputs = _inputs(inner, batch_size, length)
         kinds = _kinds(inner, blocks)
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
-    middles = {turn: statistics.median(values) for turn, values in times.items()}
-    costs: dict[str, dict[int, float]] = {block.name: {0: 0.0} for block in blocks}
-    for number, kind in enumerate(kinds):
-        for size in kind.sizes[1:]:
-            cost = 1000 * (middles[number, size] - middles[number, 0]) / len(kind.measured)
-            for name in kind.names:
-                costs[name][size] = max(cost, 0.0)
+    middles = {case: 1000 * statistics.median(values) for case, values in times.items()}
+    costs = {block.name: {0: 0.0} for block in blocks} | _costs(kinds, middles)
     takes_tokens = inner.main_input_name == "input_ids"
     setting = {
         "batch_size": batch_size,
@@ -343,7 +348,28 @@ def latency_table(
         "inputs": {name: list(value.shape) for name, value in inputs.items()},
     }
     spread = statistics.median(_spread(values) for values in times.values())
-    return LatencyTable(facts, _device_facts(inner.device), setting, 1000 * middles[None, 0], costs, spread)
+    return LatencyTable(facts, _device_facts(inner.device), setting, middles[_DENSE], costs, spread)
+
+
+def _costs(kinds: list[_Kind], milliseconds: Mapping[_Case, float]) -> dict[str, dict[int, float]]:
+    """The costs of the blocks of some kinds, by name and size.
+
+    Without the blocks of one kind the others are cheaper, too, since less competes for the caches; so kind by kind more is saved
+    than by all together. Let s be the share of the savings kind by kind that was counted twice, and let what two blocks cost for
+    being together be proportional to the cost of both. When all blocks are at a share a of their cost in the dense model, one costs
+    a - s·a·(2 - a) of it. So counted, all blocks together cost what the model takes more with them than without.
+    """
+    full = [milliseconds[number, kind.sizes[-1]] - milliseconds[number, 0] for number, kind in enumerate(kinds)]
+    apart = sum(cost * len(kind.blocks) / len(kind.measured) for cost, kind in zip(full, kinds))
+    twice = min(1 - (milliseconds[_DENSE] - milliseconds[_GONE]) / apart, 0.5) if apart > 0 else 0.0
+    costs: dict[str, dict[int, float]] = {}
+    for number, (kind, dense) in enumerate(zip(kinds, full)):
+        own = {0: 0.0}
+        for size in kind.sizes[1:]:
+            share = (milliseconds[number, size] - milliseconds[number, 0]) / dense if dense > 0 else 0.0
+            own[size] = max(dense * (share - twice * share * (2 - share)), 0.0) / len(kind.measured)
+        costs |= {block.name: own for block in kind.blocks}
+    return costs
 
 
 def _spread(values: list[float]) -> float:
@@ -406,7 +432,7 @@ def _kinds(model: PreTrainedModel, blocks: Iterable[Block]) -> list[_Kind]:
         removed = _removed(model, [block.layer for block in members])
         gone = {f"{path}.{index}" for path, indices in removed.items() for index in indices}
         measured = tuple(block for block in members if block.layer not in gone)
-        kinds.append(_Kind(tuple(block.name for block in members), measured, removed))
+        kinds.append(_Kind(tuple(members), measured, removed))
     return kinds
 
 
@@ -452,10 +478,10 @@ def _times(
     runtime: str,
     repeats: int,
     progress: Callable[[range], Iterable[int]],
-) -> dict[tuple[int | None, int], list[float]]:
-    """Seconds of forwards, by the index of a kind and its size; of the whole model, by `(None, 0)`."""
-    sizes: list[tuple[int | None, int]] = [(None, 0)]
-    sizes += [(number, size) for number, kind in enumerate(kinds) for size in kind.sizes]
+) -> dict[_Case, list[float]]:
+    """Seconds of forwards of each case, as if the machine had been as fast in each turn as in the middle one."""
+    cases: list[_Case] = [_DENSE, _GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
+    anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
     threads = torch.get_num_threads()
 
     def timed(forwards: int) -> list[float]:
@@ -464,32 +490,51 @@ def _times(
             torch._dynamo.reset()
             run = torch.compile(model)
             run(**inputs)
-        run(**inputs)
         seconds = []
         for _ in range(forwards):
             start = now(model.device, threads)
             run(**inputs)
             seconds.append(now(model.device, threads) - start)
-        return seconds
+        return seconds[forwards > 1 :]  # the first of several warms up
 
-    forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(timed(1)[0], 1e-9))))
+    forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(timed(2)[0], 1e-9))))
     if runtime == "compile":  # a size is compiled once
-        repeats, forwards = 1, repeats * forwards
-    turns = [size for turn in range(repeats) for size in (reversed(sizes) if turn % 2 else sizes)]
-    times: dict[tuple[int | None, int], list[float]] = {size: [] for size in sizes}
+        repeats, forwards, anchors = 1, 1 + repeats * forwards, []
+    everyone = cases + anchors * (_ANCHORS - 1)
+    turns = [(turn, case) for turn in range(repeats) for case in random.Random(turn).sample(everyone, len(everyone))]
+    times: dict[_Case, list[list[float]]] = {case: [[] for _ in range(repeats)] for case in cases}
     for place in progress(range(len(turns))):
-        number, units = turns[place]
+        turn, case = turns[place]
         with unchanged(model):
-            if number is not None:
-                _resize(model, kinds[number], units)
-            times[turns[place]] += timed(forwards)
-    return times
+            _resize(model, kinds, case)
+            times[case][turn] += timed(forwards)
+    slow = _slowness(times)
+    return {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
 
 
-def _resize(model: PreTrainedModel, kind: _Kind, units: int) -> None:
-    """Leave so many units in each block of a kind that is measured, and no layer that is to be absent."""
-    remove_layers(model, spec_for(model.config.model_type), dict(kind.removed))
-    for block in kind.measured:
+def _slowness(times: Mapping[_Case, list[list[float]]]) -> list[float]:
+    """How much longer than on the whole the cases take in each turn."""
+    ratios = []
+    for found in times.values():
+        middle = statistics.median(value for values in found for value in values)
+        ratios.append([statistics.median(values) / middle for values in found])
+    return [statistics.median(turn) for turn in zip(*ratios)]
+
+
+def _resize(model: PreTrainedModel, kinds: list[_Kind], case: _Case) -> None:
+    """Make a model what it is in a case."""
+    number, units = case
+    if case == _GONE:
+        for kind in kinds:
+            _cut(kind.blocks, 0)
+    elif case != _DENSE:
+        remove_layers(model, spec_for(model.config.model_type), dict(kinds[number].removed))
+        _cut(kinds[number].measured, units)
+
+
+def _cut(blocks: Iterable[Block], units: int) -> None:
+    """Leave so many units in each of some blocks."""
+    for block in blocks:
         kept, groups = _first(block, units)
         own = None if block.own_units is None else [block.own_units[unit] for unit in kept.tolist()]
         keep_units(block, kept, groups, own_heads=own)
