@@ -13,10 +13,11 @@ import pytest
 import torch
 from command_line import CommandLine
 from helpers import assert_equal, snapshot
-from models import FAMILIES, tiny, zero_units
+from models import FAMILIES, ragged_batch, tiny, zero_units
 
 import hf_prune.measure.latency_table as module
 from hf_prune import ConfigError, LatencyTable, condense, latency_table, sparsity_report
+from hf_prune.condense.snapshot import unchanged
 from hf_prune.model import find_blocks
 
 
@@ -68,6 +69,42 @@ def test_blocks_that_are_alike_cost_the_same() -> None:
     assert costs[2] == costs[4] != costs[0]  # its neighbour is another
 
 
+@pytest.mark.parametrize("family", ["bert", "albert", "llama", "mpnet", "t5"])
+def test_a_size_is_a_smaller_model(family: str) -> None:
+    """All blocks of a kind have it, the others are as they were, and it runs; without any block it runs, too."""
+    model = tiny(family)
+    kinds, names = module._kinds(model, find_blocks(model)), [block.name for block in find_blocks(model)]
+    dense, batch = dict(zip(names, (block.num_units for block in find_blocks(model)))), ragged_batch(model, rows=1)
+    assert sorted(block.name for kind in kinds for block in kind.blocks) == sorted(names)
+    for number, kind in enumerate(kinds):
+        size = kind.sizes[len(kind.sizes) // 2]
+        with unchanged(model), torch.no_grad():
+            module._resize(model, kinds, (number, size))
+            left = dense | {block.name: size for block in kind.measured}
+            assert all(block.num_units == left[block.name] for block in find_blocks(model))
+            assert model(**batch).logits.isfinite().all()
+    with unchanged(model), torch.no_grad():
+        module._resize(model, kinds, module._GONE)
+        assert {block.num_units for block in find_blocks(model)} == {0}
+        assert model(**batch).logits.isfinite().all()
+    assert {block.name: block.num_units for block in find_blocks(model)} == dense
+
+
+def test_of_a_deep_model_some_layers_are_measured() -> None:
+    model = tiny("modernbert", num_hidden_layers=20, layer_types=["full_attention", "sliding_attention"] * 10)
+    kinds = module._kinds(model, find_blocks(model))
+    # attention and neurons of the first layer, which has no norm, of the other global layers and of local ones
+    assert sorted(len(kind.blocks) for kind in kinds) == [1, 1, 9, 9, 10, 10]
+    for number, kind in enumerate(kinds):
+        with unchanged(model):
+            module._resize(model, kinds, (number, 1))
+            cut = [block for block in find_blocks(model) if block.num_units == 1]
+            assert len(cut) == len(kind.measured) == min(len(kind.blocks), 6)
+            assert model.config.num_hidden_layers == len({block.layer for block in find_blocks(model)}) <= 7
+            model(**ragged_batch(model))
+    assert model.config.num_hidden_layers == 20
+
+
 @pytest.mark.parametrize("together", [0.0, 2.0])
 def test_what_kinds_cost_together_is_shared(together: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A time that is linear in both kinds, and higher where both are there, comes back along the diagonal."""
@@ -109,6 +146,17 @@ def test_between_sizes_the_cost_is_linear(table: LatencyTable) -> None:
         made.milliseconds("one", -1)
     with pytest.raises(ConfigError, match="block='two': must be a block of the table, one of one"):
         made.milliseconds("two", 1)
+
+
+@pytest.mark.slow
+def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WIDTHS", 1)
+    model = tiny(num_hidden_layers=2)
+    before = snapshot(model)
+    table = quick(model, runtime="compile")
+    assert table.setting["runtime"] == "compile"
+    assert [list(costs) for costs in table.blocks.values()] == [[0, 1, 2, 3, 4], [0, 40]] * 2
+    assert_equal(snapshot(model), before)
 
 
 def test_the_model_is_left_as_it_was() -> None:

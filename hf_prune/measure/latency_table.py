@@ -392,8 +392,7 @@ def _check_blocks(blocks: Iterable[Block]) -> None:
 def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int) -> Iterator[None]:
     """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was."""
     before = torch.get_num_threads()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with unchanged(model), torch.random.fork_rng(devices), torch.inference_mode():
+    with unchanged(model), torch.inference_mode():
         model.eval()  # type: ignore[no-untyped-call]
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():  # not `model.to`, which changes gradients too
