@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from models import FAMILIES, ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from tables import CRITERIA
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from hf_prune import ConfigError, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
@@ -22,6 +25,7 @@ from hf_prune.model.blocks import layer_lists
 from hf_prune.oneshot import driver
 from hf_prune.oneshot.calibration import calibration
 from hf_prune.oneshot.layers import Stream, record
+from hf_prune.oneshot.sensitivity import importance, surprise
 from hf_prune.oneshot.walk import advance, find_site, moments_at, same_inputs
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
 from hf_prune.pruning.updates import UPDATES, register_update
@@ -503,14 +507,81 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message:
         prune(tiny_bert(), PruningConfig(**settings), batches(tiny_bert()))
 
 
-def test_extra_memory_does_not_grow_with_depth() -> None:
-    """Beside the copy of the weights that change: streams and the statistics of one projection."""
-    extra = []
-    for layers in (2, 6):
-        model = tiny_bert(num_hidden_layers=layers)
-        weights = sum(module.parameters * 4 for module in sparsity_report(model).modules)
-        extra.append(prune(model, config(), batches(model)).extra_bytes - weights)
-    assert extra[1] <= extra[0] * 1.1
+@pytest.mark.parametrize(("family", "head"), [("bert", None), ("llama", "causal-lm"), ("modernbert", None), ("gpt2", None)])
+def test_importance_is_the_squared_gradient_of_what_a_layer_gives(family: str, head: str | None) -> None:
+    """With layers run again in the backward too, and whatever is frozen."""
+    model = tiny(family, head)
+    model.config.use_cache = False
+    frozen = next(iter(model.parameters())).requires_grad_(False)
+    rows, generator = batches(model, 3), torch.Generator()
+    watched = {block.output.name: block.output.module for block in find_blocks(model)}
+    lists = [layers for path in spec_for(model.config.model_type).layers for layers in layer_lists(model, path).values()]
+    with torch.no_grad():
+        found = importance(model, rows, watched, generator.manual_seed(0), [layer for layers in lists for layer in layers])
+    assert not frozen.requires_grad
+    assert all(parameter.grad is None and (parameter.requires_grad or parameter is frozen) for parameter in model.parameters())
+    given: dict[str, Tensor] = {}
+    for name, module in watched.items():
+        module.register_forward_hook(lambda module, args, out, name=name: given.__setitem__(name, out))
+    generator.manual_seed(0)
+    for number, batch in enumerate(rows):
+        gradients = torch.autograd.grad(surprise(model, batch, generator), list(given.values()))
+        for name, gradient in zip(given, gradients):
+            torch.testing.assert_close(found[name].tokens[number], gradient.square().sum(dim=-1), rtol=1e-3, atol=1e-9)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside and still alive: now, and at the most.
+
+    Args:
+        there: tensors that were there before, which do not count.
+    """
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(found) if isinstance(leaf, Tensor)):
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return found
+
+    def _freed(self, name: int, size: int) -> None:
+        self._known.discard(name)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"criterion": "flap", "update": "bias"},
+        {"criterion": "obs", "update": "sparsegpt", "scope": "local", "pattern": "2:4", "rules": []},
+        {"criterion": "wanda", "update": "sparsegpt", "scope": "row", "pattern": "2:4", "rules": []},
+    ],
+    ids=["default", "flap", "sparsegpt", "wanda"],
+)
+def test_extra_memory_is_what_the_report_says_and_does_not_grow_with_depth(settings: dict[str, Any]) -> None:
+    """Beside the copy of the weights that change: streams, the statistics of one layer, and what one layer works with.
+
+    The tensors that really are alive are counted.
+    """
+    beside = []
+    for layers in (2, 8):
+        model = tiny_bert(num_hidden_layers=layers, hidden_size=64, intermediate_size=256)
+        rows = [{name: value.repeat(8, 1) for name, value in batch.items()} for batch in batches(model, 8)]
+        weights = sum(module.parameters for module in sparsity_report(model).modules)
+        with Allocated([*model.parameters(), *model.buffers(), *(part for batch in rows for part in batch.values())]) as tensors:
+            report = prune(model, config(**settings), rows)
+        assert 4 * weights < report.extra_bytes < tensors.peak
+        beside.append(tensors.peak - 4 * weights - sum(module.units for module in report.modules))
+    assert beside[1] <= beside[0] * 1.1
 
 
 @pytest.mark.parametrize(

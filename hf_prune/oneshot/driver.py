@@ -149,7 +149,7 @@ def prune(
     model = transformers_model(model)
     check_model(model)
     settings = at_once(config)
-    rules, skipped = match_rules(model, settings, 1, None)
+    rules, skipped = match_rules(model, settings, 1, None, layer_by_layer=True)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
     work = _work(model, rules)
     _check_biases(model, work)
@@ -175,7 +175,7 @@ def prune(
         predicted_error=predicted,
         held_out_error=error,
         seconds=time.perf_counter() - started,
-        extra_bytes=copied + passes.extra_bytes,
+        extra_bytes=copied + passes.extra_bytes + sum(kept.nbytes for rule in rules for kept in rule.kept),
         modules=tuple(modules),
         skipped=skipped,
     )
@@ -251,8 +251,6 @@ def _choose(model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Pass
     """Score all units of the dense model and spend the budgets. Returns what the scores of the units that go add up to."""
     measured = [rule for rule in rules if isinstance(rule.criterion, OBS)]
     if measured:
-        for rule in measured:
-            rule.seen.detach()  # its statistics are taken one layer at a time
         passes.score(seed)
     others = [rule for rule in rules if rule not in measured]
     with ExitStack() as stack:
@@ -344,7 +342,7 @@ class _Passes:
         """
         for item in self._work:
             if isinstance(item.rule.criterion, OBS) and not item.is_measured:
-                item.rule.criterion.state[item.group.name] = torch.zeros(item.group.num_units, device=item.group.device)
+                item.rule.criterion.state[item.group.name] = torch.zeros((), device=item.group.device).expand(item.group.num_units)
         items = {item.name: item for item in self._work if item.is_measured}
         if not items:
             return
@@ -357,7 +355,9 @@ class _Passes:
                 self._rank(item, measured, probe, dense)
             return
         watched = {name: item.module for name, item in items.items()}
-        self._cares = importance(self._model, self._rows.batches, watched, _generator(self._model, seed))
+        # What a decoder reads of an encoder comes into its layers at the side, so there the whole graph is kept.
+        chain = self._lists[0] if len(self._lists) == 1 else []
+        self._cares = importance(self._model, self._rows.batches, watched, _generator(self._model, seed), chain)
         with nullcontext(None) if self._database is None else self._database.written() as save:
             for name, measured in self._measure():
                 if save is not None:

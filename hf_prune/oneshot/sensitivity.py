@@ -9,12 +9,15 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..settings.errors import ConfigError
 from .layers import Batch
@@ -109,7 +112,11 @@ def surprise(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tens
 
 
 def importance(
-    model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, nn.Module], generator: torch.Generator
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    generator: torch.Generator,
+    recomputed: Iterable[nn.Module] = (),
 ) -> dict[str, Importance]:
     """The importance of what some layers give, by name; one backward of each batch.
 
@@ -118,28 +125,53 @@ def importance(
         batches: what its forward takes.
         layers: the layers, by name.
         generator: draws the labels.
+        recomputed: modules that run again when the backward is there; until then nothing but their inputs is kept. Gradients reach
+            what is before them through tensors alone that are arguments of theirs.
     """
     found = {name: Importance() for name in layers}
-    outputs: dict[str, Tensor] = {}
-    handles = []
-    for name, layer in layers.items():
+    shapes: dict[str, torch.Size] = {}
+    seen: dict[str, Tensor] = {}
 
-        def watch(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-            outputs[name] = output if output.requires_grad else output.requires_grad_()  # nothing before a frozen layer has
+    def watch(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        shapes[name] = output.shape
+        if torch.is_grad_enabled():  # else it is run again
+            reached = output if output.requires_grad else output.requires_grad_()  # nothing before a frozen layer has a gradient
+            reached.register_hook(partial(seen.__setitem__, name))  # type: ignore[no-untyped-call]
 
-        handles.append(layer.register_forward_hook(watch))
-    try:
-        with torch.enable_grad():
-            for batch in batches:
-                loss = surprise(model, batch, generator)
-                # What no prediction reads, such as the pooler of a bare encoder, has a gradient of zero.
-                gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
-                for name, gradient in zip(outputs, gradients):
-                    squares = gradient.float().square()
-                    found[name].tokens.append(squares.sum(dim=-1))
-                    found[name].outputs = found[name].outputs + squares.flatten(0, -2).sum(dim=0).double()
-                outputs.clear()
-    finally:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
+    with ExitStack() as stack, torch.enable_grad():
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
+            parameter.requires_grad_(False)
+        for module in recomputed:
+            stack.callback(module.__dict__.pop, "forward")  # that of its class is there again
+            module.forward = partial(_recomputed, module.forward)
+        for batch in batches:
+            surprise(model, batch, generator).backward()  # type: ignore[no-untyped-call]
+            for name, importance in found.items():
+                # What no prediction reads, such as the pooler of a bare encoder, has a gradient of zero.
+                gradient = seen.pop(name, torch.zeros((), device=generator.device).expand(shapes[name]))
+                squares = gradient.float().square()
+                importance.tokens.append(squares.sum(dim=-1))
+                importance.outputs = importance.outputs + squares.flatten(0, -2).sum(dim=0).double()
     return found
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the forward of a module so that it runs again in the backward, as gradient checkpointing does, in evaluation mode too.
+
+    Named tensors are handed over as inputs: gradients flow through them as well.
+    """
+    names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    inputs = [*args, *(kwargs[name] for name in names)]
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        inputs[0] = inputs[0].detach().requires_grad_()  # the hidden states
+
+    def again(*inputs: Any) -> Any:
+        return forward(*inputs[: len(args)], **dict(zip(names, inputs[len(args) :])), **others)
+
+    return checkpoint(again, *inputs, use_reentrant=True, preserve_rng_state=False)

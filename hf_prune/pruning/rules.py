@@ -20,6 +20,7 @@ from ..settings.errors import ConfigError
 from ..settings.patterns import Pattern
 from .allocation import least_removed, most_removable
 from .criteria import CRITERIA, Criterion
+from .criteria.activations import OBS
 from .patterns import build_groups
 from .reconstruction import Moments
 from .schedules import Timeline, phases, spacing
@@ -151,9 +152,12 @@ class Rule:
 
 
 def match_rules(
-    model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None
+    model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None, layer_by_layer: bool = False
 ) -> tuple[list[Rule], dict[str, str]]:
     """Match a config's rules to the model and the run.
+
+    Args:
+        layer_by_layer: the driver takes second moments itself, of one layer at a time, so that the rules collect none.
 
     Returns:
         The rules, and what is left out: module or block name → reason.
@@ -205,7 +209,7 @@ def match_rules(
                 raise ConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
         timeline = _timeline(name, settings, total_steps, steps_per_epoch)
-        rules.append(_rule(model, name, settings, patterns[name], name in open_rules, groups, timeline))
+        rules.append(_rule(model, name, settings, patterns[name], name in open_rules, groups, timeline, layer_by_layer))
     for module in modules:
         if module not in named and module not in left_out:
             left_out[module] = (
@@ -222,6 +226,7 @@ def _rule(
     is_open: bool,
     groups: list[UnitGroup],
     timeline: Timeline,
+    layer_by_layer: bool,
 ) -> Rule:
     _check_reachable(name, settings, groups)
     _check_score_rate(name, settings, timeline)
@@ -235,18 +240,21 @@ def _rule(
         if UPDATES[settings.update].whole_columns and [view.owns_columns for view in group.compensated] != [True]:
             allowed = f"needs units that leave {group.name!r} through whole columns, as heads, groups, neurons and 'channelx1' do."
             raise ConfigError(f"{name}.update", settings.update, allowed)
-    seen = Activations(model, _watched(criterion, UPDATES[settings.update], groups))
+    watched = _watched(criterion, UPDATES[settings.update], groups, layer_by_layer)
+    seen = Activations(model, watched)
     rule = Rule(name, settings, pattern, is_open, groups, criterion, seen, timeline)
     rule.keep(alive_units(groups) if settings.initial_sparsity == "from_model" else all_units(groups))
     criterion.attach(groups, seen)
     return rule
 
 
-def _watched(criterion: Criterion, update: Update, groups: Iterable[UnitGroup]) -> dict[str, list[Target]]:
+def _watched(criterion: Criterion, update: Update, groups: Iterable[UnitGroup], layer_by_layer: bool) -> dict[str, list[Target]]:
     """The statistics that are read of activations, with the weights whose layers they are of."""
     groups = list(groups)
+    if layer_by_layer and isinstance(criterion, OBS):
+        return {}
     watched = {name: [view.target for group in groups for view in criterion.watched(group)] for name in criterion.activations}
-    if update.reads_second_moments:
+    if update.reads_second_moments and not layer_by_layer:
         watched["second_moments"] = [view.target for group in groups for view in group.weights if not view.owns_rows]
     return watched
 
