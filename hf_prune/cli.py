@@ -136,6 +136,15 @@ def prune(
     data: Data,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON file with a PruningConfig.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the weights that goes, instead of --config.")] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="How many times faster the model shall be, instead of --sparsity.", metavar="FACTOR")
+    ] = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="How many parameters it shall keep at most, or which share of them, instead of --sparsity.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="A file of hf-prune latency, for --speedup elsewhere. By default measured here.")
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="What is removed together, such as neuron or 2:4. By default heads and neurons, one budget.")
     ] = None,
@@ -159,7 +168,9 @@ def prune(
     from .oneshot.data import calibration_batches, check_file, load_tokenizer
     from .oneshot.folder import heads_and_neurons, prune_to_folder
 
-    pruning = complete(one_config(config, sparsity, pattern=pattern, criterion=criterion, update=update))
+    targets = {"target_sparsity": sparsity, "target_speedup": speedup, "target_parameters": parameters}
+    table = None if latency_table is None else str(latency_table)
+    pruning = complete(one_config(config, targets, pattern=pattern, criterion=criterion, update=update, latency_table=table))
     folder, device = local(path), device or best_device()
     check_new_folder(out)
     check_file(data)
@@ -443,20 +454,23 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device!r}: must be a device that is available here, such as 'cpu' ({reason}).") from None
 
 
-def one_config(file: Path | None, sparsity: float | None, **settings: str | None) -> PruningConfig:
-    """The config in a file, or that of a sparsity and settings of which some are given; without a pattern for heads.
+def one_config(file: Path | None, targets: Mapping[str, float | None], **settings: str | None) -> PruningConfig:
+    """The config in a file, or that of a target and settings of which some are given; without a pattern for heads.
 
     Raises:
-        BadParameter: it is not said which, or both are.
+        BadParameter: it is not said which, or several are.
     """
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if (file is None) == (sparsity is None):
-        raise typer.BadParameter("Give --config or --sparsity, one of them.")
+    target = {name: value for name, value in targets.items() if value is not None}
+    if (file is not None) + len(target) != 1:
+        options = ", ".join(f"--{name.removeprefix('target_')}" for name in targets)
+        raise typer.BadParameter(f"Give --config, {options}: one of them.")
     if file is not None and given:
-        raise typer.BadParameter(f"--{next(iter(given))} goes with --sparsity; write it into the file of --config.")
+        name = next(iter(given)).replace("_", "-")
+        raise typer.BadParameter(f"--{name} goes with a target; write it into the file of --config.")
     if file is not None:
         return PruningConfig.from_json_file(file)
-    return PruningConfig.from_dict({"target_sparsity": sparsity, "pattern": "head", **given})
+    return PruningConfig.from_dict({"pattern": "head", **target, **given})
 
 
 def best_device() -> str:

@@ -10,7 +10,10 @@ from helpers import tiny_bert
 from torch import Tensor
 
 from hf_prune import ConfigError, Pruner, PruningConfig
-from hf_prune.pruning.budget import COSTS, Budget
+from hf_prune.model.units import UnitGroup
+from hf_prune.pruning.allocation import Levels
+from hf_prune.pruning.budget import Budget
+from hf_prune.pruning.costs import Costs
 
 HEADS_AND_NEURONS = [{"pattern": "head"}, {"pattern": "neuron"}]
 
@@ -109,17 +112,21 @@ def test_nested_rules_have_to_say_how_much_each_takes() -> None:
     pruned(rules=[{**rules[0], "target_sparsity": 0.5}, rules[1]])
 
 
-def test_another_cost_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_cost_is_one_function() -> None:
     """Heads ten times as dear as they weigh: they save more, so more of them go, and the share of the cost is met."""
     pruner = pruned(rules=HEADS_AND_NEURONS, target_sparsity=0.0)
-    monkeypatch.setitem(COSTS, "dear heads", lambda group: group.unit_size * (10.0 if "attention" in group.name else 1.0))
+
+    def dear_heads(group: UnitGroup) -> Levels:
+        left = torch.arange(group.num_units + 1)
+        return Levels(left, left * group.unit_size * (10.0 if "attention" in group.name else 1.0))
+
     plain = Budget("plain", pruner.rules, pruned(rules=HEADS_AND_NEURONS).budgets[0].timeline)
-    dear = Budget("dear", pruner.rules, plain.timeline, target="dear heads")
+    dear = Budget("dear", pruner.rules, plain.timeline, Costs("dear heads", 0.0, dear_heads))
 
     def gone(budget: Budget) -> tuple[int, int]:
         heads, neurons = budget.allocate(1)
         count = lambda kept: sum(int((~units).sum()) for units in kept)  # noqa: E731
-        costs = budget.costs
+        costs = [float(budget.costs.levels(group).costs[1]) for group in budget.groups]
         spent = sum(int((~units).sum()) * cost for units, cost in zip([*heads, *neurons], costs))
         total = sum(units.numel() * cost for units, cost in zip([*heads, *neurons], costs))
         assert abs(spent - 0.5 * total) <= max(costs)

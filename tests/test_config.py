@@ -203,6 +203,13 @@ PRUNING_TEXTS: dict[str, tuple[str, Any]] = {
     "min_sparsity_per_module": ("0.2", 0.2),
     "max_sparsity_per_module": ("1", 1.0),
     "keep_zeros": ("", True),
+    "target_speedup": ("2", 2.0),
+    "target_parameters": ("1e6", 1e6),
+    "target_flops": (".5", 0.5),
+    "target_bytes": ("0.25", 0.25),
+    "latency_table": ("table.json", "table.json"),
+    "latency_batch_size": ("1", 1),
+    "latency_length": ("32", 32),
 }
 DISTILLATION_TEXTS: dict[str, tuple[str, Any]] = {
     "temperature": ("3", 3.0),
@@ -215,8 +222,15 @@ DISTILLATION_TEXTS: dict[str, tuple[str, Any]] = {
     "layer_map": ("[[0,1],[2,5]]", [[0, 1], [2, 5]]),
     "teacher_dtype": ("bfloat16", "bfloat16"),
 }
+
+
+def is_bare(name: str) -> bool:
+    """Whether an argument says by itself that it is about pruning."""
+    return "sparsity" in name or "latency" in name or (name.startswith("target_") and name != "target_modules")
+
+
 ARGUMENTS: dict[type[Any], tuple[type[Any], Callable[[str], str], dict[str, tuple[str, Any]]]] = {
-    PruningConfig: (PruningArguments, lambda name: name if "sparsity" in name else f"pruning_{name}", PRUNING_TEXTS),
+    PruningConfig: (PruningArguments, lambda name: name if is_bare(name) else f"pruning_{name}", PRUNING_TEXTS),
     DistillationConfig: (DistillationArguments, "distill_{}".format, DISTILLATION_TEXTS),
 }
 #: What has to be there for a setting to be of use.
@@ -224,6 +238,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "regularization": {"criterion": "soft_movement"},
     "threshold": {"scope": "threshold"},
     "min_sparsity_per_module": {"target_sparsity": 0.5},
+    **{name: {"pattern": "neuron"} for name in ("target_speedup", "target_parameters", "target_flops", "target_bytes")},
 }
 
 
@@ -296,7 +311,8 @@ def test_docstrings_list_every_field(config: type[Any]) -> None:
 
 
 def test_a_rule_has_the_fields_of_the_config_all_open() -> None:
-    shared = [item for item in fields(PruningConfig) if item.name not in ("keep_zeros", "rules")]
+    whole = ("keep_zeros", "rules", *(name for name in PRUNING_TEXTS if is_bare(name) and "sparsity" not in name))
+    shared = [item for item in fields(PruningConfig) if item.name not in whole]
     assert [(item.name, item.metadata) for item in fields(PruningRule)] == [(item.name, item.metadata) for item in shared]
     assert all(item.default is None for item in fields(PruningRule))
 
@@ -377,7 +393,25 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
         ({"max_sparsity_per_module": value}, f"max_sparsity_per_module={value!r}: must be a number in [0, 1].")
         for value in (1.01, -0.1, math.nan, True, "all")
     ),
-    ({"target_sparsity": None}, "target_sparsity=None: must be given; only a rule may leave it out."),
+    ({"target_speedup": 1}, "target_speedup=1: must be greater than 1: how many times faster."),
+    ({"target_parameters": 0}, "target_parameters=0: must be greater than 0."),
+    (
+        {"pattern": "head", "target_speedup": 2, "target_sparsity": 0.5},
+        "target_speedup=2: is a second target beside target_sparsity; give one of them.",
+    ),
+    (
+        {"pattern": "head", "target_bytes": 0.5, "scope": "local"},
+        "target_bytes=0.5: is one budget for all modules, not with scope 'local'.",
+    ),
+    (
+        {"pattern": "2:4", "target_flops": 0.5},
+        "target_flops=0.5: needs units that make the model smaller, such as head and neuron, not pattern '2:4'.",
+    ),
+    (
+        {"pattern": "head", "target_flops": 0.5, "initial_sparsity": 0.1},
+        "initial_sparsity=0.1: does not go with target_flops; give 0 or 'from_model'.",
+    ),
+    ({"latency_table": 3}, "latency_table=3: must be a text."),
     ({"rules": [{"target_sparsity": 2}]}, f"rules[0].target_sparsity=2: {SHARE}"),
     # names
     *(

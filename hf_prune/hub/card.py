@@ -385,7 +385,10 @@ def _rule_rows(config: PruningConfig | None, trained: bool) -> list[list[str]]:
     rows = []
     choices, how = (WHILE_TRAINING, "schedule") if trained else (WITHOUT_TRAINING, "update")
     for name, rule in (config.filled(**choices).resolved_rules() if config else {}).items():
-        target = f"score at most {rule.threshold}" if rule.scope == "threshold" else f"{rule.target_sparsity:g}"
+        cost = rule.cost_target
+        target = f"{rule.sparsity:g}" if cost is None else f"{cost.removeprefix('target_')} {getattr(rule, cost):g}, shared"
+        if rule.scope == "threshold":
+            target = f"score at most {rule.threshold}"
         modules = rule.target_modules or "all that the pattern fits"
         shown = modules if isinstance(modules, str) else ", ".join(modules)
         cells = [name, str(rule.pattern), target, rule.criterion, rule.scope, getattr(rule, how), shown]

@@ -122,12 +122,16 @@ class LatencyTable:
         if differences:
             shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
             raise ConfigError("latency_table", self.model.get("class"), f"was measured of another model: {shown}.")
-        here = {} if elsewhere else _device_facts(transformers_model(model).device)
-        if differences := list(_differences(self.device, here)) if here else []:
+        here = self.device if elsewhere else _device_facts(transformers_model(model).device)
+        if differences := list(_differences(self.device, here)):
             allowed = (
                 f"was measured elsewhere: {'; '.join(differences)}. Measure it here, or say that it is for a machine elsewhere."
             )
             raise ConfigError("latency_table", self.device.get("name"), allowed)
+
+    def is_from_here(self, model: Any) -> bool:
+        """Whether it was measured on this machine, on the model's device, with the versions that are installed."""
+        return not list(_differences(self.device, _device_facts(transformers_model(model).device)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a JSON file, atomically; its folder is created."""
@@ -372,6 +376,31 @@ def _costs(kinds: list[_Kind], milliseconds: Mapping[_Case, float]) -> dict[str,
     return costs
 
 
+def measured_speedup(model: Any, table: LatencyTable, units: Mapping[str, int], *, repeats: int = 9) -> float:
+    """How many times faster than now a model is with other sizes, measured at a table's setting; sizes and the model take turns.
+
+    Args:
+        model: the model that the table was measured of. It is left as it was.
+        table: the table.
+        units: block → how many of its heads or neurons are left; other blocks keep all.
+        repeats: how often each has its turn.
+    """
+    inner = transformers_model(model)
+    setting = table.setting
+    sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
+    forwards = 1 + max(1, min(_FORWARDS, math.ceil(1000 * _SECONDS / max(table.total, 1e-9))))
+    ratios = []
+    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"]):
+        inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
+        for _ in range(repeats):
+            whole = statistics.median(_timed(inner, inputs, setting["runtime"], forwards))
+            with unchanged(inner):
+                for block in sized:
+                    _cut([block], units[block.name])
+                ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"], forwards)))
+    return statistics.median(ratios)
+
+
 def _spread(values: list[float]) -> float:
     """Half the interquartile range of values as a share of their median."""
     if len(values) == 1:
@@ -482,22 +511,8 @@ def _times(
     """Seconds of forwards of each case, as if the machine had been as fast in each turn as in the middle one."""
     cases: list[_Case] = [_DENSE, _GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
     anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
-    threads = torch.get_num_threads()
-
-    def timed(forwards: int) -> list[float]:
-        run: Callable[..., Any] = model
-        if runtime == "compile":
-            torch._dynamo.reset()
-            run = torch.compile(model)
-            run(**inputs)
-        seconds = []
-        for _ in range(forwards):
-            start = now(model.device, threads)
-            run(**inputs)
-            seconds.append(now(model.device, threads) - start)
-        return seconds[forwards > 1 :]  # the first of several warms up
-
-    forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(timed(2)[0], 1e-9))))
+    once = _timed(model, inputs, runtime, 2)[0]
+    forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(once, 1e-9))))
     if runtime == "compile":  # a size is compiled once
         repeats, forwards, anchors = 1, 1 + repeats * forwards, []
     everyone = cases + anchors * (_ANCHORS - 1)
@@ -507,9 +522,25 @@ def _times(
         turn, case = turns[place]
         with unchanged(model):
             _resize(model, kinds, case)
-            times[case][turn] += timed(forwards)
+            times[case][turn] += _timed(model, inputs, runtime, forwards)
     slow = _slowness(times)
     return {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
+
+
+def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], runtime: str, forwards: int) -> list[float]:
+    """Seconds of forwards; the first of several warms up and is not counted."""
+    run: Callable[..., Any] = model
+    threads = torch.get_num_threads()
+    if runtime == "compile":
+        torch._dynamo.reset()
+        run = torch.compile(model)
+        run(**inputs)
+    seconds = []
+    for _ in range(forwards):
+        start = now(model.device, threads)
+        run(**inputs)
+        seconds.append(now(model.device, threads) - start)
+    return seconds[forwards > 1 :]
 
 
 def _slowness(times: Mapping[_Case, list[list[float]]]) -> list[float]:

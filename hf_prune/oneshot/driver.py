@@ -166,12 +166,13 @@ def prune(
             rule.apply()
         error = divergence(model, rows, before)
         zeros, elements = count_zeros({target.name: target for rule in rules for target in _weights(rule)}.values())
-        if not zeros and any(rule.settings.target_sparsity for rule in rules):
+        if not zeros and any(rule.settings.sparsity for rule in rules):
             raise RuntimeError(f"target_sparsity={config.target_sparsity} was requested and no weight is zero.")
     return PruneReport(
-        target=sum(rule.settings.target_sparsity * sum(group.size for group in rule.groups) for rule in rules)
+        target=sum(rule.settings.sparsity * sum(group.size for group in rule.groups) for rule in rules)
         / sum(group.size for rule in rules for group in rule.groups),
         sparsity=zeros / elements,
+        budget={name: value for budget in make_budgets(rules) for name, value in budget.metrics().items()},
         predicted_error=predicted,
         held_out_error=error,
         seconds=time.perf_counter() - started,
@@ -395,7 +396,7 @@ class _Passes:
         """Keep the costs of a weight's units, brought to the model's divergence when the cheapest go and the others make up for
         them."""
         costs = measured.costs
-        number = min(max(round(item.rule.settings.target_sparsity * len(costs)), 1), item.group.max_removable)
+        number = min(max(round(item.rule.settings.sparsity * len(costs)), 1), item.group.max_removable)
         kept = torch.ones(len(costs), dtype=torch.bool, device=costs.device)
         kept[costs.argsort(stable=True)[:number]] = False
         old, parameters = item.matrix(), [item.view.target.parameter, *([] if item.bias is None else [item.bias])]

@@ -39,8 +39,9 @@ class PruneReport:
     """What `prune()` did.
 
     Attributes:
-        target: the share of the named weights that was to go.
+        target: the share of the named weights that was to go; of a target in costs, the share of what their units cost.
         sparsity: the share of them that is zero.
+        budget: of a target in costs, what it became as far as costs can tell: `speedup`, `parameters`, `flops` or `bytes`.
         predicted_error: the rise of the loss that the scores add up to, before anything was changed: in nats a row under criterion
             `obs`, else in the criterion's own unit; only comparable between prunings by the same criterion.
         held_out_error: KL divergence of the model's predictions from the dense model's on held-out rows, in nats a prediction; of a
@@ -53,6 +54,7 @@ class PruneReport:
 
     target: float
     sparsity: float
+    budget: Mapping[str, float]
     predicted_error: float
     held_out_error: float | None
     seconds: float
@@ -66,7 +68,8 @@ class PruneReport:
 
     def __rich__(self) -> Table:
         error = "" if self.held_out_error is None else f"; held-out error {self.held_out_error:.4g}"
-        title = f"{self.sparsity:.2%} of the named weights are zero{error}"
+        costs = "".join(f"; {name} {value:,.6g}" for name, value in self.budget.items())
+        title = f"{self.sparsity:.2%} of the named weights are zero{costs}{error}"
         table = table_of_modules(title, "module", "kept", "error, masked", "error", "", caption=f"{self.seconds:.0f} seconds")
         for module in self.modules:
             errors = ("" if value is None else f"{value:.4f}" for value in (module.error_masked, module.error))

@@ -7,18 +7,16 @@ union of their weights. Every other rule is a budget of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..model.units import UnitGroup
-from .allocation import allocate, normalize
+from .allocation import allocate, allocate_levels, normalize
+from .costs import WEIGHTS, Costs
 from .rules import Rule
 from .schedules import Timeline
-
-#: Name of a cost, of which the target is a share → the cost of one unit of a group.
-COSTS: dict[str, Callable[[UnitGroup], float]] = {"target_sparsity": lambda group: group.unit_size}
 
 
 @dataclass
@@ -29,14 +27,14 @@ class Budget:
         name: the names of its rules, joined.
         rules: its rules, all with the same schedule, scope and kind of scores.
         timeline: when masks change, and to what sparsity.
-        target: the name of the cost in [`COSTS`].
+        costs: what is counted.
         requested_sparsity: the sparsity that the last mask update requested; it never falls.
     """
 
     name: str
     rules: list[Rule]
     timeline: Timeline
-    target: str = "target_sparsity"
+    costs: Costs = WEIGHTS
     requested_sparsity: float = 0.0
 
     @property
@@ -77,39 +75,69 @@ class Budget:
         self.requested_sparsity = max(self.requested_sparsity, self.timeline.sparsity(step))
         scores = [rule.criterion.scores(group) for rule in self.rules for group in rule.groups]
         scores = normalize(scores, settings.normalization)
-        removed = allocate(
-            self.groups,
-            self.per_cost(scores) if settings.scope == "global" else scores,
-            [gone for rule in self.rules for gone in rule.removed],
-            self.requested_sparsity,
-            settings.scope,
-            costs=self.costs,
-            floors=[rule.settings.min_sparsity_per_module * progress for rule in self.rules for _ in rule.groups],
-            caps=[rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups],
-            threshold=None if settings.threshold is None else settings.threshold * progress,
-        )
+        gone = [gone for rule in self.rules for gone in rule.removed]
+        floors = [rule.settings.min_sparsity_per_module * progress for rule in self.rules for _ in rule.groups]
+        caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
+        if self.costs.measured is None:
+            removed = allocate(
+                self.groups,
+                self._per_cost(scores) if settings.scope == "global" else scores,
+                gone,
+                self.requested_sparsity,
+                settings.scope,
+                costs=self._unit_costs,
+                floors=floors,
+                caps=caps,
+                threshold=None if settings.threshold is None else settings.threshold * progress,
+                at_least=self.costs is not WEIGHTS,
+            )
+        else:
+            levels = [self.costs.levels(group) for group in self.groups]
+            needed = self.requested_sparsity * self.costs.total_of(self.groups)
+            removed = allocate_levels(self.groups, self._per_unit(scores), gone, levels, needed, floors, caps)
         kept = iter(~gone for gone in removed)
         return [[next(kept) for _ in rule.groups] for rule in self.rules]
 
     @property
-    def costs(self) -> list[float]:
-        """The cost of one unit of each group."""
-        return [COSTS[self.target](group) for group in self.groups]
+    def _unit_costs(self) -> list[float]:
+        """The cost of one unit of each group, where all cost the same."""
+        return [float(self.costs.levels(group).costs[-1]) / group.num_units for group in self.groups]
 
-    def per_cost(self, scores: Sequence[Tensor]) -> list[Tensor]:
+    def _per_unit(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Scores of units as they add up. A mean is a score per weight, others are per unit."""
+        means = [rule.criterion.reduction == "mean" for rule in self.rules for _ in rule.groups]
+        return [score * group.unit_size if mean else score for score, group, mean in zip(scores, self.groups, means)]
+
+    def _per_cost(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """Scores of units → scores per cost, up to a common factor. A mean is already a score per weight, others are per unit."""
         means = [rule.criterion.reduction == "mean" for rule in self.rules for _ in rule.groups]
-        factors = [(group.unit_size if mean else 1) / cost for group, mean, cost in zip(self.groups, means, self.costs)]
+        factors = [(group.unit_size if mean else 1) / cost for group, mean, cost in zip(self.groups, means, self._unit_costs)]
         if len(set(factors)) == 1:
             return list(scores)
         return [score * (factor / max(factors)) for score, factor in zip(scores, factors)]
 
     def spent(self) -> float:
         """The share of its cost that is removed."""
-        gone = [(~kept).sum() for rule in self.rules for kept in rule.kept]
-        sizes = [kept.numel() for rule in self.rules for kept in rule.kept]
-        total = sum(size * cost for size, cost in zip(sizes, self.costs))
-        return float(sum(int(count) * cost for count, cost in zip(gone, self.costs)) / total)
+        return self._removed() / self.costs.total_of(self.groups)
+
+    def load_costs(self, state: Mapping[str, Tensor], value: float) -> None:
+        """Go on with costs as they were measured at first, for a target of `value`."""
+        self.costs = Costs.from_state_dict(state)
+        caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
+        self.timeline = replace(self.timeline, target=self.costs.share(value, self.groups, caps))
+        for rule in self.rules:
+            rule.costs, rule.timeline = self.costs, self.timeline
+            rule.settings = replace(rule.settings, target_sparsity=self.timeline.target)
+
+    def metrics(self) -> dict[str, float]:
+        """Where a target in costs stands: the field of the target without its first word → what the model has by now."""
+        return {} if self.costs is WEIGHTS else {self.costs.target.removeprefix("target_"): self.costs.reached(self._removed())}
+
+    def _removed(self) -> float:
+        """The cost that is removed."""
+        kept = [int(kept.sum()) for rule in self.rules for kept in rule.kept]
+        levels = [self.costs.levels(group) for group in self.groups]
+        return sum(float(level.costs[-1]) - level.cost(count) for level, count in zip(levels, kept))
 
 
 def make_budgets(rules: Iterable[Rule]) -> list[Budget]:
@@ -120,4 +148,7 @@ def make_budgets(rules: Iterable[Rule]) -> list[Budget]:
         alike = (rule.timeline, settings.criterion, settings.reduction, settings.normalization, settings.update)
         key = alike if rule.is_open and settings.scope == "global" else rule.name
         shared.setdefault(key, []).append(rule)
-    return [Budget("+".join(rule.name for rule in members), members, members[0].timeline) for members in shared.values()]
+    return [
+        Budget("+".join(rule.name for rule in members), members, members[0].timeline, members[0].costs)
+        for members in shared.values()
+    ]

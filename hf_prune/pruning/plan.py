@@ -169,7 +169,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
         density: dict[str, float] = {}
         for group in rule.groups:
             fewest, most = _units_left(rule, group)
-            share = fewest / group.num_units if settings.scope in LOCAL_SCOPES else 1 - settings.target_sparsity
+            share = fewest / group.num_units if settings.scope in LOCAL_SCOPES else 1 - settings.sparsity
             for target in (view.target for view in (*group.weights, *group.biases)):
                 sizes[target.name] = target.parameter.numel()
                 density[target.name] = share if cut else 1.0
@@ -186,7 +186,7 @@ def make_plan(budgets: Iterable[Budget], left_out: Mapping[str, str], sparsity: 
                     schedule=settings.schedule,
                     units=group.num_units,
                     weights=group.size,
-                    sparsity=None if settings.scope == "threshold" else settings.target_sparsity,
+                    sparsity=None if settings.scope == "threshold" else settings.sparsity,
                     min_sparsity=settings.min_sparsity_per_module if bounded else 0.0,
                     max_sparsity=1.0 if settings.scope in LOCAL_SCOPES else settings.max_sparsity_per_module,
                     units_left=(fewest, most),
@@ -214,7 +214,7 @@ def _units_left(rule: Rule, group: UnitGroup) -> tuple[int, int]:
     """The smallest and the largest number of units of a group that can be left at the end."""
     settings, number = rule.settings, group.num_units
     if settings.scope in LOCAL_SCOPES:
-        left = number - min(round(settings.target_sparsity * number), group.max_removable)
+        left = number - min(round(settings.sparsity * number), group.max_removable)
         return left, left
     fewest = number - most_removable(group, settings.max_sparsity_per_module)
     return fewest, number - least_removed(group, settings.min_sparsity_per_module)

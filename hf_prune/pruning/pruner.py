@@ -243,9 +243,11 @@ class Pruner:
         return self._regrowth.unmasked()
 
     def metrics(self) -> dict[str, float]:
-        """The metrics to log: the three sparsities, and those of the criteria, summed over the rules."""
+        """The metrics to log: three sparsities, where a target in costs stands, and those of criteria, summed over the rules."""
         sparsity, reached = self._sparsities()
         metrics = {"sparsity": sparsity, "reached_sparsity": reached, "target_sparsity": self.target_sparsity()}
+        for budget in self.budgets:
+            metrics |= budget.metrics()
         for rule in self.rules:
             for name, value in rule.criterion.metrics().items():
                 metrics[name] = metrics.get(name, 0.0) + value
@@ -291,6 +293,7 @@ class Pruner:
         state = {"steps": torch.tensor(self.steps), "version": torch.tensor(_STATE_VERSION)}
         for budget in self.budgets:
             requested = torch.tensor(budget.requested_sparsity, dtype=torch.float64)
+            state |= {f"costs/{name}": value for name, value in budget.costs.state_dict().items()}
             for rule in budget.rules:
                 state[f"{rule.name}/requested_sparsity"] = requested.clone()
                 state |= {f"{rule.name}/kept/{group.name}": kept for group, kept in zip(rule.groups, rule.kept)}
@@ -321,6 +324,8 @@ class Pruner:
             raise ValueError(f"The pruner state belongs to a different config or model; it differs in {', '.join(others[:5])}.")
         self.steps = int(state["steps"])
         for budget in self.budgets:
+            if budget.costs.measured is not None and (measured := under(state, "costs/")):
+                budget.load_costs(measured, getattr(self.config, budget.costs.target))
             fresh = [rule for rule in budget.rules if any(key.startswith(f"{rule.name}/") for key in others)]
             for rule in budget.rules:
                 if rule in fresh:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from ..model.sharding import is_sharded, is_tensor_parallel
 from ..model.targets import Target, body_prefixes, check_names, names_module, selector, weights
 from ..model.units import UnitGroup
 from ..model.wrappers import transformers_models
-from ..settings.config import LOCAL_SCOPES, PruningConfig
+from ..settings.config import COST_TARGETS, LOCAL_SCOPES, PruningConfig
 from ..settings.errors import ConfigError
 from ..settings.patterns import Pattern
 from .allocation import least_removed, most_removable
+from .costs import WEIGHTS, Costs, model_costs
 from .criteria import CRITERIA, Criterion
 from .criteria.activations import OBS
 from .patterns import build_groups
@@ -47,6 +49,7 @@ class Rule:
         criterion: how it scores them.
         seen: the activation statistics that its criterion and its update read.
         timeline: when its masks change, and to what sparsity.
+        costs: of what its target is a share.
         kept: the remaining units, bool `[units]` for each group.
         removed_any: whether any unit is removed, so that there is something to mask.
     """
@@ -59,6 +62,7 @@ class Rule:
     criterion: Criterion
     seen: Activations
     timeline: Timeline
+    costs: Costs = WEIGHTS
     kept: list[Tensor] = field(default_factory=list)
     removed_any: bool = False
 
@@ -70,7 +74,7 @@ class Rule:
     def summary(self) -> str:
         """Pattern, target, steps and number of updates, in words."""
         updates, settings = self.timeline.updates, self.settings
-        target = f"scores up to {settings.threshold:g}" if settings.scope == "threshold" else f"{settings.target_sparsity:.2%}"
+        target = f"scores up to {settings.threshold:g}" if settings.scope == "threshold" else f"{settings.sparsity:.2%}"
         when = f"from step {updates[0]} to {updates[-1]} in {len(updates)} updates" if updates else "never"
         return f"{self.pattern} {target}, {when}"
 
@@ -99,7 +103,7 @@ class Rule:
                     f"nearest possible values are {gone / number:.4g} and {(gone + 1) / number:.4g}."
                 )
         for group in self.groups if settings.scope in LOCAL_SCOPES else ():
-            number, target = group.num_units, settings.target_sparsity
+            number, target = group.num_units, settings.sparsity
             if target and round(target * number) == 0:
                 found.append(
                     f"{self.name}: target_sparsity={target} rounds to none of the {number} units of {group.name}; the smallest "
@@ -178,7 +182,7 @@ def match_rules(
     model_type = next((str(inside.config.model_type) for inside in transformers_models(model).values()), "")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     tied = {parameter for parameter, count in owners.items() if count > 1}
-    rules: list[Rule] = []
+    matched: list[tuple[str, PruningConfig, list[UnitGroup]]] = []
     left_out = dict(others)
     named: dict[str, dict[int, str]] = {}
     for name, settings in resolved.items():
@@ -208,14 +212,44 @@ def match_rules(
                 allowed = f"must be given, since {rivals[0]} names {module!r} too and has none."
                 raise ConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
+        matched.append((name, settings, groups))
+    costs, share = _shared_costs(model, config, [(settings, groups) for name, settings, groups in matched if name in open_rules])
+    rules = []
+    for name, settings, groups in matched:
+        is_open = name in open_rules
+        if is_open and share is not None:
+            brought: dict[str, Any] = dict.fromkeys(COST_TARGETS) | {"target_sparsity": share}
+            settings = replace(settings, **brought)
         timeline = _timeline(name, settings, total_steps, steps_per_epoch)
-        rules.append(_rule(model, name, settings, patterns[name], name in open_rules, groups, timeline, layer_by_layer))
+        costs_of = costs if is_open else WEIGHTS
+        rules.append(_rule(model, name, settings, patterns[name], is_open, groups, timeline, costs_of, layer_by_layer))
     for module in modules:
         if module not in named and module not in left_out:
             left_out[module] = (
                 "no rule names it" if module.startswith(body) else "it is not part of the model's body, and no rule names it"
             )
     return rules, left_out
+
+
+def _shared_costs(
+    model: nn.Module, config: PruningConfig, matched: Sequence[tuple[PruningConfig, list[UnitGroup]]]
+) -> tuple[Costs, float | None]:
+    """Of what the config's target is a share, and that share if it follows from the model.
+
+    Raises:
+        ConfigError: the target cannot be reached.
+    """
+    if config.cost_target is None:
+        return WEIGHTS, None
+    name, value = config.cost_target, getattr(config, config.cost_target)
+    if not matched:
+        raise ConfigError(name, value, "needs a rule without a target of its own.")
+    if len({(settings.criterion, settings.reduction, settings.update, settings.schedule) for settings, _ in matched}) > 1:
+        raise ConfigError(name, value, "is one budget, so its rules need the same criterion, reduction, update and schedule.")
+    groups = [group for _, groups in matched for group in groups]
+    costs = model_costs(model, config, groups)
+    caps = [settings.max_sparsity_per_module for settings, groups in matched for _ in groups]
+    return costs, costs.share(value, groups, caps)
 
 
 def _rule(
@@ -226,11 +260,13 @@ def _rule(
     is_open: bool,
     groups: list[UnitGroup],
     timeline: Timeline,
+    costs: Costs,
     layer_by_layer: bool,
 ) -> Rule:
-    _check_reachable(name, settings, groups)
+    if costs is WEIGHTS:
+        _check_reachable(name, settings, groups)
     _check_score_rate(name, settings, timeline)
-    if settings.initial_sparsity != "from_model":
+    if settings.initial_sparsity != "from_model" and costs is WEIGHTS:
         _check_rounding(name, settings, groups)
     criterion = CRITERIA[settings.criterion](settings)
     for group in groups:
@@ -242,7 +278,7 @@ def _rule(
             raise ConfigError(f"{name}.update", settings.update, allowed)
     watched = _watched(criterion, UPDATES[settings.update], groups, layer_by_layer)
     seen = Activations(model, watched)
-    rule = Rule(name, settings, pattern, is_open, groups, criterion, seen, timeline)
+    rule = Rule(name, settings, pattern, is_open, groups, criterion, seen, timeline, costs)
     rule.keep(alive_units(groups) if settings.initial_sparsity == "from_model" else all_units(groups))
     criterion.attach(groups, seen)
     return rule
@@ -361,7 +397,7 @@ def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_ep
         frequency=spacing(end - begin, settings.schedule, settings.frequency, settings.updates),
         schedule=settings.schedule,
         initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
-        target=settings.target_sparsity,
+        target=settings.sparsity,
     )
 
 
@@ -369,7 +405,7 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
     """Raise if the caps make the target unreachable under global scope."""
     if settings.scope != "global":
         return
-    cap, target = settings.max_sparsity_per_module, settings.target_sparsity
+    cap, target = settings.max_sparsity_per_module, settings.sparsity
     total = sum(group.num_units * group.unit_size for group in groups)
     most = sum(most_removable(group, cap) * group.unit_size for group in groups)
     if target * total - most >= max(group.unit_size for group in groups):
@@ -382,7 +418,7 @@ def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]
 
 def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
     """Raise if the target is less than half a unit everywhere, so that nothing would be removed."""
-    target = settings.target_sparsity
+    target = settings.sparsity
     if settings.scope == "threshold" or not target:
         return
     if settings.scope in LOCAL_SCOPES:

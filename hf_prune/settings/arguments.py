@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import fits
-from .config import PruningConfig, with_pairs
+from .config import COST_TARGETS, PruningConfig, with_pairs
 from .errors import ConfigError
 from .fields import default_of, help_of
 
@@ -28,18 +28,18 @@ class FlatArguments:
     Args:
         config: a dataclass whose fields have a `help` in their metadata.
         prefix: of the arguments' names.
-        bare: a word that makes the prefix unnecessary.
+        bare: words that make the prefix unnecessary.
         aliases: name of a setting → another name of its argument.
     """
 
     config: type
     prefix: str
-    bare: str | None = None
+    bare: tuple[str, ...] = ()
     aliases: Mapping[str, str] | None = None
 
     def name(self, setting: str) -> str:
         """What the argument of a setting is called."""
-        return setting if self.bare is not None and self.bare in setting else self.prefix + setting
+        return setting if any(word in setting for word in self.bare) else self.prefix + setting
 
     def __call__(self, cls: type[_T]) -> type[_T]:
         """As a class decorator: make `cls` a dataclass with a field for each setting, after its own."""
@@ -103,7 +103,7 @@ def _escaped(item: Field[Any]) -> str:
 _FLAT = FlatArguments(
     PruningConfig,
     prefix="pruning_",
-    bare="sparsity",
+    bare=("sparsity", "latency", *COST_TARGETS),
     aliases={"warmup_epochs": "--sparsity_warm_epochs", "cooldown_epochs": "--cooldown_epochs"},
 )
 
@@ -112,8 +112,8 @@ _FLAT = FlatArguments(
 class PruningArguments:
     """[`PruningConfig`] as flat command line arguments beside `TrainingArguments`.
 
-    Each setting is an argument of its name, with the prefix `pruning_` unless it says `sparsity`; rules come from
-    `--pruning_config file.json`.
+    Each setting is an argument of its name, with the prefix `pruning_` unless it says `sparsity` or `latency` or is a target; rules
+    come from `--pruning_config file.json`.
     """
 
     do_prune: bool = field(default=False, metadata={"help": "Prune the model while it trains."})

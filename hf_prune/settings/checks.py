@@ -185,6 +185,18 @@ def check_positive(name: str, value: object) -> None:
         raise ConfigError(name, value, "must be greater than 0.")
 
 
+def check_speedup(name: str, value: object) -> None:
+    """A finite number above 1."""
+    if not is_number(value) or value <= 1:  # type: ignore[operator]
+        raise ConfigError(name, value, "must be greater than 1: how many times faster.")
+
+
+def check_text(name: str, value: object) -> None:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(name, value, "must be a text.")
+
+
 def check_schedule(name: str, value: object) -> None:
     """One of [`SCHEDULES`], or `polynomial(k)` with a whole k."""
     if not (isinstance(value, str) and re.fullmatch(r"polynomial\([1-9]\d{0,8}\)", value)):
@@ -198,6 +210,6 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_frequency(name: str, value: object, unit: str = "steps") -> None:
-    """A whole number of steps or updates, 1 or more."""
+    """A whole number of something, 1 or more."""
     if not (is_number(value) and isinstance(value, int) and value >= 1):
         raise ConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")

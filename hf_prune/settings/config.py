@@ -28,6 +28,8 @@ from .checks import (
     check_regularization,
     check_schedule,
     check_share,
+    check_speedup,
+    check_text,
     dataclass_from_dict,
     dataclass_from_json_file,
 )
@@ -74,6 +76,10 @@ WITHOUT_TRAINING: dict[str, str] = {"criterion": "obs", "update": "least_squares
 SCOPES: tuple[str, ...] = ("row", "local", "global", "threshold")
 #: Those under which every module reaches the target by itself.
 LOCAL_SCOPES: frozenset[str] = frozenset({"row", "local"})
+#: `target_sparsity` where nothing else is the target.
+DEFAULT_SPARSITY = 0.5
+#: Targets in what the whole model costs.
+COST_TARGETS: tuple[str, ...] = ("target_speedup", "target_parameters", "target_flops", "target_bytes")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "l2", "max")
 NORMALIZATIONS: tuple[str, ...] = ("none", "mean", "l2")
 
@@ -138,10 +144,11 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
 class PruningSettings:
     """What a [`PruningConfig`] and its [`PruningRule`]s have in common."""
 
-    target_sparsity: float = setting(
-        0.5,
-        "Share of zeros in the pruned weights at the end, in [0, 1). Rules without a target of their own share the config's: "
-        "under scope 'global' their units are ranked together, and the share is of all their weights.",
+    target_sparsity: float | None = setting(
+        None,
+        "Share of zeros in the pruned weights at the end, in [0, 1); 0.5 unless the config has another target. Rules without a "
+        "target of their own share the config's: under scope 'global' their units are ranked together, and the share is of all "
+        "their weights.",
         check_share,
     )
     pattern: str | None = setting(None, f"What is removed together: {FORMS}.", check_pattern)
@@ -262,6 +269,39 @@ class PruningConfig(PruningSettings):
         ConfigError: a field cannot be used; the message names it, its value, what is allowed and the closest match.
     """
 
+    target_speedup: float | None = setting(
+        None,
+        "How many times faster than now the whole model shall be, by the latency table; instead of target_sparsity.",
+        check_speedup,
+    )
+    target_parameters: float | None = setting(
+        None,
+        "How many parameters the whole model shall keep at most, embeddings and heads included; below 1, which share of them. "
+        "Instead of target_sparsity.",
+        check_positive,
+    )
+    target_flops: float | None = setting(
+        None,
+        "How many floating point operations one row shall take at most, a row of latency_length tokens; below 1, which share of "
+        "them. Instead of target_sparsity.",
+        check_positive,
+    )
+    target_bytes: float | None = setting(
+        None,
+        "How many bytes the parameters of the whole model shall take at most; below 1, which share of them. Instead of "
+        "target_sparsity.",
+        check_positive,
+    )
+    latency_table: str | None = setting(
+        None,
+        "A file with what the blocks cost on the machine that the model is for, as `hf-prune latency` writes it; by default they "
+        "are measured here, in batches of latency_batch_size rows of latency_length tokens.",
+        check_text,
+    )
+    latency_batch_size: int = setting(8, "Rows of a batch for which speed is measured.", partial(check_frequency, unit="rows"))
+    latency_length: int = setting(
+        128, "Tokens of a row for which speed is measured and operations are counted.", partial(check_frequency, unit="tokens")
+    )
     keep_zeros: bool = setting(
         False,
         "Weights that are zero when training starts stay zero; alone (without pattern and rules) it lets a sparse model be "
@@ -292,6 +332,23 @@ class PruningConfig(PruningSettings):
             raise ConfigError("pattern", None, f"must be given unless rules are. It must be {FORMS}.")
         _check_together(self)
         self.resolved_rules()
+
+    @property
+    def cost_target(self) -> str | None:
+        """The field of the target in what the whole model costs, or None where target_sparsity is the target.
+
+        Raises:
+            ConfigError: there are two targets.
+        """
+        given = [name for name in ("target_sparsity", *COST_TARGETS) if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(given[1], getattr(self, given[1]), f"is a second target beside {given[0]}; give one of them.")
+        return given[0] if given and given[0] in COST_TARGETS else None
+
+    @property
+    def sparsity(self) -> float:
+        """`target_sparsity` as a number: its default where nothing else is given, 0 where costs are the target."""
+        return self._default or 0.0
 
     @property
     def units(self) -> Pattern:
@@ -327,11 +384,18 @@ class PruningConfig(PruningSettings):
         resolved = {}
         for index, rule in enumerate(self.rules):
             given = with_pairs({key: value for key, value in asdict(rule).items() if value is not None})
+            inherited: dict[str, Any] = {"rules": [], "keep_zeros": False, "target_modules": None, "target_sparsity": self._default}
             with within(f"rules[{index}]."):
-                resolved[f"rules[{index}]"] = replace(self, **{"rules": [], "keep_zeros": False, "target_modules": None, **given})
+                resolved[f"rules[{index}]"] = replace(self, **inherited | given)
         if self.pattern is not None:
-            resolved["config"] = replace(self, rules=[]) if self.rules else self
+            is_complete = not self.rules and self.target_sparsity == self._default
+            resolved["config"] = self if is_complete else replace(self, rules=[], target_sparsity=self._default)
         return resolved
+
+    @property
+    def _default(self) -> float | None:
+        """`target_sparsity`, or its default where that is the target."""
+        return DEFAULT_SPARSITY if self.cost_target is None and self.target_sparsity is None else self.target_sparsity
 
     def open_rules(self) -> set[str]:
         """The names of the rules that have no target of their own and share that of the config."""
@@ -376,15 +440,26 @@ class PruningConfig(PruningSettings):
 
 def _check_together(config: PruningConfig) -> None:
     """Check fields against each other."""
-    target, low, high = config.target_sparsity, config.min_sparsity_per_module, config.max_sparsity_per_module
+    if (name := config.cost_target) is not None:
+        if config.scope != "global":
+            raise ConfigError(name, getattr(config, name), f"is one budget for all modules, not with scope {config.scope!r}.")
+        if config.pattern is not None and not config.units.is_structural:
+            allowed = f"needs units that make the model smaller, such as head and neuron, not pattern {config.pattern!r}."
+            raise ConfigError(name, getattr(config, name), allowed)
+        if isinstance(config.initial_sparsity, float | int) and config.initial_sparsity:
+            raise ConfigError("initial_sparsity", config.initial_sparsity, f"does not go with {name}; give 0 or 'from_model'.")
+        target = 1.0
+    else:
+        target = config.sparsity
+    low, high = config.min_sparsity_per_module, config.max_sparsity_per_module
     if isinstance(config.initial_sparsity, float | int) and config.initial_sparsity > target:
         raise ConfigError("initial_sparsity", config.initial_sparsity, f"must not exceed target_sparsity={target}.")
     if low > target:
         raise ConfigError("min_sparsity_per_module", low, f"must not exceed target_sparsity={target}.")
-    if high < target and config.scope == "global":
+    if config.target_sparsity is not None and high < target and config.scope == "global":
         allowed = f"makes target_sparsity={target} unreachable; it must be at least {target}."
         raise ConfigError("max_sparsity_per_module", high, allowed)
-    if config.pattern is not None and target > (limit := config.units.max_sparsity) + 1e-12:
+    if config.pattern is not None and config.sparsity > (limit := config.units.max_sparsity) + 1e-12:
         raise ConfigError("target_sparsity", target, f"pattern {config.pattern!r} allows at most {limit:g}.")
     if config.regularization and config.criterion not in DECLARED["regularizes"]:
         known = " or ".join(repr(name) for name in sorted(DECLARED["regularizes"]))
@@ -410,7 +485,11 @@ def _check_together(config: PruningConfig) -> None:
 
 
 def with_pairs(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings given over others: steps and epochs of a phase replace the other's as a pair, and a frequency `updates`."""
+    """The settings given over others: steps and epochs of a phase replace the other's as a pair, a frequency `updates`, and a
+    target all other targets."""
     pairs = [(f"{phase}_steps", f"{phase}_epochs") for phase in ("warmup", "cooldown")]
     replaced: dict[str, Any] = {key: None for pair in pairs if any(key in given for key in pair) for key in pair}
+    targets = ("target_sparsity", *COST_TARGETS)
+    if any(given.get(name) is not None for name in targets):
+        replaced |= dict.fromkeys(targets)
     return replaced | ({"updates": None} if "frequency" in given else {}) | given

@@ -113,7 +113,7 @@ class SoftMovement(Movement):
         if self._progress == 0 or names[0] not in self.state:
             return
         threshold, rate = float(self.settings.threshold or 0), self.settings.score_learning_rate
-        boundary = _boundary(*whole_scores(self._groups, [self.state[name] for name in names]), self.settings.target_sparsity)
+        boundary = _boundary(*whole_scores(self._groups, [self.state[name] for name in names]), self.settings.sparsity)
         reference = math.log(threshold / (1 - threshold)) * min(self._progress / self.settle, 1.0)
         gap = (boundary - reference) / rate * self.proportional
         summed = _clipped(float(self.state.get("gaps", 0.0)) + self.integral * gap, self.largest)

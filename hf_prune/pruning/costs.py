@@ -1,0 +1,231 @@
+"""What a model costs, and its units: parameters, bytes, operations or milliseconds.
+
+A target in costs is for the whole model. What nobody prunes is fixed; the rest is shared by the units, and a budget takes the share
+of it that has to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..condense import sample_batch
+from ..measure.flops import count_flops
+from ..measure.latency_table import LatencyTable, latency_table, measured_speedup
+from ..model import find_blocks
+from ..model.units import UnitGroup, View
+from ..model.wrappers import transformers_model
+from ..settings.config import PruningConfig
+from ..settings.errors import ConfigError
+from .allocation import Levels, most_removable
+
+#: How often costs are corrected by a measurement of the whole model.
+_CORRECTIONS = 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A cost of a model.
+
+    Attributes:
+        target: the field of the config that it is the target of.
+        total: of the whole model as it is.
+        levels: group → its levels.
+        measured: what the levels were measured as, block by block; None if each unit of a group costs the same, so that any number
+            of them is a level.
+    """
+
+    target: str
+    total: float
+    levels: Callable[[UnitGroup], Levels]
+    measured: Mapping[str, Levels] | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was measured, since it cannot be measured the same again; empty where costs follow from the model."""
+        found = {f"blocks/{name}/{key}": value for name, part in (self.measured or {}).items() for key, value in vars(part).items()}
+        return found | {"total": torch.tensor(self.total, dtype=torch.float64)} if found else {}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Costs:
+        """Costs as they were measured."""
+        names = dict.fromkeys(key.removeprefix("blocks/").rpartition("/")[0] for key in state if key != "total")
+        blocks = {name: Levels(state[f"blocks/{name}/left"], state[f"blocks/{name}/costs"]) for name in names}
+        return of_table(float(state["total"]), blocks)
+
+    def needed(self, value: float) -> float:
+        """The cost that has to go for a target: a factor for a speed-up, else what is to be kept, below 1 a share of the total."""
+        if self.target == "target_speedup":
+            return self.total * (1 - 1 / value)
+        return self.total * (1 - value) if value < 1 else self.total - value
+
+    def reached(self, removed: float) -> float:
+        """What the target's field would be for a model without this cost: a factor, or what is kept."""
+        left = self.total - removed
+        return self.total / left if self.target == "target_speedup" else left
+
+    def share(self, value: float, groups: Sequence[UnitGroup], caps: Sequence[float]) -> float:
+        """The share of the groups' costs that has to go for a target.
+
+        Raises:
+            ConfigError: the model is small or fast enough already, or cannot become so; names what can be had.
+        """
+        removable = self.total_of(groups)
+        most = sum(_most(self.levels(group), most_removable(group, cap)) for group, cap in zip(groups, caps))
+        needed = self.needed(value)
+        if needed <= 0:
+            raise ConfigError(self.target, value, f"is reached already: the model has {self.reached(0.0):,.6g}.")
+        if needed > most * (1 + 1e-9):
+            allowed = (
+                f"cannot be reached: the units that the rules name cost {removable:,.4g} of the model's {self.total:,.4g}, and at "
+                f"most {most:,.4g} may go; {self._limit(most)} Raise max_sparsity_per_module, name more modules, or ask for less."
+            )
+            raise ConfigError(self.target, value, allowed)
+        return needed / removable
+
+    def total_of(self, groups: Sequence[UnitGroup]) -> float:
+        """What all units of some groups cost."""
+        return sum(float(self.levels(group).costs[-1]) for group in groups)
+
+    def _limit(self, most: float) -> str:
+        return f"{self.target} can be at {'most' if self.target == 'target_speedup' else 'least'} {self.reached(most):,.6g}."
+
+
+def _most(levels: Levels, units: int) -> float:
+    """The largest cost that goes with at most so many units."""
+    allowed = levels.left >= levels.left[-1] - units
+    return float(levels.costs[-1] - levels.costs[allowed].min())
+
+
+def model_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
+    """What a model costs in terms of the config's target.
+
+    Args:
+        model: the model.
+        config: the config, with a target in costs.
+        groups: the units that are to meet it.
+
+    Raises:
+        ConfigError: the cost of its units cannot be told.
+    """
+    name = config.cost_target
+    assert name is not None
+    most = {block.name: block.num_groups for block in find_blocks(model)}
+    for group in groups:
+        if group.num_units > most.get(group.name, group.num_units):
+            allowed = f"needs pattern 'kv_group': heads of {group.name!r} share keys and values, so that one alone saves nothing."
+            raise ConfigError(name, getattr(config, name), allowed)
+    return COSTS[name](model, config)
+
+
+def _each(target: str, total: float, unit: Callable[[UnitGroup], float]) -> Costs:
+    """Costs of which each unit of a group has the same."""
+
+    def levels(group: UnitGroup) -> Levels:
+        left = torch.arange(group.num_units + 1)
+        return Levels(left, left.double() * unit(group))
+
+    return Costs(target, total, levels)
+
+
+def _parameters(model: nn.Module, config: PruningConfig) -> Costs:
+    """Parameters of the whole model, each once."""
+    total = float(sum(parameter.numel() for parameter in model.parameters()))
+    return _each("target_parameters", total, lambda group: sum(view.height * view.width for view in _views(group)))
+
+
+def _bytes(model: nn.Module, config: PruningConfig) -> Costs:
+    """Bytes of the parameters of the whole model."""
+    total = float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
+
+    def unit(group: UnitGroup) -> float:
+        return sum(view.height * view.width * view.target.parameter.element_size() for view in _views(group))
+
+    return _each("target_bytes", total, unit)
+
+
+def _flops(model: nn.Module, config: PruningConfig) -> Costs:
+    """Operations of one row."""
+    inner: Any = transformers_model(model)
+    length = config.latency_length
+    total, blocks = count_flops(inner, sample_batch(inner, 1, length, shortest=length), find_blocks(inner))
+
+    def unit(group: UnitGroup) -> float:
+        if group.name not in blocks:
+            allowed = f"counts heads, groups of heads and neurons; {group.name!r} is pruned in other units."
+            raise ConfigError("target_flops", config.target_flops, allowed)
+        return blocks[group.name] / group.num_units
+
+    return _each("target_flops", total, unit)
+
+
+def _views(group: UnitGroup) -> Sequence[View]:
+    return (*group.weights, *group.biases)
+
+
+def _milliseconds(model: nn.Module, config: PruningConfig) -> Costs:
+    """Milliseconds of a forward, from a latency table: the config's, or one that is measured now.
+
+    Costs of blocks do not quite add up. Where the table is of this machine, the model is measured with about the sizes that it is
+    going to have, and what units save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it.
+    """
+    value = config.target_speedup
+    assert value is not None
+    if config.latency_table is None:
+        table = latency_table(model, config.latency_batch_size, config.latency_length)
+    else:
+        table = LatencyTable.load(config.latency_table)
+        table.check(model, elsewhere=True)
+    blocks = {name: Levels.of(costs) for name, costs in table.blocks.items()}
+    for _ in range(_CORRECTIONS if table.is_from_here(model) else 0):
+        units = _even(table.total, blocks, value)
+        removed = sum(float(level.costs[-1]) - level.cost(units[name]) for name, level in blocks.items())
+        saved = table.total * (1 - 1 / measured_speedup(model, table, units))
+        if removed > 0 and saved > 0:
+            blocks = {name: level.saving(saved / removed) for name, level in blocks.items()}
+    return of_table(table.total, blocks)
+
+
+def _even(total: float, blocks: Mapping[str, Levels], value: float) -> dict[str, int]:
+    """Sizes for a speed-up: about the same share of each block, as large as the speed-up allows."""
+    budget = total / value - (total - sum(float(level.costs[-1]) for level in blocks.values()))
+
+    def sizes(share: float) -> dict[str, int]:
+        return {name: int(level.left[level.left <= share * level.left[-1]].max()) for name, level in blocks.items()}
+
+    for part in range(100, 0, -1):
+        found = sizes(part / 100)
+        if sum(level.cost(found[name]) for name, level in blocks.items()) <= budget:
+            return found
+    return sizes(0.0)
+
+
+def of_table(total: float, blocks: Mapping[str, Levels]) -> Costs:
+    """The costs of a speed-up.
+
+    Args:
+        total: milliseconds of the whole model.
+        blocks: block → milliseconds by the number of its heads or neurons.
+    """
+
+    def levels(group: UnitGroup) -> Levels:
+        if group.name not in blocks:
+            allowed = f"times heads, groups of heads and neurons; {group.name!r} is pruned in other units."
+            raise ConfigError("target_speedup", group.name, allowed)
+        return blocks[group.name].in_units(group.num_units)
+
+    return Costs("target_speedup", total, levels, blocks)
+
+
+#: What a budget of `target_sparsity` counts: the weights that the rules name.
+WEIGHTS = _each("target_sparsity", 0.0, lambda group: group.unit_size)
+#: Field of the target → the cost of a model.
+COSTS: dict[str, Callable[[nn.Module, PruningConfig], Costs]] = {
+    "target_parameters": _parameters,
+    "target_bytes": _bytes,
+    "target_flops": _flops,
+    "target_speedup": _milliseconds,
+}

@@ -1,0 +1,269 @@
+"""Targets in costs: what the condensed model really has, counted on it, against what was asked for."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import ragged_batch, tiny
+from torch import Tensor, nn
+
+from hf_prune import ConfigError, LatencyTable, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
+from hf_prune.condense import sample_batch
+from hf_prune.measure.flops import count_flops
+from hf_prune.measure.latency_table import _model_facts
+from hf_prune.model import find_blocks
+from hf_prune.model.targets import Target
+from hf_prune.model.units import UnitGroup, View
+from hf_prune.pruning.allocation import BUCKETS, Levels, allocate, allocate_levels
+from hf_prune.pruning.rules import match_rules
+
+FAMILIES = ["bert", "gpt2", "llama", "t5", "vit", "whisper"]
+LENGTH = 12
+
+
+def rules(family: str) -> list[PruningRule]:
+    return [PruningRule(pattern="kv_group" if family == "llama" else "head"), PruningRule(pattern="neuron")]
+
+
+def cost(model: Any, target: str) -> float:
+    """What a model costs, counted on it."""
+    if target == "target_flops":
+        return count_flops(model.eval(), sample_batch(model, 1, LENGTH, shortest=LENGTH))[0]
+    return float(sum(p.numel() * (p.element_size() if target == "target_bytes" else 1) for p in model.parameters()))
+
+
+def unit_groups(model: Any) -> list[UnitGroup]:
+    """Its heads, or groups of them, and its neurons."""
+    family = model.config.model_type
+    found, _ = match_rules(copy.deepcopy(model), PruningConfig(rules=rules(family), criterion="magnitude", update="zero"), 4, None)
+    return [group for rule in found for group in rule.groups]
+
+
+def cheapest(model: Any, target: str) -> float:
+    """What the cheapest head, group or neuron costs."""
+    if target == "target_flops":
+        blocks = find_blocks(model)
+        _, flops = count_flops(model.eval(), sample_batch(model, 1, LENGTH, shortest=LENGTH), blocks)
+        return min(flops[block.name] / block.num_groups for block in blocks)
+    units = [sum(view.height * view.width for view in (*g.weights, *g.biases)) for g in unit_groups(model)]
+    return min(units) * (4 if target == "target_bytes" else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("target", "value"), [("target_parameters", 0.85), ("target_bytes", 0.9), ("target_flops", 0.8)])
+def test_a_condensed_model_costs_what_was_asked_and_no_unit_less(family: str, target: str, value: float) -> None:
+    model = tiny(family)
+    dense, unit = cost(model, target), cheapest(model, target)
+    config = PruningConfig(rules=rules(family), latency_length=LENGTH, max_sparsity_per_module=1.0, **{target: value})
+    report = prune(model, config, [ragged_batch(model, rows=6, seed=seed) for seed in range(2)])
+    left = cost(condense(model), target)
+    assert value * dense - unit < left <= value * dense
+    assert report.budget[target.removeprefix("target_")] == pytest.approx(left)
+
+
+def test_an_absolute_number_of_parameters_while_training() -> None:
+    """The schedule rises to it, and metrics tell how far it is."""
+    model = tiny("bert")
+    asked = model.num_parameters() - 1500
+    config = PruningConfig(
+        rules=rules("bert"), target_parameters=asked, criterion="magnitude", schedule="linear", warmup_steps=0, cooldown_steps=1
+    )
+    pruner = Pruner(model, config, total_steps=4)
+    seen = []
+    for _ in range(4):
+        pruner.step()
+        seen.append(pruner.metrics()["parameters"])
+    assert seen == sorted(seen, reverse=True)
+    assert len(set(seen)) > 2
+    pruner.finish()
+    assert condense(model).num_parameters() == seen[-1] <= asked < seen[-1] + 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------- speed
+
+
+def table_of(model: Any, file: Path, milliseconds: float = 1.0) -> Path:
+    """A made-up table: a head costs `milliseconds`, a neuron a hundredth; three heads cost as much as four."""
+    blocks: dict[str, dict[int, float]] = {}
+    for block in find_blocks(model):
+        each = milliseconds * (0.01 if block.unit == "neuron" else 1.0)
+        blocks[block.name] = {units: each * units for units in range(0, block.num_units + 1, block.units_per_group)}
+        if block.unit == "head" and 3 in blocks[block.name]:
+            blocks[block.name][3] = each * 4
+    total = 1.0 + sum(costs[max(costs)] for costs in blocks.values())
+    LatencyTable(_model_facts(model), {"name": "no machine"}, {}, total, blocks).save(file)
+    return file
+
+
+def milliseconds(model: Any, file: Path) -> float:
+    """What the table says of a model with zeros in it."""
+    table = LatencyTable.load(file)
+    alive = {block.name: block.alive for block in sparsity_report(model).blocks}
+    return table.fixed + sum(table.milliseconds(block.name, alive[block.name]) for block in find_blocks(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("speedup", [1.3, 2.0])
+def test_a_speedup_is_reached_by_the_table(family: str, speedup: float, tmp_path: Path) -> None:
+    model = tiny(family)
+    file = table_of(model, tmp_path / "table.json")
+    total = milliseconds(model, file)
+    config = PruningConfig(rules=rules(family), target_speedup=speedup, latency_table=str(file), max_sparsity_per_module=1.0)
+    report = prune(model, config, [ragged_batch(model, rows=6, seed=seed) for seed in range(2)])
+    assert report.budget["speedup"] == pytest.approx(total / milliseconds(model, file))
+    assert report.budget["speedup"] >= speedup
+    heads = [block.alive for block in sparsity_report(model).blocks if block.kind == "attention"]
+    assert 3 not in heads  # which cost no less than four
+
+
+def test_a_speedup_is_measured_here_where_no_table_is_given() -> None:
+    model = tiny("bert")
+    config = PruningConfig(
+        rules=rules("bert"), target_speedup=1.01, criterion="magnitude", latency_length=8, latency_batch_size=1, schedule="constant"
+    )
+    pruner = Pruner(model, config, total_steps=2)
+    pruner.step()
+    assert pruner.metrics()["speedup"] >= 1.01
+    pruner.finish()
+
+
+def test_a_run_resumes_with_the_costs_it_began_with(tmp_path: Path) -> None:
+    """Measured again they would differ, and masks with them."""
+    dense = tiny("bert")
+    tables = [table_of(dense, tmp_path / f"{number}.json", milliseconds) for number, milliseconds in enumerate((1.0, 0.2))]
+
+    def pruner(file: Path) -> Pruner:
+        config = PruningConfig(
+            rules=rules("bert"),
+            target_speedup=1.2,
+            latency_table=str(file),
+            criterion="magnitude",
+            schedule="linear",
+            warmup_steps=0,
+            cooldown_steps=1,
+        )
+        return Pruner(copy.deepcopy(dense), config, total_steps=5)
+
+    whole, resumed, other = pruner(tables[0]), pruner(tables[1]), pruner(tables[1])
+    whole.step()
+    whole.step()
+    other.load_state_dict({name: value for name, value in whole.state_dict().items() if not name.startswith("costs/")})
+    resumed.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        for one in (whole, resumed, other):
+            one.step()
+    left, right, third = (one.state_dict() for one in (whole, resumed, other))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert any(not torch.equal(left[name], third[name]) for name in left if "/kept/" in name)  # else this would show nothing
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_parameters": 0.01}, r"target_parameters=0\.01: cannot be reached: .* target_parameters can be at least"),
+        ({"target_parameters": 10**9}, r"target_parameters=1000000000: is reached already: the model has"),
+        ({"target_bytes": 0.5, "rules": [PruningRule(pattern="head", target_sparsity=0.5)]}, "needs a rule without a target"),
+        (
+            {"target_bytes": 0.8, "rules": [PruningRule(pattern="head", criterion="random"), PruningRule(pattern="neuron")]},
+            "is one budget, so its rules need the same criterion",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused_before_anything_changes(settings: dict[str, Any], message: str) -> None:
+    model = tiny("bert")
+    with pytest.raises(ConfigError, match=message):
+        Pruner(model, PruningConfig.from_dict({"rules": rules("bert"), **settings}), total_steps=4)
+
+
+def test_heads_that_share_keys_and_values_are_no_units_of_a_cost() -> None:
+    config = PruningConfig(pattern="head", target_parameters=0.9)
+    with pytest.raises(ConfigError, match="needs pattern 'kv_group'"):
+        Pruner(tiny("llama"), config, total_steps=4)
+
+
+def test_a_speedup_that_no_size_gives_names_the_most_that_can_be_had(tmp_path: Path) -> None:
+    model = tiny("bert")
+    file = table_of(model, tmp_path / "table.json")
+    config = PruningConfig(rules=rules("bert"), target_speedup=1000.0, latency_table=str(file))
+    with pytest.raises(ConfigError, match=r"target_speedup=1000\.0: cannot be reached.*target_speedup can be at most \d"):
+        Pruner(model, config, total_steps=4)
+    other = tiny("bert", num_attention_heads=2)
+    with pytest.raises(ConfigError, match="was measured of another model"):
+        Pruner(other, config, total_steps=4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- allocation
+
+
+def group(name: str, units: int, size: int = 1) -> UnitGroup:
+    target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
+    return UnitGroup(name, (View(target, 1, size),))
+
+
+@st.composite
+def knapsacks(draw: st.DrawFn) -> tuple[list[UnitGroup], list[Tensor], list[Levels], float]:
+    """Small groups with whole costs that are exact in buckets, and a budget."""
+    numbers = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    scores = [torch.tensor(draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)), dtype=torch.float32) for n in numbers]
+    levels = []
+    for n in numbers:
+        costs = draw(st.lists(st.integers(1, 12), min_size=n, max_size=n))
+        levels.append(Levels(torch.arange(n + 1), torch.tensor([0.0, *map(float, costs)], dtype=torch.float64)))
+    total = sum(float(level.costs[-1]) for level in levels)
+    return [group(str(i), n) for i, n in enumerate(numbers)], scores, levels, draw(st.floats(0, 1)) * total
+
+
+@given(knapsacks())
+def test_levels_are_the_best_of_all(problem: tuple[list[UnitGroup], list[Tensor], list[Levels], float]) -> None:
+    """Against every combination of levels; a budget is never broken, and what is lost never falls when it shrinks."""
+    groups, scores, levels, needed = problem
+    nothing = [torch.zeros(g.num_units, dtype=torch.bool) for g in groups]
+    free = [0.0] * len(groups)
+
+    def solved(needed: float) -> tuple[float, float]:
+        chosen = allocate_levels(groups, scores, nothing, levels, needed, free, [1.0] * len(groups))
+        kept = [int((~units).sum()) for units in chosen]
+        return (
+            sum(float(score[units].sum()) for score, units in zip(scores, chosen)),
+            sum(float(level.costs[left]) for level, left in zip(levels, kept)),
+        )
+
+    budget = sum(float(level.costs[-1]) for level in levels) - needed
+    loss, spent = solved(needed)
+    assert spent <= budget * (1 + 1e-6) + 1e-9
+    step = (budget + needed) / BUCKETS
+    best = min(
+        sum(float(score.sort().values[: len(score) - left].sum()) for score, left in zip(scores, lefts))
+        for lefts in itertools.product(*(range(g.num_units + 1) for g in groups))
+        if sum(float(level.costs[left]) for level, left in zip(levels, lefts)) <= budget - step * (len(groups) + 1)
+        or not any(lefts)
+    )
+    assert loss <= best + 1e-9
+    assert solved(min(needed * 1.5, budget + needed))[0] >= loss - 1e-9
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(0, 1000).map(lambda part: part / 1000),
+    st.randoms(use_true_random=False),
+)
+def test_at_least_the_share_goes_and_no_unit_that_could_have_stayed(
+    sizes: list[tuple[int, int]], share: float, random: Any
+) -> None:
+    groups = [group(str(i), units, size) for i, (units, size) in enumerate(sizes)]
+    scores = [torch.tensor([random.choice([0.0, 1.0, random.random()]) for _ in range(units)]) for units, _ in sizes]
+    nothing = [torch.zeros(g.num_units, dtype=torch.bool) for g in groups]
+    chosen = allocate(groups, scores, nothing, share, "global", at_least=True)
+    gone = sum(int(units.sum()) * g.unit_size for g, units in zip(groups, chosen))
+    needed = share * sum(g.size for g in groups)
+    assert gone >= needed * (1 - 1e-6)
+    removed = [g.unit_size for g, units in zip(groups, chosen) if bool(units.any())]
+    assert not removed or gone - min(removed) < needed * (1 + 1e-6) + 1e-9
