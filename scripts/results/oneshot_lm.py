@@ -5,14 +5,20 @@
 
 Each cell prunes the dense model on random windows of `valid.txt`, and evaluates it in float32 on windows of `test.txt`: all, or
 some at equal distances, the same for all cells. Whole groups of heads and neurons go by their share of all weights outside the
-embedding. CPU time is that of `prune()`, which finds what it needs of the dense model in a database after the first budget. Results
-go to a JSON file cell by cell; cells that it holds are not measured again.
+embedding. CPU time is that of `prune()`, which finds what it needs of the dense model in a database after the first budget; the rise
+of the process's peak of memory is that of the first cell of a process. Results go to a JSON file cell by cell; cells that it holds
+are not measured again.
+
+How both grow with depth, each size in a process of its own:
+
+    python scripts/results/oneshot_lm.py SmolLM2-135M --data_dir wikitext2 --cells "units 20%/default" --layers 10 --windows 1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,9 +65,10 @@ def cells() -> dict[str, dict[str, Any]]:
 
 def load(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """The dense model, with biases of zero where a method changes them."""
-    biases = _BIASES if settings.get("update") == "bias" else {}
-    model = AutoModelForCausalLM.from_pretrained(options.model, gguf_file=options.gguf_file, dtype="float32", **biases)
-    return model.eval()
+    changes: dict[str, Any] = dict(_BIASES) if settings.get("update") == "bias" else {}
+    if options.layers:
+        changes["num_hidden_layers"] = options.layers
+    return AutoModelForCausalLM.from_pretrained(options.model, gguf_file=options.gguf_file, dtype="float32", **changes).eval()
 
 
 def measure(options: argparse.Namespace, settings: dict[str, Any], texts: dict[str, Tensor]) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def measure(options: argparse.Namespace, settings: dict[str, Any], texts: dict[s
     if settings:
         database = options.output.with_suffix("") if "criterion" not in settings else None
         batches = [{"input_ids": row[None]} for row in texts["valid"]]
-        started = time.process_time()
+        started, peak = time.process_time(), _peak_bytes()
         report = prune(model, PruningConfig(**settings), batches, calibration_rows=options.rows, database=database)
         found = {
             "cpu_seconds": time.process_time() - started,
@@ -78,10 +85,17 @@ def measure(options: argparse.Namespace, settings: dict[str, Any], texts: dict[s
             "held_out_error": report.held_out_error,
             "predicted_error": report.predicted_error,
             "extra_bytes": report.extra_bytes,
+            "peak_rise_bytes": _peak_bytes() - peak,
+            "model_bytes": sum(parameter.nbytes for parameter in model.parameters()),
             "units_left": {module.name: module.units_left for module in report.modules},
             "not_updated": [module.name for module in report.modules if not module.updated],
         }
     return {"perplexity": perplexity(model, texts["test"].flatten(), options.length).perplexity, **found}
+
+
+def _peak_bytes() -> int:
+    """The most memory that the process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(results: dict[str, dict[str, Any]], windows: int) -> Table:
@@ -105,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", default=list(cells()), help=", ".join(cells()))
     parser.add_argument("--rows", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--layers", type=int, help="take only so many layers of the model")
     parser.add_argument("--windows", type=int, help="windows of the test set to evaluate; by default all")
     parser.add_argument("--output", type=Path, default=Path("oneshot_lm.json"))
     options = parser.parse_args(arguments)
@@ -117,10 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     texts["valid"] = texts["valid"][torch.randperm(len(texts["valid"]), generator=torch.Generator().manual_seed(0))[: options.rows]]
     if options.windows:
         texts["test"] = texts["test"][:: len(texts["test"]) // options.windows][: options.windows]
+    chosen = {name: getattr(options, name) for name in ("rows", "length", "windows", "layers")}
     results: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    if any(cell["options"] != chosen for cell in results.values()):
+        parser.error(f"{options.output} holds cells that were measured with other options; give another --output.")
     for name in options.cells:
         if name not in results:
-            results[name] = measure(options, cells()[name], texts)
+            results[name] = {"options": chosen, **measure(options, cells()[name], texts)}
             options.output.write_text(json.dumps(results, indent=1))
             print(f"{name}: {results[name]['perplexity']:.2f}, {results[name].get('cpu_seconds', 0):.0f} CPU s", flush=True)
     rich.print(table(results, len(texts["test"])))
