@@ -284,11 +284,11 @@ def test_wanda(pattern: str) -> None:
     run = Recorded("wanda", pattern)
 
     def reference(group: UnitGroup) -> Tensor:
-        names = {view.target.name for view in group.weights}
+        names = {view.target.name for view in group.compensated or group.weights}
         flows = traffic(run, names)
         # ‖x‖₂ as a root mean square: the number of tokens is the same for every layer.
         norms = {name: flows[name][0].square().mean(dim=0).sqrt() for name in names}
-        return by_unit(group, {name: run.weights[-1][name].abs() * norms[name] for name in names})
+        return by_unit(group, {name: run.weights[-1][name].abs() * norms[name] for name in names}, "mean", names)
 
     run.compare(reference)
 

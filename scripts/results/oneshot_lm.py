@@ -5,9 +5,9 @@
 
 Each cell prunes the dense model on random windows of `valid.txt`, and evaluates it in float32 on windows of `test.txt`: all, or
 some at equal distances, the same for all cells. Whole groups of heads and neurons go by their share of all weights outside the
-embedding. CPU time is that of `prune()`, which finds what it needs of the dense model in a database after the first budget; the rise
-of the process's peak of memory is that of the first cell of a process. Results go to a JSON file cell by cell; cells that it holds
-are not measured again.
+embedding. CPU time is that of `prune()`, which finds what it needs of the dense model in a database after the first budget; the
+rise of the peak of memory is that of the first cell of a process. Results go to a JSON file cell by cell; cells that it holds are
+not measured again.
 
 How both grow with depth, each size in a process of its own:
 

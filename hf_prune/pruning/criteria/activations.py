@@ -46,9 +46,15 @@ class MeanActivation(APoZ):
 
 @register_criterion("wanda")
 class Wanda(Criterion):
-    """|w|·‖x‖₂, with ‖x‖₂ over the tokens of an input (Sun et al. 2024, https://arxiv.org/abs/2306.11695, eq. 1)."""
+    """|w|·‖x‖₂, with ‖x‖₂ over the tokens of an input (Sun et al. 2024, https://arxiv.org/abs/2306.11695, eq. 1).
+
+    A unit that leaves through columns of a weight (a head, a group, a neuron) is scored by these alone, as in FLAP's Wanda-sp.
+    """
 
     activations = ("squared_inputs",)
+
+    def watched(self, group: UnitGroup) -> tuple[View, ...]:
+        return group.compensated or group.weights
 
     def scores(self, group: UnitGroup) -> Tensor:
         def elements(target: Target) -> Tensor:
@@ -57,7 +63,7 @@ class Wanda(Criterion):
             # A convolution's columns are inputs times kernel positions.
             return matrix * (norms.repeat(repeats) if target.kernel_first else norms.repeat_interleave(repeats))
 
-        return self.reduce(group, elements)
+        return group.reduce(elements, self.reduction, self.watched(group))
 
 
 @register_criterion("flap")
