@@ -292,6 +292,16 @@ def disagreeing(folder: Path) -> Result:
     return {"error": error_of(lambda: list(loop(tiny_bert(), {"pattern": "1x1"})))}
 
 
+def timed(folder: Path) -> Result:
+    """Each process times the model's blocks by itself."""
+    model = tiny_bert()
+    rules = [{"pattern": "head"}, {"pattern": "neuron"}]
+    settings = {"rules": rules, "target_speedup": 1.02, "criterion": "magnitude", "schedule": "constant", "latency_length": 8}
+    pruner = Pruner(model, PruningConfig.from_dict(settings), total_steps=2)
+    pruner.step()  # raises if the masks differ
+    return {name: value for name, value in pruner.state_dict().items() if name.startswith("costs/")}
+
+
 def one_sees_nothing(folder: Path) -> Result:
     """Only the first process has tokens for a layer, as may happen to an expert."""
     model = tiny_bert().train()
@@ -475,6 +485,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
     **{f"student of {task}": student(task) for task in STUDENTS},
     "accelerated": accelerated,
     "disagreeing": disagreeing,
+    "timed": timed,
     "one sees nothing": one_sees_nothing,
     **{f"sharded {name}": sharded(name) for name in SHARDED},
     "sharded gpt2": sharded_gpt2,

@@ -179,6 +179,12 @@ def test_ranks_that_disagree_say_so(two: Runs) -> None:
     )
 
 
+def test_processes_agree_about_what_blocks_cost(two: Runs) -> None:
+    first, second = two("timed")
+    assert tensors(first)
+    assert_equal(tensors(first), tensors(second))
+
+
 def test_tokens_that_one_process_saw_count_for_all(two: Runs, tmp_path: Path) -> None:
     first, second = two("one sees nothing")
     assert_equal(tensors(first), tensors(second))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..condense import sample_batch
 from ..measure.flops import count_flops
 from ..measure.latency_table import LatencyTable, latency_table, measured_speedup
 from ..model import find_blocks
+from ..model.sharding import is_sharded, num_ranks, summed
 from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
 from ..settings.config import PruningConfig
@@ -171,22 +173,36 @@ def _milliseconds(model: nn.Module, config: PruningConfig) -> Costs:
 
     Costs of blocks do not quite add up. Where the table is of this machine, the model is measured with about the sizes that it is
     going to have, and what units save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it.
+    Of several processes the mean counts, so that all choose the same units.
+
+    Raises:
+        ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
     """
     value = config.target_speedup
     assert value is not None
+    shards = any(is_sharded(parameter) for parameter in model.parameters())
+    if shards and config.latency_table is None:
+        raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
     if config.latency_table is None:
         table = latency_table(model, config.latency_batch_size, config.latency_length)
     else:
         table = LatencyTable.load(config.latency_table)
         table.check(model, elsewhere=True)
     blocks = {name: Levels.of(costs) for name, costs in table.blocks.items()}
-    for _ in range(_CORRECTIONS if table.is_from_here(model) else 0):
+    for _ in range(_CORRECTIONS if table.is_from_here(model) and not shards else 0):
         units = _even(table.total, blocks, value)
         removed = sum(float(level.costs[-1]) - level.cost(units[name]) for name, level in blocks.items())
         saved = table.total * (1 - 1 / measured_speedup(model, table, units))
         if removed > 0 and saved > 0:
             blocks = {name: level.saving(saved / removed) for name, level in blocks.items()}
-    return of_table(table.total, blocks)
+    mean = partial(_mean, device=next(model.parameters()).device)
+    blocks = {name: Levels(level.left, mean(level.costs)) for name, level in blocks.items()}
+    return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks)
+
+
+def _mean(value: Tensor, device: torch.device) -> Tensor:
+    """The mean of a tensor over processes, which talk on a device."""
+    return summed(value.to(device)).to(value.device) / num_ranks()
 
 
 def _even(total: float, blocks: Mapping[str, Levels], value: float) -> dict[str, int]:
