@@ -63,6 +63,25 @@ def prune_in_python(folder: Path, auto: Any, heads: str, file: Path, length: int
     return small
 
 
+@pytest.mark.parametrize(("option", "value"), [("--parameters", 0.9), ("--speedup", 1.05)])
+def test_costs_can_be_the_target(option: str, value: float, cli: CommandLine, home: Path, tmp_path: Path) -> None:
+    dense = AutoModelForSequenceClassification.from_pretrained(home / BERT)
+    settings: tuple[Any, ...] = ()
+    if option == "--speedup":
+        table = hf_prune.latency_table(dense, 1, 8, repeats=1)
+        hf_prune.LatencyTable(table.model, {"name": "elsewhere"}, table.setting, table.total, table.blocks).save(
+            tmp_path / "t.json"
+        )
+        settings = ("--latency-table", tmp_path / "t.json")
+    made = cli.json("prune", home / BERT, tmp_path / "out", "--data", home / "rows.jsonl", option, value, *settings)
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    reached = made["report"]["budget"]
+    if option == "--speedup":
+        assert reached["speedup"] >= value
+    else:
+        assert reached["parameters"] == small.num_parameters() <= value * dense.num_parameters()
+
+
 @pytest.mark.parametrize(
     ("name", "auto", "heads", "data", "length"),
     [
@@ -180,8 +199,9 @@ def bad_files(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], int, Sequence[str]]] = {
-    "neither": ({"sparsity": None}, 2, ["Give --config or --sparsity"]),
-    "both": ({"config": "{tmp}/config.json"}, 2, ["Give --config or --sparsity"]),
+    "neither": ({"sparsity": None}, 2, ["Give --config, --sparsity, --speedup, --parameters: one of them."]),
+    "both": ({"config": "{tmp}/config.json"}, 2, ["Give --config, --sparsity, --speedup, --parameters: one of them."]),
+    "two targets": ({"speedup": 2}, 2, ["Give --config, --sparsity, --speedup, --parameters: one of them."]),
     "a pattern beside a config": ({"config": "{tmp}/config.json", "sparsity": None, "pattern": "head"}, 2, ["--pattern"]),
     "no data": ({"data": None}, 2, ["--data"]),
     "OUT is there": ({"out": "{tmp}/full"}, 1, ["is not empty; give a new folder"]),
