@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_prune import ConfigError, LatencyTable, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
 from hf_prune.condense import sample_batch
 from hf_prune.measure.flops import count_flops
-from hf_prune.measure.latency_table import _model_facts
+from hf_prune.measure.latency_table import model_facts
 from hf_prune.model import find_blocks
 from hf_prune.model.targets import Target
 from hf_prune.model.units import UnitGroup, View
@@ -98,7 +98,7 @@ def table_of(model: Any, file: Path, milliseconds: float = 1.0) -> Path:
         if block.unit == "head" and 3 in blocks[block.name]:
             blocks[block.name][3] = each * 4
     total = 1.0 + sum(costs[max(costs)] for costs in blocks.values())
-    LatencyTable(_model_facts(model), {"name": "no machine"}, {}, total, blocks).save(file)
+    LatencyTable(model_facts(model), {"name": "no machine"}, {}, total, blocks).save(file)
     return file
 
 

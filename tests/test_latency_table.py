@@ -73,18 +73,18 @@ def test_blocks_that_are_alike_cost_the_same() -> None:
 def test_a_size_is_a_smaller_model(family: str) -> None:
     """All blocks of a kind have it, the others are as they were, and it runs; without any block it runs, too."""
     model = tiny(family)
-    kinds, names = module._kinds(model, find_blocks(model)), [block.name for block in find_blocks(model)]
+    kinds, names = module.block_kinds(model, find_blocks(model)), [block.name for block in find_blocks(model)]
     dense, batch = dict(zip(names, (block.num_units for block in find_blocks(model)))), ragged_batch(model, rows=1)
     assert sorted(block.name for kind in kinds for block in kind.blocks) == sorted(names)
     for number, kind in enumerate(kinds):
         size = kind.sizes[len(kind.sizes) // 2]
         with unchanged(model), torch.no_grad():
-            module._resize(model, kinds, (number, size))
+            module.resize(model, kinds, (number, size))
             left = dense | {block.name: size for block in kind.measured}
             assert all(block.num_units == left[block.name] for block in find_blocks(model))
             assert model(**batch).logits.isfinite().all()
     with unchanged(model), torch.no_grad():
-        module._resize(model, kinds, module._GONE)
+        module.resize(model, kinds, module.GONE)
         assert {block.num_units for block in find_blocks(model)} == {0}
         assert model(**batch).logits.isfinite().all()
     assert {block.name: block.num_units for block in find_blocks(model)} == dense
@@ -92,12 +92,12 @@ def test_a_size_is_a_smaller_model(family: str) -> None:
 
 def test_of_a_deep_model_some_layers_are_measured() -> None:
     model = tiny("modernbert", num_hidden_layers=20, layer_types=["full_attention", "sliding_attention"] * 10)
-    kinds = module._kinds(model, find_blocks(model))
+    kinds = module.block_kinds(model, find_blocks(model))
     # attention and neurons of the first layer, which has no norm, of the other global layers and of local ones
     assert sorted(len(kind.blocks) for kind in kinds) == [1, 1, 9, 9, 10, 10]
     for number, kind in enumerate(kinds):
         with unchanged(model):
-            module._resize(model, kinds, (number, 1))
+            module.resize(model, kinds, (number, 1))
             cut = [block for block in find_blocks(model) if block.num_units == 1]
             assert len(cut) == len(kind.measured) == min(len(kind.blocks), 6)
             assert model.config.num_hidden_layers == len({block.layer for block in find_blocks(model)}) <= 7
@@ -110,7 +110,7 @@ def test_what_kinds_cost_together_is_shared(together: float, monkeypatch: pytest
     """A time that is linear in both kinds, and higher where both are there, comes back along the diagonal."""
     monkeypatch.setattr(module, "_WIDTHS", 43)
     model = tiny()
-    kinds = module._kinds(model, find_blocks(model))
+    kinds = module.block_kinds(model, find_blocks(model))
     heads, neurons = (kind.sizes[-1] for kind in kinds)
 
     def taken(head: int, neuron: int) -> float:
@@ -120,8 +120,8 @@ def test_what_kinds_cost_together_is_shared(together: float, monkeypatch: pytest
     times = {(0, size): taken(size, neurons) for size in kinds[0].sizes} | {
         (1, size): taken(heads, size) for size in kinds[1].sizes
     }
-    times |= {module._DENSE: taken(heads, neurons), module._GONE: taken(0, 0)}
-    table = LatencyTable({}, {}, {}, times[module._DENSE], module._costs(kinds, times))
+    times |= {module.DENSE: taken(heads, neurons), module.GONE: taken(0, 0)}
+    table = LatencyTable({}, {}, {}, times[module.DENSE], module.costs_of(kinds, times))
     assert table.fixed == pytest.approx(5)
     for head in range(heads + 1):
         units = {"head": head, "neuron": neurons * head // heads}
@@ -131,7 +131,7 @@ def test_what_kinds_cost_together_is_shared(together: float, monkeypatch: pytest
 
 def test_turns_at_which_the_machine_was_slow_count_as_others() -> None:
     times = {(-1, 1): [[4.0, 4.0], [8.0], [4.0]], (-1, 0): [[1.0], [2.0], [1.0]], (0, 1): [[3.0], [6.0], [3.0]]}
-    assert module._slowness(times) == [1.0, 2.0, 1.0]
+    assert module.slowness(times) == [1.0, 2.0, 1.0]
 
 
 def test_between_sizes_the_cost_is_linear(table: LatencyTable) -> None:

@@ -411,6 +411,7 @@ def test_state_goes_on_exactly(criterion: str, schedule: str) -> None:
     if "movement" in criterion and schedule == "lottery":
         pytest.skip("an error, tested above")
     pattern = "neuron" if criterion in ("fpgm", "apoz", "mean_activation", "flap", "kprune") else "4x1"
+    pattern, layers = ("layer", 2) if criterion == "block_influence" else (pattern, 1)
     config = PruningConfig(pattern=pattern, criterion=criterion, schedule=schedule, frequency=3)
 
     def run(model: PreTrainedModel, pruner: Pruner, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -421,13 +422,13 @@ def test_state_goes_on_exactly(criterion: str, schedule: str) -> None:
             pruner.step()
             optimizer.zero_grad()
 
-    whole = tiny_bert(num_hidden_layers=1)
+    whole = tiny_bert(num_hidden_layers=layers)
     run(whole, Pruner(whole, config, total_steps=9), torch.optim.AdamW(whole.parameters()), 0, 9)
 
-    half = tiny_bert(num_hidden_layers=1)
+    half = tiny_bert(num_hidden_layers=layers)
     pruner, optimizer = Pruner(half, config, total_steps=9), torch.optim.AdamW(half.parameters())
     run(half, pruner, optimizer, 0, 5)
-    rest = tiny_bert(num_hidden_layers=1, seed=7)
+    rest = tiny_bert(num_hidden_layers=layers, seed=7)
     rest.load_state_dict(half.state_dict())
     second, new_optimizer = Pruner(rest, config, total_steps=9), torch.optim.AdamW(rest.parameters())
     second.load_state_dict({name: value.clone() for name, value in pruner.state_dict().items()})

@@ -75,7 +75,7 @@ def test_budgets_are_compared_on_the_same_dense_models() -> None:
     table = reproduce.TABLES["budgets"]
     shared, separate = (row.config() for row in table.rows)
     assert (shared.open_rules(), separate.open_rules()) == ({"rules[0]", "rules[1]"}, set())
-    assert (shared.target_sparsity, shared.scope) == (separate.target_sparsity, separate.scope) == (0.5, "global")
+    assert (shared.sparsity, shared.scope) == (separate.sparsity, separate.scope) == (0.5, "global")
     assert (table.task, table.dense) == (reproduce.TABLES["mrpc"].task, reproduce.TABLES["mrpc"].dense)
 
 

@@ -118,11 +118,11 @@ class LatencyTable:
         Raises:
             ConfigError: it is not; names what differs.
         """
-        differences = list(_differences(self.model, _model_facts(model)))
+        differences = list(_differences(self.model, model_facts(model)))
         if differences:
             shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
             raise ConfigError("latency_table", self.model.get("class"), f"was measured of another model: {shown}.")
-        here = self.device if elsewhere else _device_facts(transformers_model(model).device)
+        here = self.device if elsewhere else device_facts(transformers_model(model).device)
         if differences := list(_differences(self.device, here)):
             allowed = (
                 f"was measured elsewhere: {'; '.join(differences)}. Measure it here, or say that it is for a machine elsewhere."
@@ -131,7 +131,7 @@ class LatencyTable:
 
     def is_from_here(self, model: Any) -> bool:
         """Whether it was measured on this machine, on the model's device, with the versions that are installed."""
-        return not list(_differences(self.device, _device_facts(transformers_model(model).device)))
+        return not list(_differences(self.device, device_facts(transformers_model(model).device)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a JSON file, atomically; its folder is created."""
@@ -215,7 +215,7 @@ def _differences(table: Any, here: Any, name: str = "") -> Iterator[str]:
         yield f"{name} is {table!r} in the table and {here!r} here"
 
 
-def _model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: Any) -> dict[str, Any]:
     """What of a model determines the sizes of its matrices."""
     inner = transformers_model(model)
     text = inner.config.get_text_config()
@@ -237,7 +237,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
     }
 
 
-def _device_facts(device: torch.device) -> dict[str, Any]:
+def device_facts(device: torch.device) -> dict[str, Any]:
     """What of this machine determines how long a forward takes."""
     cuda = device.type == "cuda"
     own = importlib.import_module("hf_prune").__version__  # the package's face, which cannot be imported from inside
@@ -264,12 +264,12 @@ def _processor() -> str:
 
 
 #: What is timed: the index of a kind of blocks and how many units each has; or the whole model, with all blocks or with none.
-_Case = tuple[int, int]
-_DENSE, _GONE = (-1, 1), (-1, 0)
+Case = tuple[int, int]
+DENSE, GONE = (-1, 1), (-1, 0)
 
 
 @dataclass(frozen=True, eq=False)
-class _Kind:
+class Kind:
     """Blocks that cost the same.
 
     Attributes:
@@ -309,8 +309,8 @@ def latency_table(
     Attention is measured at every number of heads that condensing can leave, a feed-forward block at 43 widths, each nine tenths of
     the one before, and at the multiples of 64 below them. A block costs at some size what the model takes with all blocks of its
     kind (at most those of six layers; other layers are absent) at this size, less what it takes without them, each its share. Where
-    blocks of two kinds take longer together than apart, each bears half of that; see [`_costs`]. Sizes take turns, in random order,
-    so that whatever else the machine does meets all alike; medians count. The model is left as it was.
+    blocks of two kinds take longer together than apart, each bears half of that; see [`costs_of`]. Sizes take turns, in random
+    order, so that whatever else the machine does meets all alike; medians count. The model is left as it was.
 
     Args:
         model: a transformers model, or an object that holds one (see `model/wrappers.py`), on the device that counts.
@@ -334,13 +334,13 @@ def latency_table(
     inner = transformers_model(model)
     blocks = find_blocks(model)
     _check_blocks(blocks)
-    facts = _model_facts(model)
+    facts = model_facts(model)
     with _at_rest(inner, DTYPES[dtype], threads):
         inputs = _inputs(inner, batch_size, length)
-        kinds = _kinds(inner, blocks)
+        kinds = block_kinds(inner, blocks)
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
     middles = {case: 1000 * statistics.median(values) for case, values in times.items()}
-    costs = {block.name: {0: 0.0} for block in blocks} | _costs(kinds, middles)
+    costs = {block.name: {0: 0.0} for block in blocks} | costs_of(kinds, middles)
     takes_tokens = inner.main_input_name == "input_ids"
     setting = {
         "batch_size": batch_size,
@@ -352,10 +352,10 @@ def latency_table(
         "inputs": {name: list(value.shape) for name, value in inputs.items()},
     }
     spread = statistics.median(_spread(values) for values in times.values())
-    return LatencyTable(facts, _device_facts(inner.device), setting, middles[_DENSE], costs, spread)
+    return LatencyTable(facts, device_facts(inner.device), setting, middles[DENSE], costs, spread)
 
 
-def _costs(kinds: list[_Kind], milliseconds: Mapping[_Case, float]) -> dict[str, dict[int, float]]:
+def costs_of(kinds: list[Kind], milliseconds: Mapping[Case, float]) -> dict[str, dict[int, float]]:
     """The costs of the blocks of some kinds, by name and size.
 
     Without the blocks of one kind the others are cheaper, too, since less competes for the caches; so kind by kind more is saved
@@ -365,7 +365,7 @@ def _costs(kinds: list[_Kind], milliseconds: Mapping[_Case, float]) -> dict[str,
     """
     full = [milliseconds[number, kind.sizes[-1]] - milliseconds[number, 0] for number, kind in enumerate(kinds)]
     apart = sum(cost * len(kind.blocks) / len(kind.measured) for cost, kind in zip(full, kinds))
-    twice = min(1 - (milliseconds[_DENSE] - milliseconds[_GONE]) / apart, 0.5) if apart > 0 else 0.0
+    twice = min(1 - (milliseconds[DENSE] - milliseconds[GONE]) / apart, 0.5) if apart > 0 else 0.0
     costs: dict[str, dict[int, float]] = {}
     for number, (kind, dense) in enumerate(zip(kinds, full)):
         own = {0: 0.0}
@@ -449,7 +449,7 @@ def _inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, t
     return inputs
 
 
-def _kinds(model: PreTrainedModel, blocks: Iterable[Block]) -> list[_Kind]:
+def block_kinds(model: PreTrainedModel, blocks: Iterable[Block]) -> list[Kind]:
     """The blocks of a model by kind: those with units, which differ neither in themselves nor in the layer around them."""
     found: dict[Hashable, list[Block]] = {}
     for block in blocks:
@@ -461,7 +461,7 @@ def _kinds(model: PreTrainedModel, blocks: Iterable[Block]) -> list[_Kind]:
         removed = _removed(model, [block.layer for block in members])
         gone = {f"{path}.{index}" for path, indices in removed.items() for index in indices}
         measured = tuple(block for block in members if block.layer not in gone)
-        kinds.append(_Kind(tuple(members), measured, removed))
+        kinds.append(Kind(tuple(members), measured, removed))
     return kinds
 
 
@@ -502,14 +502,14 @@ def _first(block: Block, units: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _times(
     model: PreTrainedModel,
-    kinds: list[_Kind],
+    kinds: list[Kind],
     inputs: Mapping[str, torch.Tensor],
     runtime: str,
     repeats: int,
     progress: Callable[[range], Iterable[int]],
-) -> dict[_Case, list[float]]:
+) -> dict[Case, list[float]]:
     """Seconds of forwards of each case, as if the machine had been as fast in each turn as in the middle one."""
-    cases: list[_Case] = [_DENSE, _GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
+    cases: list[Case] = [DENSE, GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
     anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
     once = _timed(model, inputs, runtime, 2)[0]
     forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(once, 1e-9))))
@@ -517,13 +517,13 @@ def _times(
         repeats, forwards, anchors = 1, 1 + repeats * forwards, []
     everyone = cases + anchors * (_ANCHORS - 1)
     turns = [(turn, case) for turn in range(repeats) for case in random.Random(turn).sample(everyone, len(everyone))]
-    times: dict[_Case, list[list[float]]] = {case: [[] for _ in range(repeats)] for case in cases}
+    times: dict[Case, list[list[float]]] = {case: [[] for _ in range(repeats)] for case in cases}
     for place in progress(range(len(turns))):
         turn, case = turns[place]
         with unchanged(model):
-            _resize(model, kinds, case)
+            resize(model, kinds, case)
             times[case][turn] += _timed(model, inputs, runtime, forwards)
-    slow = _slowness(times)
+    slow = slowness(times)
     return {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
 
 
@@ -543,7 +543,7 @@ def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], runtime: 
     return seconds[forwards > 1 :]
 
 
-def _slowness(times: Mapping[_Case, list[list[float]]]) -> list[float]:
+def slowness(times: Mapping[Case, list[list[float]]]) -> list[float]:
     """How much longer than on the whole the cases take in each turn."""
     ratios = []
     for found in times.values():
@@ -552,13 +552,13 @@ def _slowness(times: Mapping[_Case, list[list[float]]]) -> list[float]:
     return [statistics.median(turn) for turn in zip(*ratios)]
 
 
-def _resize(model: PreTrainedModel, kinds: list[_Kind], case: _Case) -> None:
+def resize(model: PreTrainedModel, kinds: list[Kind], case: Case) -> None:
     """Make a model what it is in a case."""
     number, units = case
-    if case == _GONE:
+    if case == GONE:
         for kind in kinds:
             _cut(kind.blocks, 0)
-    elif case != _DENSE:
+    elif case != DENSE:
         remove_layers(model, spec_for(model.config.model_type), dict(kinds[number].removed))
         _cut(kinds[number].measured, units)
 

@@ -133,13 +133,13 @@ def _each(target: str, total: float, unit: Callable[[UnitGroup], float]) -> Cost
     return Costs(target, total, levels)
 
 
-def _parameters(model: nn.Module, config: PruningConfig) -> Costs:
+def _parameter_costs(model: nn.Module, config: PruningConfig) -> Costs:
     """Parameters of the whole model, each once."""
     total = float(sum(parameter.numel() for parameter in model.parameters()))
     return _each("target_parameters", total, lambda group: sum(view.height * view.width for view in _views(group)))
 
 
-def _bytes(model: nn.Module, config: PruningConfig) -> Costs:
+def _byte_costs(model: nn.Module, config: PruningConfig) -> Costs:
     """Bytes of the parameters of the whole model."""
     total = float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
@@ -149,7 +149,7 @@ def _bytes(model: nn.Module, config: PruningConfig) -> Costs:
     return _each("target_bytes", total, unit)
 
 
-def _flops(model: nn.Module, config: PruningConfig) -> Costs:
+def _flop_costs(model: nn.Module, config: PruningConfig) -> Costs:
     """Operations of one row."""
     inner: Any = transformers_model(model)
     length = config.latency_length
@@ -168,7 +168,7 @@ def _views(group: UnitGroup) -> Sequence[View]:
     return (*group.weights, *group.biases)
 
 
-def _milliseconds(model: nn.Module, config: PruningConfig) -> Costs:
+def _time_costs(model: nn.Module, config: PruningConfig) -> Costs:
     """Milliseconds of a forward, from a latency table: the config's, or one that is measured now.
 
     Costs of blocks do not quite add up. Where the table is of this machine, the model is measured with about the sizes that it is
@@ -240,8 +240,8 @@ def of_table(total: float, blocks: Mapping[str, Levels]) -> Costs:
 WEIGHTS = _each("target_sparsity", 0.0, lambda group: group.unit_size)
 #: Field of the target → the cost of a model.
 COSTS: dict[str, Callable[[nn.Module, PruningConfig], Costs]] = {
-    "target_parameters": _parameters,
-    "target_bytes": _bytes,
-    "target_flops": _flops,
-    "target_speedup": _milliseconds,
+    "target_parameters": _parameter_costs,
+    "target_bytes": _byte_costs,
+    "target_flops": _flop_costs,
+    "target_speedup": _time_costs,
 }

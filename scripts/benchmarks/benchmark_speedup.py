@@ -52,7 +52,7 @@ def pruned(dense: Any, table: Path, speedup: float) -> tuple[Any, float]:
 
 
 def timed(folders: Sequence[str], shape: tuple[int, int], repeats: int) -> dict[str, float]:
-    """Milliseconds of each folder's model, and of the first once more, in turn; see `hf_prune.measure.latency.benchmark`."""
+    """Milliseconds of each folder's model, and of the first once more, in turn."""
     torch.set_num_threads(1)
     models: dict[str, Any] = {name: AutoModel.from_pretrained(name).eval() for name in folders}
     models["null"] = AutoModel.from_pretrained(folders[0]).eval()
