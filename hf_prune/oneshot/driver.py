@@ -167,7 +167,7 @@ def prune(
         error = divergence(model, rows, before)
         zeros, elements = count_zeros({target.name: target for rule in rules for target in _weights(rule)}.values())
         if not zeros and any(rule.settings.sparsity for rule in rules):
-            raise RuntimeError(f"target_sparsity={config.target_sparsity} was requested and no weight is zero.")
+            raise RuntimeError(f"{config.requested} was requested and no weight is zero.")
     return PruneReport(
         target=sum(rule.settings.sparsity * sum(group.size for group in rule.groups) for rule in rules)
         / sum(group.size for rule in rules for group in rule.groups),

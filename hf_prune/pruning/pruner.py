@@ -160,7 +160,7 @@ class Pruner:
         missed = any(budget.is_late(self.steps) for budget in self.budgets)
         if (missed or self.is_finished) and self.target_sparsity() > 0 and self.reached_sparsity() == 0:
             raise RuntimeError(
-                f"target_sparsity={self.config.target_sparsity} was requested and no weight is zero after {self.steps} steps; "
+                f"{self.config.requested} was requested and no weight is zero after {self.steps} steps; "
                 "are observe() and step() called around every optimizer step?"
             )
 

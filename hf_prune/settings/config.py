@@ -351,6 +351,12 @@ class PruningConfig(PruningSettings):
         return self._default or 0.0
 
     @property
+    def requested(self) -> str:
+        """The target in words, `field=value`."""
+        name = self.cost_target
+        return f"target_sparsity={self.sparsity}" if name is None else f"{name}={getattr(self, name)}"
+
+    @property
     def units(self) -> Pattern:
         """The pattern as a value.
 
