@@ -27,6 +27,8 @@ from .allocation import Levels, most_removable
 
 #: How often costs are corrected by a measurement of the whole model.
 _CORRECTIONS = 2
+#: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
+_MOST = 1.5
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,9 @@ def _time_costs(model: nn.Module, config: PruningConfig) -> Costs:
         units = _even(table.total, blocks, value)
         removed = sum(float(level.costs[-1]) - level.cost(units[name]) for name, level in blocks.items())
         saved = table.total * (1 - 1 / measured_speedup(model, table, units))
-        if removed > 0 and saved > 0:
-            blocks = {name: level.saving(saved / removed) for name, level in blocks.items()}
+        if removed > 0:
+            share = min(max(saved / removed, 1 / _MOST), _MOST)
+            blocks = {name: level.saving(share) for name, level in blocks.items()}
     mean = partial(_mean, device=next(model.parameters()).device)
     blocks = {name: Levels(level.left, mean(level.costs)) for name, level in blocks.items()}
     return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks)
