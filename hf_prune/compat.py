@@ -1,8 +1,8 @@
 """Every patch that the library applies to transformers, and every private name that it reads, each with its reason.
 
 A patch wraps a method: [`wrap`] puts a function around it, once. Patches that concern pruning are applied by the modules that own
-the subject: loading and saving of condensed models in `hooks.py`, logs in `training/callback.py`, cards in `hub/callback.py`. The
-ones below are independent of it. `tests/test_compat.py` tells for each when it can be removed.
+the subject: loading and saving of condensed models in `hooks.py`, training and logs in `training/callback.py`, cards in
+`hub/callback.py`. The ones below are independent of it. `tests/test_compat.py` tells for each when it can be removed.
 """
 
 from __future__ import annotations

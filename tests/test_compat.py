@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import arguments, tiny_bert
+from helpers import arguments, ragged_rows, tiny_bert
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.models.auto import modeling_auto
@@ -62,6 +62,19 @@ def test_loggers_still_run_before_callbacks_of_the_user(tmp_path: Path, monkeypa
     trainer = Trainer(tiny_bert(), arguments(tmp_path, report_to=["like"]), callbacks=[Users()])
     order = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert order.index(Logger) < order.index(Users), "the patch of Trainer.log can go"
+
+
+def test_callbacks_are_still_not_told_who_calls_them(tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Asking(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            told.extend([*args, *kwargs.values()])
+
+    trainer = Trainer(tiny_bert(), arguments(tmp_path, max_steps=1), callbacks=[Asking()], train_dataset=ragged_rows(8))
+    trainer.train()
+    assert told
+    assert not any(isinstance(value, Trainer) for value in told), "the patch of Trainer.train can go"
 
 
 def test_auto_classes_know_every_head_and_their_mapping_is_still_private() -> None:

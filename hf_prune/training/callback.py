@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -226,14 +224,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def _in_training(self) -> bool:
         """Whether a `train()` that calls this callback is running, on any thread; no event reports that one was interrupted."""
-        for frame in sys._current_frames().values():
-            caller: FrameType | None = frame
-            while caller is not None:
-                trainer = caller.f_locals.get("self") if caller.f_code.co_name == "train" else None
-                if isinstance(trainer, Trainer) and self in trainer.callback_handler.callbacks:
-                    return True
-                caller = caller.f_back
-        return False
+        return any(self in trainer.callback_handler.callbacks for trainer in _AT_WORK)
 
     def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
         """Resume from the checkpoint that the Trainer has read.
@@ -277,6 +268,20 @@ class PruningCallback(TrainerCallback, ExportableState):
             if name not in rules or any(getattr(rules[name], field) != getattr(before[name], field) for field in _SCORED_BY):
                 state = {key: value for key, value in state.items() if not key.startswith(f"{name}/")}
         self._running.load_state_dict(state, strict=not _differing_fields(saved, self.config))
+
+
+#: The Trainers whose `train()` is running, the latest last.
+_AT_WORK: list[Trainer] = []
+
+
+def _noted(stock: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Note that a Trainer is at work while `Trainer.train` runs: callbacks are told neither which Trainer calls them nor that it
+    was interrupted."""
+    _AT_WORK.append(trainer)
+    try:
+        return stock(trainer, *args, **kwargs)
+    finally:
+        _AT_WORK.remove(trainer)
 
 
 def _with_metrics(stock: Callable[..., None], trainer: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -350,6 +355,7 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
 
 
 # At import, so that the patches are in place wherever a callback is, even one that was unpickled.
+wrap(Trainer, "train", _noted)
 wrap(Trainer, "log", _with_metrics)
 wrap(Trainer, "save_model", _with_config)
 remember_folders()
