@@ -70,8 +70,9 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         model: a transformers model, or an object that holds one: a `PeftModel`, a SentenceTransformer, a SetFitModel, a custom
             module. The transformers model in it is changed in place, all or nothing; the wrapper's `save_pretrained` saves it.
         verify: compare every hidden state and output before and after, eager and sdpa, on a ragged padded batch, in float64, for
-            about twice the time of condensing. The process grows by up to 0.2 of the model's memory, verified or not (BERT-base in
-            float32 and a Llama of half a billion parameters in bfloat16; `scripts/benchmarks/benchmark_verification.py`).
+            about twice the time of condensing. A fresh process grows by up to 0.2 of the model's memory, verified or not, one that
+            has condensed before by up to 0.4 (BERT-base in float32 and a Llama of half a billion parameters in bfloat16;
+            `scripts/benchmarks/benchmark_verification.py`).
         pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this. Some matrix kernels are slow on
             widths that are not a multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
             on an Intel one with AVX-512 and AMX a neuron costs the same at any width, to within 3 % in float32 and 7 % in bfloat16
