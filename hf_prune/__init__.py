@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .hooks import install_reload_hook
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .condense import CondensePlan, condense, condense_plan
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from .training.callback import PruningCallback
     from .training.checkpoints import last_complete_checkpoint
 
-__version__ = "0.1.0"
 
 __all__ = [
     "CardFacts",

@@ -7,7 +7,6 @@ the card can be made again after the model was condensed or measured.
 from __future__ import annotations
 
 import html
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -37,6 +36,7 @@ from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import WHILE_TRAINING, WITHOUT_TRAINING, PruningConfig
 from ..settings.errors import within
+from ..version import __version__
 from .files import MODULES_NAME
 
 CARD_NAME = "README.md"
@@ -385,15 +385,19 @@ def _rule_rows(config: PruningConfig | None, trained: bool) -> list[list[str]]:
     rows = []
     choices, how = (WHILE_TRAINING, "schedule") if trained else (WITHOUT_TRAINING, "update")
     for name, rule in (config.filled(**choices).resolved_rules() if config else {}).items():
-        cost = rule.cost_target
-        target = f"{rule.sparsity:g}" if cost is None else f"{cost.removeprefix('target_')} {getattr(rule, cost):g}, shared"
-        if rule.scope == "threshold":
-            target = f"score at most {rule.threshold}"
         modules = rule.target_modules or "all that the pattern fits"
         shown = modules if isinstance(modules, str) else ", ".join(modules)
-        cells = [name, str(rule.pattern), target, rule.criterion, rule.scope, getattr(rule, how), shown]
+        cells = [name, str(rule.pattern), _target(rule), rule.criterion, rule.scope, getattr(rule, how), shown]
         rows.append([as_text(cell) for cell in cells])
     return rows
+
+
+def _target(rule: PruningConfig) -> str:
+    """What a rule is to reach, in words."""
+    if rule.scope == "threshold":
+        return f"score at most {rule.threshold}"
+    cost = rule.cost_target
+    return f"{rule.sparsity:g}" if cost is None else f"{cost.removeprefix('target_')} {getattr(rule, cost):g}, shared"
 
 
 def _cost(name: str, cost: Cost) -> dict[str, str]:
@@ -415,5 +419,4 @@ def _dataset_name(facts: CardFacts) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    own = importlib.import_module("hf_prune").__version__  # the package's face, which cannot be imported from inside
-    return {"hf_prune": own} | {name: importlib.metadata.version(name) for name in _VERSIONS}
+    return {"hf_prune": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONS}

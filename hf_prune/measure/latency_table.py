@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import json
 import math
@@ -42,6 +41,7 @@ from ..model.targets import computed_part
 from ..model.wrappers import transformers_model
 from ..settings.checks import check_frequency, check_name, is_number
 from ..settings.errors import ConfigError
+from ..version import __version__
 from .latency import now
 from .tables import as_text, table_of_modules
 
@@ -240,7 +240,6 @@ def model_facts(model: Any) -> dict[str, Any]:
 def device_facts(device: torch.device) -> dict[str, Any]:
     """What of this machine determines how long a forward takes."""
     cuda = device.type == "cuda"
-    own = importlib.import_module("hf_prune").__version__  # the package's face, which cannot be imported from inside
     return {
         "type": device.type,
         "name": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -248,7 +247,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "instructions": "" if cuda else torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
-        "hf_prune": own,
+        "hf_prune": __version__,
     }
 
 
