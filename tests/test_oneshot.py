@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import SequentialHook, add_hook_to_module
 from helpers import assert_equal, snapshot, tiny_bert
 from models import FAMILIES, ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
@@ -528,6 +529,17 @@ def test_importance_is_the_squared_gradient_of_what_a_layer_gives(family: str, h
         gradients = torch.autograd.grad(surprise(model, batch, generator), list(given.values()))
         for name, gradient in zip(given, gradients):
             torch.testing.assert_close(found[name].tokens[number], gradient.square().sum(dim=-1), rtol=1e-3, atol=1e-9)
+
+
+def test_a_forward_that_a_layer_has_of_its_own_stays() -> None:
+    """As accelerate's hooks put one there."""
+    model = tiny_bert()
+    layers = list(model.bert.encoder.layer)
+    add_hook_to_module(layers[0], SequentialHook())
+    own, handle = layers[0].forward, model.bert.encoder.layer[0].output.dense
+    importance(model, batches(model, 1), {"dense": handle}, torch.Generator().manual_seed(0), layers)
+    assert layers[0].forward is own
+    assert "forward" not in vars(layers[1])
 
 
 class Allocated(TorchDispatchMode):

@@ -318,3 +318,21 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
                 spec=ffn,
                 activation=at_path(layer, ffn.activation),
             )
+
+
+# --------------------------------------------------------------------------------------------------------------- hidden states
+
+#: What layers call the hidden states that go into them, where they are named.
+HIDDEN = "hidden_states"
+
+
+def hidden_into(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states in what a layer is called with."""
+    hidden: Tensor = args[0] if args else kwargs[HIDDEN]
+    return hidden
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer returned."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden

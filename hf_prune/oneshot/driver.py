@@ -20,7 +20,7 @@ from ..model.targets import Target, named_layers
 from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
 from ..pruning.budget import make_budgets
-from ..pruning.criteria.activations import OBS, kept_in_order, removal_costs
+from ..pruning.criteria.activations import kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, damping, elimination, inverse, refit
 from ..pruning.rules import Rule, match_rules
 from ..pruning.updates import DAMPING, zero
@@ -83,12 +83,12 @@ class _Work:
         Where each weight loses a share of its own and chooses when its turn comes, there is nothing to compare.
         """
         in_turn = self.rule.update.in_order and self.rule.settings.scope in LOCAL_SCOPES
-        return isinstance(self.rule.criterion, OBS) and not in_turn
+        return self.rule.criterion.scores_remainders and not in_turn
 
     @property
     def is_solved(self) -> bool:
         """Whether its units are chosen again, or its weights solved for."""
-        return self.rule.update.reads_second_moments or (isinstance(self.rule.criterion, OBS) and self.view.owns_columns)
+        return self.rule.update.reads_second_moments or (self.rule.criterion.scores_remainders and self.view.owns_columns)
 
     def fill(self, matrix: Tensor) -> None:
         """Put a changed weight and bias in place."""
@@ -155,7 +155,7 @@ def prune(
     _check_biases(model, work)
     levels = None
     if database is not None:
-        units = {item.name: item.group.num_units for item in work if isinstance(item.rule.criterion, OBS)}
+        units = {item.name: item.group.num_units for item in work if item.rule.criterion.scores_remainders}
         levels = Database(database, fingerprints(model, rows, units, seed))
     with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
         before = predictions(model, rows)
@@ -250,7 +250,7 @@ def _still(model: PreTrainedModel) -> Iterator[None]:
 
 def _choose(model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Passes, labels: bool, seed: int) -> float:
     """Score all units of the dense model and spend the budgets. Returns what the scores of the units that go add up to."""
-    measured = [rule for rule in rules if isinstance(rule.criterion, OBS)]
+    measured = [rule for rule in rules if rule.criterion.scores_remainders]
     if measured:
         passes.score(seed)
     others = [rule for rule in rules if rule not in measured]
@@ -342,7 +342,7 @@ class _Passes:
             seed: of the labels that the model draws.
         """
         for item in self._work:
-            if isinstance(item.rule.criterion, OBS) and not item.is_measured:
+            if item.rule.criterion.scores_remainders and not item.is_measured:
                 item.rule.criterion.state[item.group.name] = torch.zeros((), device=item.group.device).expand(item.group.num_units)
         items = {item.name: item for item in self._work if item.is_measured}
         if not items:
@@ -475,7 +475,7 @@ class _Passes:
         """Choose a group's units again where its criterion can, solve for what stays, and judge that on the rows held out."""
         number, gone = item.group.num_units, int((~item.kept).sum())
         old = item.matrix()
-        if isinstance(item.rule.criterion, OBS) and item.view.owns_columns and gone:
+        if item.rule.criterion.scores_remainders and item.view.owns_columns and gone:
             damp = damping(moments.inputs, DAMPING)
             whole = (
                 refit(old, moments, torch.ones(old.shape[1], dtype=torch.bool, device=old.device), damp) if toward_dense else old
@@ -483,7 +483,7 @@ class _Passes:
             scaled = whole * self._scale(item).sqrt()[:, None]
             order, _ = elimination(scaled, inverse(moments.inputs, damp), item.view.columns, gone)
             item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
-        elif isinstance(item.rule.criterion, OBS) and item.rule.update.in_order and gone:
+        elif item.rule.criterion.scores_remainders and item.rule.update.in_order and gone:
             others, damp = self._gone(item, old, torch.ones_like(item.kept)), damping(moments.inputs, DAMPING)
             item.kept = kept_in_order(item.view, item.group.n_of_m, old, moments.inputs, gone, others, damp)
         removed = self._gone(item, old, item.kept)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..model.blocks import HIDDEN, hidden_into, hidden_of
 from ..settings.errors import ConfigError
 
 Batch = Mapping[str, Tensor]
@@ -77,12 +78,6 @@ class Stream:
         return path
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a layer returned."""
-    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return hidden
-
-
 def run(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden states that a layer makes of others."""
     return hidden_of(layer(hidden, *call.args, **call.kwargs))
@@ -109,15 +104,10 @@ def record(model: nn.Module, batches: Iterable[Batch], layers: Sequence[nn.Modul
     for index, layer in enumerate(layers):
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
-            states, args, kwargs = (
-                (args[0], args[1:], kwargs)
-                if args
-                else (kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"})
-            )
-            without = {key: _uncached(value) for key, value in kwargs.items()}
-            calls[index].append(Call(tuple(map(_uncached, args)), without))
+            others = {key: _uncached(value) for key, value in kwargs.items() if args or key != HIDDEN}
+            calls[index].append(Call(tuple(map(_uncached, args[1:])), others))
             if index == 0:
-                hidden.append(states.detach())
+                hidden.append(hidden_into(args, kwargs).detach())
 
         handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
     try:

@@ -147,7 +147,9 @@ def importance(
             stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
         for module in recomputed:
-            stack.callback(module.__dict__.pop, "forward")  # that of its class is there again
+            own = {name: value for name, value in vars(module).items() if name == "forward"}  # as accelerate's hooks put there
+            stack.callback(vars(module).update, own)
+            stack.callback(vars(module).pop, "forward")
             module.forward = partial(_recomputed, module.forward)
         for batch in batches:
             surprise(model, batch, generator).backward()  # type: ignore[no-untyped-call]

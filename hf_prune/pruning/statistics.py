@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
-from ..model.blocks import base_layer
+from ..model.blocks import base_layer, hidden_into, hidden_of
 from ..model.sharding import rank, summed
 from ..model.targets import Target, named_layers
 from ..model.wrappers import transformers_models
@@ -192,9 +192,7 @@ class Activations:
             if self._forward_of is None or not (statistic.every_step or self._large):
                 return
             channels = 1 if isinstance(base_layer(module), (nn.Conv1d, nn.Conv2d)) else -1
-            given = args[0] if args else kwargs["hidden_states"]  # a whole layer's may be named, and it may give more than these
-            output = output[0] if isinstance(output, tuple) else output
-            inputs, outputs = given.detach().movedim(channels, -1), output.detach().movedim(channels, -1)
+            inputs, outputs = (part.detach().movedim(channels, -1) for part in (hidden_into(args, kwargs), hidden_of(output)))
             tokens = self._tokens
             if tokens is not None and inputs.shape[:-1] == tokens.shape:
                 inputs, outputs = inputs[tokens], outputs[tokens]

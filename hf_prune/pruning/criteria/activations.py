@@ -129,6 +129,7 @@ class OBS(Criterion):
     """
 
     scores_inputs = True
+    scores_remainders = True
     activations = ("second_moments",)
 
     def __init__(self, settings: PruningConfig) -> None:

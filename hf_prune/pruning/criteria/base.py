@@ -51,6 +51,8 @@ class Criterion:
     scores_inputs = False
     #: Whether these inputs have to be whole: columns of the weight.
     scores_columns = False
+    #: Whether it scores units by the error that remains once others make up for them, which `prune()` measures layer by layer.
+    scores_remainders = False
     #: Whether it scores layers as a whole.
     scores_layers = False
     #: Whether it adds a penalty to the loss, which the setting `regularization` weighs.
