@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from models import tiny
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune import Pruner, PruningCallback, PruningConfig
-from hf_prune.model.units import UnitGroup
+from hf_prune.model.targets import Target
+from hf_prune.model.units import UnitGroup, View
 from hf_prune.pruning.criteria import CRITERIA
 from hf_prune.settings import config as settings
 
@@ -143,3 +144,9 @@ def elements(group: UnitGroup) -> Iterator[tuple[int, str, int, int]]:
         for place, row in enumerate(torch.arange(view.target.shape[0])[view.rows].tolist()):
             for column in range(view.target.shape[1]):
                 yield place // view.height * columns + column // view.width, view.target.name, row, column
+
+
+def unit_group(name: str, units: int, size: int = 1, n_of_m: tuple[int, int] | None = None) -> UnitGroup:
+    """Units of `size` weights, side by side in one row each."""
+    target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
+    return UnitGroup(name, (View(target, 1, size),), n_of_m=n_of_m)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import unit_group as group
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,12 +21,6 @@ from hf_prune.pruning.selection import candidates, lowest
 #: Ties, zeros of both signs, huge and tiny scores.
 VALUES = [0.0, -0.0, 1.0, 1.0, 2.0, -1.0, 3.5, 3.4e38, -3.4e38, 1e-45]
 SCORES = st.lists(st.one_of(st.just(0.0), st.sampled_from([1.0, 2.0]), st.floats(-5, 5, width=32)), min_size=1, max_size=24)
-
-
-def group(name: str, units: int, size: int = 1, n_of_m: tuple[int, int] | None = None) -> UnitGroup:
-    """Units of `size` weights, side by side in one row each."""
-    target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
-    return UnitGroup(name, (View(target, 1, size),), n_of_m=n_of_m)
 
 
 def mask(size: int, value: bool) -> st.SearchStrategy[list[bool]]:

@@ -238,6 +238,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "regularization": {"criterion": "soft_movement"},
     "threshold": {"scope": "threshold"},
     "min_sparsity_per_module": {"target_sparsity": 0.5},
+    "latency_table": {"pattern": "neuron", "target_speedup": 2.0},
     **{name: {"pattern": "neuron"} for name in ("target_speedup", "target_parameters", "target_flops", "target_bytes")},
 }
 

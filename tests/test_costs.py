@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import unit_group as group
 from hypothesis import given
 from hypothesis import strategies as st
 from models import ragged_batch, tiny
-from torch import Tensor, nn
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 from hf_prune import ConfigError, LatencyTable, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
 from hf_prune.condense import sample_batch
 from hf_prune.measure.flops import count_flops
 from hf_prune.measure.latency_table import model_facts
 from hf_prune.model import find_blocks
-from hf_prune.model.targets import Target
-from hf_prune.model.units import UnitGroup, View
+from hf_prune.model.units import UnitGroup
 from hf_prune.pruning.allocation import BUCKETS, Levels, allocate, allocate_levels
 from hf_prune.pruning.rules import match_rules
 
@@ -183,6 +184,52 @@ def test_targets_that_cannot_be_met_are_refused_before_anything_changes(settings
         Pruner(model, PruningConfig.from_dict({"rules": rules("bert"), **settings}), total_steps=4)
 
 
+@pytest.mark.parametrize("target", ["target_flops", "target_speedup"])
+def test_a_layer_costs_what_its_blocks_cost(target: str, tmp_path: Path) -> None:
+    """Of three layers one goes."""
+    model = tiny("llama")
+    dense, (_, flops) = (
+        cost(model, "target_flops"),
+        count_flops(model, sample_batch(model, 1, LENGTH, shortest=LENGTH), find_blocks(model)),
+    )
+    settings: dict[str, Any] = {"target_flops": 1 - sum(flops.values()) / 3 / dense * 0.999, "latency_length": LENGTH}
+    if target == "target_speedup":
+        file = table_of(model, tmp_path / "table.json")
+        total, rest = milliseconds(model, file), LatencyTable.load(file).fixed
+        settings = {"target_speedup": total / (total - (total - rest) / 3 * 0.999), "latency_table": str(file)}
+    config = PruningConfig(pattern="layer", criterion="random", schedule="constant", max_sparsity_per_module=1.0, **settings)
+    pruner = Pruner(model, config, total_steps=2)
+    pruner.step()
+    found = pruner.metrics()[target.removeprefix("target_")]
+    pruner.finish()
+    small = condense(model)
+    assert small.config.num_hidden_layers == 2
+    if target == "target_speedup":
+        assert found == pytest.approx(settings[target], rel=1e-3)
+    else:
+        assert found == pytest.approx(cost(small, target))
+
+
+def test_adapters_have_no_costs() -> None:
+    model = get_peft_model(tiny("bert"), LoraConfig(target_modules=["query", "value"]))
+    config = PruningConfig(rules=rules("bert"), target_parameters=0.9, criterion="magnitude")
+    with pytest.raises(ConfigError, match=r"target_parameters=0\.9: is for models without adapters, and .* has one"):
+        Pruner(model, config, total_steps=4)
+
+
+@pytest.mark.parametrize("settings", [{"pattern": "head"}, {"pattern": "head", "target_bytes": 0.5}])
+def test_a_latency_table_without_a_speed_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"latency_table='there\.json': is for target_speedup"):
+        PruningConfig(latency_table="there.json", **settings)
+
+
+def test_a_latency_table_is_of_the_rules_that_share_the_speed() -> None:
+    closed = PruningRule(pattern="neuron", target_sparsity=0.5)
+    config = PruningConfig(target_speedup=2.0, latency_table="there.json", rules=[PruningRule(pattern="head"), closed])
+    tables = {name: rule.latency_table for name, rule in config.resolved_rules().items()}
+    assert tables == {"rules[0]": "there.json", "rules[1]": None}
+
+
 def test_heads_that_share_keys_and_values_are_no_units_of_a_cost() -> None:
     config = PruningConfig(pattern="head", target_parameters=0.9)
     with pytest.raises(ConfigError, match="needs pattern 'kv_group'"):
@@ -201,11 +248,6 @@ def test_a_speedup_that_no_size_gives_names_the_most_that_can_be_had(tmp_path: P
 
 
 # ----------------------------------------------------------------------------------------------------------------- allocation
-
-
-def group(name: str, units: int, size: int = 1) -> UnitGroup:
-    target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
-    return UnitGroup(name, (View(target, 1, size),))
 
 
 @st.composite

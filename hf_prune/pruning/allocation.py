@@ -142,13 +142,13 @@ def _affordable(prices: Tensor, is_free: Tensor, slack: float) -> Tensor:
         is_free: which of them may stay, bool `[n]`.
         slack: how much was taken too much.
     """
-    keep = torch.zeros_like(is_free)
+    keep, cheapest = torch.zeros_like(is_free), float(prices.min()) if len(prices) else 0.0
     for place in reversed(range(len(prices))):
+        if slack < cheapest:
+            break
         if is_free[place] and prices[place] <= slack:
             keep[place] = True
             slack -= float(prices[place])
-        if slack < float(prices.min()):
-            break
     return keep
 
 

@@ -103,15 +103,18 @@ class Budget:
         """The cost of one unit of each group, where all cost the same."""
         return [float(self.costs.levels(group).costs[-1]) / group.num_units for group in self.groups]
 
+    @property
+    def _weights_scored(self) -> list[int]:
+        """By how many weights a unit's score is divided, group by group: a mean is a score per weight, others are per unit."""
+        return [group.unit_size if rule.criterion.reduction == "mean" else 1 for rule in self.rules for group in rule.groups]
+
     def _per_unit(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Scores of units as they add up. A mean is a score per weight, others are per unit."""
-        means = [rule.criterion.reduction == "mean" for rule in self.rules for _ in rule.groups]
-        return [score * group.unit_size if mean else score for score, group, mean in zip(scores, self.groups, means)]
+        """Scores of units as they add up."""
+        return [score * number for score, number in zip(scores, self._weights_scored)]
 
     def _per_cost(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Scores of units → scores per cost, up to a common factor. A mean is already a score per weight, others are per unit."""
-        means = [rule.criterion.reduction == "mean" for rule in self.rules for _ in rule.groups]
-        factors = [(group.unit_size if mean else 1) / cost for group, mean, cost in zip(self.groups, means, self._unit_costs)]
+        """Scores of units → scores per cost, up to a common factor."""
+        factors = [number / cost for number, cost in zip(self._weights_scored, self._unit_costs)]
         if len(set(factors)) == 1:
             return list(scores)
         return [score * (factor / max(factors)) for score, factor in zip(scores, factors)]
@@ -122,7 +125,7 @@ class Budget:
 
     def load_costs(self, state: Mapping[str, Tensor], value: float) -> None:
         """Go on with costs as they were measured at first, for a target of `value`."""
-        self.costs = Costs.from_state_dict(state)
+        self.costs = self.costs.restored(state)
         caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
         self.timeline = replace(self.timeline, target=self.costs.share(value, self.groups, caps))
         for rule in self.rules:

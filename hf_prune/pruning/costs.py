@@ -7,7 +7,7 @@ of it that has to go.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
 from ..settings.config import PruningConfig
 from ..settings.errors import ConfigError
-from .allocation import Levels, most_removable
+from .allocation import Levels, allocate_levels, most_removable
 
 #: How often costs are corrected by a measurement of the whole model.
 _CORRECTIONS = 2
 #: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
-_MOST = 1.5
+_LARGEST_CORRECTION = 1.5
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,25 @@ class Costs:
         levels: group → its levels.
         measured: what the levels were measured as, block by block; None if each unit of a group costs the same, so that any number
             of them is a level.
+        layers: layer → its blocks, where whole layers are units.
     """
 
     target: str
     total: float
     levels: Callable[[UnitGroup], Levels]
     measured: Mapping[str, Levels] | None = None
+    layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was measured, since it cannot be measured the same again; empty where costs follow from the model."""
         found = {f"blocks/{name}/{key}": value for name, part in (self.measured or {}).items() for key, value in vars(part).items()}
         return found | {"total": torch.tensor(self.total, dtype=torch.float64)} if found else {}
 
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Costs:
-        """Costs as they were measured."""
+    def restored(self, state: Mapping[str, Tensor]) -> Costs:
+        """The same as they were measured another time."""
         names = dict.fromkeys(key.removeprefix("blocks/").rpartition("/")[0] for key in state if key != "total")
         blocks = {name: Levels(state[f"blocks/{name}/left"], state[f"blocks/{name}/costs"]) for name in names}
-        return of_table(float(state["total"]), blocks)
+        return of_table(float(state["total"]), blocks, self.layers)
 
     def needed(self, value: float) -> float:
         """The cost that has to go for a target: a factor for a speed-up, else what is to be kept, below 1 a share of the total."""
@@ -122,7 +123,10 @@ def model_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
         if group.num_units > most.get(group.name, group.num_units):
             allowed = f"needs pattern 'kv_group': heads of {group.name!r} share keys and values, so that one alone saves nothing."
             raise ConfigError(name, getattr(config, name), allowed)
-    return COSTS[name](model, config)
+        if any(view.target.adapter is not None for view in group.weights):
+            allowed = f"is for models without adapters, and {group.name!r} has one; merge it first, or give target_sparsity."
+            raise ConfigError(name, getattr(config, name), allowed)
+    return COSTS[name](model, config, groups)
 
 
 def _each(target: str, total: float, unit: Callable[[UnitGroup], float]) -> Costs:
@@ -135,13 +139,13 @@ def _each(target: str, total: float, unit: Callable[[UnitGroup], float]) -> Cost
     return Costs(target, total, levels)
 
 
-def _parameter_costs(model: nn.Module, config: PruningConfig) -> Costs:
+def _parameter_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Parameters of the whole model, each once."""
     total = float(sum(parameter.numel() for parameter in model.parameters()))
     return _each("target_parameters", total, lambda group: sum(view.height * view.width for view in _views(group)))
 
 
-def _byte_costs(model: nn.Module, config: PruningConfig) -> Costs:
+def _byte_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Bytes of the parameters of the whole model."""
     total = float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
@@ -151,31 +155,37 @@ def _byte_costs(model: nn.Module, config: PruningConfig) -> Costs:
     return _each("target_bytes", total, unit)
 
 
-def _flop_costs(model: nn.Module, config: PruningConfig) -> Costs:
+def _flop_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Operations of one row."""
     inner: Any = transformers_model(model)
-    length = config.latency_length
+    length, layers = config.latency_length, _layers(model)
     total, blocks = count_flops(inner, sample_batch(inner, 1, length, shortest=length), find_blocks(inner))
 
     def unit(group: UnitGroup) -> float:
-        if group.name not in blocks:
-            allowed = f"counts heads, groups of heads and neurons; {group.name!r} is pruned in other units."
-            raise ConfigError("target_flops", config.target_flops, allowed)
-        return blocks[group.name] / group.num_units
+        return sum(blocks[name] for name in layers.get(group.name, [group.name])) / group.num_units
 
     return _each("target_flops", total, unit)
+
+
+def _layers(model: nn.Module) -> dict[str, list[str]]:
+    """Layer → its blocks."""
+    found: dict[str, list[str]] = {}
+    for block in find_blocks(model):
+        found.setdefault(block.layer, []).append(block.name)
+    return found
 
 
 def _views(group: UnitGroup) -> Sequence[View]:
     return (*group.weights, *group.biases)
 
 
-def _time_costs(model: nn.Module, config: PruningConfig) -> Costs:
+def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Milliseconds of a forward, from a latency table: the config's, or one that is measured now.
 
-    Costs of blocks do not quite add up. Where the table is of this machine, the model is measured with about the sizes that it is
-    going to have, and what units save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it.
-    Of several processes the mean counts, so that all choose the same units.
+    Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
+    machine, the model is measured with the sizes that it would get if small weights went, and what units save is corrected by what
+    they save together; [`_CORRECTIONS`] times, since sizes change with it. Of several processes the mean counts, so that all choose
+    the same units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
@@ -190,17 +200,18 @@ def _time_costs(model: nn.Module, config: PruningConfig) -> Costs:
     else:
         table = LatencyTable.load(config.latency_table)
         table.check(model, elsewhere=True)
-    blocks = {name: Levels.of(costs) for name, costs in table.blocks.items()}
+    costs = of_table(table.total, {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model))
     for _ in range(_CORRECTIONS if table.is_from_here(model) and not shards else 0):
-        units = _even(table.total, blocks, value)
-        removed = sum(float(level.costs[-1]) - level.cost(units[name]) for name, level in blocks.items())
-        saved = table.total * (1 - 1 / measured_speedup(model, table, units))
+        units = _likely(costs, value, groups, config.max_sparsity_per_module)
+        blocks = costs.measured or {}
+        removed = sum(float(blocks[name].costs[-1]) - blocks[name].cost(left) for name, left in units.items())
         if removed > 0:
-            share = min(max(saved / removed, 1 / _MOST), _MOST)
-            blocks = {name: level.saving(share) for name, level in blocks.items()}
+            saved = table.total * (1 - 1 / measured_speedup(model, table, units))
+            share = min(max(saved / removed, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
+            costs = of_table(table.total, {name: levels.saving(share) for name, levels in blocks.items()}, costs.layers)
     mean = partial(_mean, device=next(model.parameters()).device)
-    blocks = {name: Levels(level.left, mean(level.costs)) for name, level in blocks.items()}
-    return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks)
+    blocks = {name: Levels(levels.left, mean(levels.costs)) for name, levels in (costs.measured or {}).items()}
+    return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks, costs.layers)
 
 
 def _mean(value: Tensor, device: torch.device) -> Tensor:
@@ -208,41 +219,42 @@ def _mean(value: Tensor, device: torch.device) -> Tensor:
     return summed(value.to(device)).to(value.device) / num_ranks()
 
 
-def _even(total: float, blocks: Mapping[str, Levels], value: float) -> dict[str, int]:
-    """Sizes for a speed-up: about the same share of each block, as large as the speed-up allows."""
-    budget = total / value - (total - sum(float(level.costs[-1]) for level in blocks.values()))
+def _likely(costs: Costs, value: float, groups: Sequence[UnitGroup], cap: float) -> dict[str, int]:
+    """Sizes that blocks may have at a speed-up, by name: those of the units whose weights are smallest; blocks that shrink only."""
+    levels = [costs.levels(group) for group in groups]
+    scores = [group.reduce(lambda target: target.weight().abs(), "sum").float() for group in groups]
+    none = [torch.zeros(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
+    floors, caps = [0.0] * len(groups), [cap] * len(groups)
+    removed = allocate_levels(groups, scores, none, levels, costs.needed(value), floors, caps)
+    units = {}
+    for group, gone in zip(groups, removed):
+        for name in costs.layers.get(group.name, [group.name]) if bool(gone.any()) else ():
+            whole = int((costs.measured or {})[name].left[-1])
+            units[name] = whole // group.num_units * (group.num_units - int(gone.sum()))
+    return units
 
-    def sizes(share: float) -> dict[str, int]:
-        return {name: int(level.left[level.left <= share * level.left[-1]].max()) for name, level in blocks.items()}
 
-    for part in range(100, 0, -1):
-        found = sizes(part / 100)
-        if sum(level.cost(found[name]) for name, level in blocks.items()) <= budget:
-            return found
-    return sizes(0.0)
-
-
-def of_table(total: float, blocks: Mapping[str, Levels]) -> Costs:
+def of_table(total: float, blocks: Mapping[str, Levels], layers: Mapping[str, Sequence[str]] | None = None) -> Costs:
     """The costs of a speed-up.
 
     Args:
         total: milliseconds of the whole model.
         blocks: block → milliseconds by the number of its heads or neurons.
+        layers: layer → its blocks; what a layer costs beside them is not counted.
     """
+    layers = layers or {}
 
     def levels(group: UnitGroup) -> Levels:
-        if group.name not in blocks:
-            allowed = f"times heads, groups of heads and neurons; {group.name!r} is pruned in other units."
-            raise ConfigError("target_speedup", group.name, allowed)
-        return blocks[group.name].in_units(group.num_units)
+        first, *others = (blocks[name].in_units(group.num_units) for name in layers.get(group.name, [group.name]))
+        return Levels(first.left, sum((level.costs for level in others), start=first.costs))
 
-    return Costs("target_speedup", total, levels, blocks)
+    return Costs("target_speedup", total, levels, blocks, layers)
 
 
 #: What a budget of `target_sparsity` counts: the weights that the rules name.
 WEIGHTS = _each("target_sparsity", 0.0, lambda group: group.unit_size)
 #: Field of the target → the cost of a model.
-COSTS: dict[str, Callable[[nn.Module, PruningConfig], Costs]] = {
+COSTS: dict[str, Callable[[nn.Module, PruningConfig, Sequence[UnitGroup]], Costs]] = {
     "target_parameters": _parameter_costs,
     "target_bytes": _byte_costs,
     "target_flops": _flop_costs,

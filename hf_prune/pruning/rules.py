@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,12 @@ from ..model.sharding import is_sharded, is_tensor_parallel
 from ..model.targets import Target, body_prefixes, check_names, names_module, selector, weights
 from ..model.units import UnitGroup
 from ..model.wrappers import transformers_models
-from ..settings.config import COST_TARGETS, LOCAL_SCOPES, PruningConfig
+from ..settings.config import LOCAL_SCOPES, PruningConfig, with_pairs
 from ..settings.errors import ConfigError
 from ..settings.patterns import Pattern
 from .allocation import least_removed, most_removable
 from .costs import WEIGHTS, Costs, model_costs
 from .criteria import CRITERIA, Criterion
-from .criteria.activations import OBS
 from .patterns import build_groups
 from .reconstruction import Moments
 from .schedules import Timeline, phases, spacing
@@ -218,8 +216,7 @@ def match_rules(
     for name, settings, groups in matched:
         is_open = name in open_rules
         if is_open and share is not None:
-            brought: dict[str, Any] = dict.fromkeys(COST_TARGETS) | {"target_sparsity": share}
-            settings = replace(settings, **brought)
+            settings = replace(settings, **with_pairs({"target_sparsity": share}))
         timeline = _timeline(name, settings, total_steps, steps_per_epoch)
         costs_of = costs if is_open else WEIGHTS
         rules.append(_rule(model, name, settings, patterns[name], is_open, groups, timeline, costs_of, layer_by_layer))
@@ -287,7 +284,7 @@ def _rule(
 def _watched(criterion: Criterion, update: Update, groups: Iterable[UnitGroup], layer_by_layer: bool) -> dict[str, list[Target]]:
     """The statistics that are read of activations, with the weights whose layers they are of."""
     groups = list(groups)
-    if layer_by_layer and isinstance(criterion, OBS):
+    if layer_by_layer and criterion.scores_remainders:
         return {}
     watched = {name: [view.target for group in groups for view in criterion.watched(group)] for name in criterion.activations}
     if update.reads_second_moments and not layer_by_layer:

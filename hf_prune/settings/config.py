@@ -366,7 +366,8 @@ class PruningConfig(PruningSettings):
         return parse_pattern(self.pattern)
 
     def filled(self, **choices: str) -> PruningConfig:
-        """The config with `"auto"` replaced by the choices of the driver (the Trainer's callback or `prune()`), in rules too.
+        """The config with nothing left to defaults: `"auto"` replaced by the choices of the driver (the Trainer's callback or
+        `prune()`), in rules too, and `target_sparsity` by what it is where nothing else is the target.
 
         Raises:
             ConfigError: a choice does not fit the other settings.
@@ -376,7 +377,7 @@ class PruningConfig(PruningSettings):
             return {name: choice for name, choice in choices.items() if getattr(settings, name) == "auto"}
 
         rules = [replace(rule, **missing(rule)) for rule in self.rules]  # type: ignore[arg-type]
-        return replace(self, rules=rules, **missing(self))  # type: ignore[arg-type]
+        return replace(self, rules=rules, target_sparsity=self._default, **missing(self))  # type: ignore[arg-type]
 
     def resolved_rules(self) -> dict[str, PruningConfig]:
         """Every rule as a complete config without rules, by a name for messages: first `rules`, then the config's own settings.
@@ -446,17 +447,8 @@ class PruningConfig(PruningSettings):
 
 def _check_together(config: PruningConfig) -> None:
     """Check fields against each other."""
-    if (name := config.cost_target) is not None:
-        if config.scope != "global":
-            raise ConfigError(name, getattr(config, name), f"is one budget for all modules, not with scope {config.scope!r}.")
-        if config.pattern is not None and not config.units.is_structural:
-            allowed = f"needs units that make the model smaller, such as head and neuron, not pattern {config.pattern!r}."
-            raise ConfigError(name, getattr(config, name), allowed)
-        if isinstance(config.initial_sparsity, float | int) and config.initial_sparsity:
-            raise ConfigError("initial_sparsity", config.initial_sparsity, f"does not go with {name}; give 0 or 'from_model'.")
-        target = 1.0
-    else:
-        target = config.sparsity
+    _check_cost_target(config)
+    target = config.sparsity if config.cost_target is None else 1.0
     low, high = config.min_sparsity_per_module, config.max_sparsity_per_module
     if isinstance(config.initial_sparsity, float | int) and config.initial_sparsity > target:
         raise ConfigError("initial_sparsity", config.initial_sparsity, f"must not exceed target_sparsity={target}.")
@@ -490,12 +482,28 @@ def _check_together(config: PruningConfig) -> None:
             raise ConfigError(f"{phase}_epochs", value, f"give {phase}_steps or {phase}_epochs, not both.")
 
 
+def _check_cost_target(config: PruningConfig) -> None:
+    """Check what goes with a target in costs, or with none."""
+    name = config.cost_target
+    if config.latency_table is not None and name != "target_speedup":
+        raise ConfigError("latency_table", config.latency_table, "is for target_speedup; give that, or leave the table out.")
+    if name is None:
+        return
+    if config.scope != "global":
+        raise ConfigError(name, getattr(config, name), f"is one budget for all modules, not with scope {config.scope!r}.")
+    if config.pattern is not None and not config.units.is_structural:
+        allowed = f"needs units that make the model smaller, such as head and neuron, not pattern {config.pattern!r}."
+        raise ConfigError(name, getattr(config, name), allowed)
+    if isinstance(config.initial_sparsity, float | int) and config.initial_sparsity:
+        raise ConfigError("initial_sparsity", config.initial_sparsity, f"does not go with {name}; give 0 or 'from_model'.")
+
+
 def with_pairs(given: dict[str, Any]) -> dict[str, Any]:
     """The settings given over others: steps and epochs of a phase replace the other's as a pair, a frequency `updates`, and a
-    target all other targets."""
+    target all other targets and the latency table of another."""
     pairs = [(f"{phase}_steps", f"{phase}_epochs") for phase in ("warmup", "cooldown")]
     replaced: dict[str, Any] = {key: None for pair in pairs if any(key in given for key in pair) for key in pair}
     targets = ("target_sparsity", *COST_TARGETS)
     if any(given.get(name) is not None for name in targets):
-        replaced |= dict.fromkeys(targets)
+        replaced |= dict.fromkeys(targets if given.get("target_speedup") is not None else (*targets, "latency_table"))
     return replaced | ({"updates": None} if "frequency" in given else {}) | given

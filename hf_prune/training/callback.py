@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 from ..compat import remember_folders, save_between_steps, wrap
 from ..model.sharding import wait_for_all
 from ..pruning import Pruner
-from ..settings.config import PruningConfig
+from ..settings.config import WHILE_TRAINING, PruningConfig
 from .checkpoints import (
     STATE_NAME,
     changed_files,
@@ -309,8 +309,8 @@ def _with_config(stock: Callable[..., None], trainer: Trainer, output_dir: str |
 
 
 def _differing_fields(saved: PruningConfig, config: PruningConfig) -> list[str]:
-    """The fields that differ between two configs, with both values."""
-    old, new = saved.to_dict(), config.to_dict()
+    """The fields that differ between two configs, with both values; a default that is written out does not."""
+    old, new = (given.filled(**WHILE_TRAINING).to_dict() for given in (saved, config))
     return [f"{name} was {old[name]!r}, is {new[name]!r}" for name in new if old[name] != new[name]]
 
 
