@@ -284,6 +284,20 @@ def test_one_module_is_a_name_or_a_regular_expression(given: list[str], modules:
     assert config == PruningConfig(pattern="1x1", target_modules=modules)
 
 
+@pytest.mark.parametrize(("given", "value"), [(["2"], 2.0), (["1.5", "2", "3"], [1.5, 2.0, 3.0])])
+def test_several_targets_are_a_family_and_one_is_none(given: list[str], value: float | list[float]) -> None:
+    config = parse("--do_prune", "--pruning_pattern", "head", "--target_speedup", *given)
+    assert config == PruningConfig(pattern="head", target_speedup=value)
+    assert config is not None
+    assert (config.is_family, config.cost_targets) == (len(given) > 1, [float(text) for text in given])
+    assert PruningConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_shares_and_numbers_of_a_family_may_be_mixed() -> None:
+    """Which of them asks for more, the model tells."""
+    assert PruningConfig(pattern="head", target_parameters=[0.5, 1e6, 0.25]).cost_targets == [0.5, 1e6, 0.25]
+
+
 def test_defaults_of_arguments_are_those_of_the_config(tmp_path: Path) -> None:
     assert parse("--do_prune", "--pruning_pattern", "1x1") == PruningConfig(pattern="1x1")
     (parsed,) = HfArgumentParser(DistillationArguments).parse_args_into_dataclasses(["--teacher_model_name_or_path", "teacher"])
@@ -396,6 +410,21 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"target_speedup": 1}, "target_speedup=1: must be greater than 1: how many times faster."),
     ({"target_parameters": 0}, "target_parameters=0: must be greater than 0."),
+    ({"target_speedup": []}, "target_speedup=[]: must be a number, or a list with one or more."),
+    ({"target_speedup": [2, 1]}, "target_speedup[1]=1: must be greater than 1: how many times faster."),
+    ({"target_bytes": [0.5, "0.3"]}, "target_bytes[1]='0.3': must be greater than 0."),
+    (
+        {"target_speedup": [2, 3, 3]},
+        "target_speedup=[2, 3, 3]: must rise from one to the next, since one model is pruned on; 3 follows 3.",
+    ),
+    (
+        {"target_parameters": [0.5, 0.6]},
+        "target_parameters=[0.5, 0.6]: must fall from one to the next, since one model is pruned on; 0.6 follows 0.5.",
+    ),
+    (
+        {"target_flops": [10, 10]},
+        "target_flops=[10, 10]: must fall from one to the next, since one model is pruned on; 10 follows 10.",
+    ),
     (
         {"pattern": "head", "target_speedup": 2, "target_sparsity": 0.5},
         "target_speedup=2: is a second target beside target_sparsity; give one of them.",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hf_prune.pruning.schedules import SCHEDULES, Timeline, phases, spacing
+from hf_prune.pruning.schedules import SCHEDULES, Stages, Timeline, phases, spacing, stages
 from hf_prune.settings.checks import SCHEDULES as NAMES
 
 FORMULAS = {
@@ -48,6 +48,40 @@ def test_every_update(name: str, begin: int, end: int, frequency: int) -> None:
     assert timeline.sparsity(updates[-1]) == 0.9
     values = [timeline.sparsity(step) for step in range(201)]
     assert values == sorted(values)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize(
+    ("total", "warmup", "cooldown", "number"), [(100, 10, 30, 3), (101, 0, 0, 4), (50, 7, 5, 2), (12, 3, 3, 3)]
+)
+def test_stages_follow_one_another(name: str, total: int, warmup: int, cooldown: int, number: int) -> None:
+    """Each step of each stage is that of a timeline of its own, from the sparsity before it to its own."""
+    parts = stages(total, warmup, cooldown, number)
+    targets = [0.2 + 0.7 * (place + 1) / number for place in range(number)]
+    timelines = [
+        Timeline(start + (place > 0 and name == "constant"), end, 3.5, name, initial=0.1, target=0.5, total=last)
+        for place, (start, end, last) in enumerate(parts)
+    ]
+    whole = Stages(tuple(timelines)).aimed_at(targets)
+    assert [last for _, _, last in parts] == whole.ends
+    assert (whole.begin, whole.total, whole.target, whole.schedule) == (warmup, total, targets[-1], name)
+    lengths = {last - start for start, _, last in parts}
+    assert max(lengths) - min(lengths) <= 1
+    assert sum(last - end for _, end, last in parts) == cooldown
+    due = [step for step in range(1, total + 20) if whole.is_due(step)]
+    assert due == whole.updates
+    assert set(due).isdisjoint(whole.ends) or cooldown < number
+    for place, (start, end, last) in enumerate(parts):
+        own = [step for step in due if start < step <= last] if place else [step for step in due if step <= last]
+        assert own[-1] == (own[0] if name == "constant" else end)
+        assert [whole.sparsity(step) for step in range(own[-1], last + 1)] == [targets[place]] * (last + 1 - own[-1])
+    assert (whole.last_update, whole.recovery) == (due[-1], total - due[-1])
+    for step in range(total + 20):
+        assert whole.last_due(step) == max((found for found in due if found <= step), default=0)
+        assert whole.next_due(step) == min((found for found in due if found > step), default=due[-1])
+    values = [whole.sparsity(step) for step in range(total + 20)]
+    assert values == sorted(values)
+    assert len(set(values)) > number
 
 
 @pytest.mark.parametrize(("begin", "end", "updates"), [(46, 598, 12), (0, 7, 3), (5, 30, 4)])

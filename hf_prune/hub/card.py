@@ -397,7 +397,8 @@ def _target(rule: PruningConfig) -> str:
     if rule.scope == "threshold":
         return f"score at most {rule.threshold}"
     cost = rule.cost_target
-    return f"{rule.sparsity:g}" if cost is None else f"{cost.removeprefix('target_')} {getattr(rule, cost):g}, shared"
+    values = ", ".join(f"{value:g}" for value in rule.cost_targets)
+    return f"{rule.sparsity:g}" if cost is None else f"{cost.removeprefix('target_')} {values}, shared"
 
 
 def _cost(name: str, cost: Cost) -> dict[str, str]:

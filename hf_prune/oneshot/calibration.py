@@ -73,6 +73,13 @@ def complete(config: PruningConfig) -> PruningConfig:
         if settings.criterion in DECLARED["regrows"]:
             allowed = "learns its scores while a model trains, and nothing trains here; use one that reads weights or data."
             raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
+    if config.is_family:
+        name = str(config.cost_target)
+        allowed = (
+            "is a family, which a run of training makes; without training give one target at a time: "
+            "`prune(..., database=folder)` makes further ones cheap."
+        )
+        raise ConfigError(name, getattr(config, name), allowed)
     if config.keep_zeros:
         raise ConfigError("keep_zeros", True, "keeps weights zero while they train; here nothing but units that go becomes zero.")
     return config.filled(**WITHOUT_TRAINING)

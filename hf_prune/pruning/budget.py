@@ -16,7 +16,7 @@ from ..model.units import UnitGroup
 from .allocation import allocate, allocate_levels, normalize
 from .costs import WEIGHTS, Costs
 from .rules import Rule
-from .schedules import Timeline
+from .schedules import Stages, Timeline
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Budget:
 
     name: str
     rules: list[Rule]
-    timeline: Timeline
+    timeline: Timeline | Stages
     costs: Costs = WEIGHTS
     requested_sparsity: float = 0.0
 
@@ -123,11 +123,11 @@ class Budget:
         """The share of its cost that is removed."""
         return self._removed() / self.costs.total_of(self.groups)
 
-    def load_costs(self, state: Mapping[str, Tensor], value: float) -> None:
-        """Go on with costs as they were measured at first, for a target of `value`."""
+    def load_costs(self, state: Mapping[str, Tensor], values: Sequence[float]) -> None:
+        """Go on with costs as they were measured at first, for some targets."""
         self.costs = self.costs.restored(state)
         caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
-        self.timeline = replace(self.timeline, target=self.costs.share(value, self.groups, caps))
+        self.timeline = self.timeline.aimed_at(self.costs.shares(values, self.groups, caps))
         for rule in self.rules:
             rule.costs, rule.timeline = self.costs, self.timeline
             rule.settings = replace(rule.settings, target_sparsity=self.timeline.target)

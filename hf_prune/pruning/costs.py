@@ -91,6 +91,19 @@ class Costs:
             raise ConfigError(self.target, value, allowed)
         return needed / removable
 
+    def shares(self, values: Sequence[float], groups: Sequence[UnitGroup], caps: Sequence[float]) -> list[float]:
+        """[`Costs.share`] of each of some targets, which are to be reached one after the other.
+
+        Raises:
+            ConfigError: one of them cannot be reached, or keeps no less than the one before it.
+        """
+        found = [self.share(value, groups, caps) for value in values]
+        for place in range(1, len(found)):
+            if found[place] <= found[place - 1]:
+                allowed = f"must ask for more than {values[place - 1]:,.6g} before it, and keeps as much of this model or more."
+                raise ConfigError(f"{self.target}[{place}]", values[place], allowed)
+        return found
+
     def total_of(self, groups: Sequence[UnitGroup]) -> float:
         """What all units of some groups cost."""
         return sum(float(self.levels(group).costs[-1]) for group in groups)
@@ -183,15 +196,13 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     """Milliseconds of a forward, from a latency table: the config's, or one that is measured now.
 
     Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
-    machine, the model is measured with the sizes that it would get if small weights went, and what units save is corrected by what
-    they save together; [`_CORRECTIONS`] times, since sizes change with it. Of several processes the mean counts, so that all choose
-    the same units.
+    machine, the model is measured with the sizes that it would get if small weights went (of a family, all members), and what units
+    save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it. Of several processes the mean
+    counts, so that all choose the same units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
     """
-    value = config.target_speedup
-    assert value is not None
     shards = any(is_sharded(parameter) for parameter in model.parameters())
     if shards and config.latency_table is None:
         raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
@@ -202,11 +213,11 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
         table.check(model, elsewhere=True)
     costs = of_table(table.total, {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model))
     for _ in range(_CORRECTIONS if table.is_from_here(model) and not shards else 0):
-        units = _likely(costs, value, groups, config.max_sparsity_per_module)
+        sizes = [_likely(costs, value, groups, config.max_sparsity_per_module) for value in config.cost_targets]
         blocks = costs.measured or {}
-        removed = sum(float(blocks[name].costs[-1]) - blocks[name].cost(left) for name, left in units.items())
+        removed = sum(float(blocks[name].costs[-1]) - blocks[name].cost(left) for units in sizes for name, left in units.items())
         if removed > 0:
-            saved = table.total * (1 - 1 / measured_speedup(model, table, units))
+            saved = sum(table.total * (1 - 1 / measured_speedup(model, table, units)) for units in sizes)
             share = min(max(saved / removed, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
             costs = of_table(table.total, {name: levels.saving(share) for name, levels in blocks.items()}, costs.layers)
     mean = partial(_mean, device=next(model.parameters()).device)

@@ -35,6 +35,7 @@ from ..model.wrappers import bare_model, contents, transformers_models
 from ..settings.config import WHILE_TRAINING, PruningConfig
 from ..settings.errors import ConfigError
 from .budget import Budget, make_budgets
+from .costs import WEIGHTS
 from .plan import PruningPlan, make_plan
 from .rules import Rule, alive_units, match_rules
 from .state import Companion, GradientCheck, LockedZeros, Regrowth, Rewind, under
@@ -268,6 +269,12 @@ class Pruner:
         return max((budget.timeline.last_update for budget in self.budgets), default=0)
 
     @property
+    def members(self) -> dict[int, float]:
+        """Of a family, the step after which each member is complete → its target; empty where the target is a single one."""
+        ends = [end for budget in self.budgets if budget.costs is not WEIGHTS for end in budget.timeline.ends]
+        return dict(zip(ends, self.config.cost_targets)) if self.config.is_family else {}
+
+    @property
     def is_finished(self) -> bool:
         """Whether the last mask update of every rule has happened."""
         return all(budget.is_finished(self.steps) for budget in self.budgets)
@@ -325,7 +332,7 @@ class Pruner:
         self.steps = int(state["steps"])
         for budget in self.budgets:
             if budget.costs.measured is not None and (measured := under(state, "costs/")):
-                budget.load_costs(measured, getattr(self.config, budget.costs.target))
+                budget.load_costs(measured, self.config.cost_targets)
             fresh = [rule for rule in budget.rules if any(key.startswith(f"{rule.name}/") for key in others)]
             for rule in budget.rules:
                 if rule in fresh:

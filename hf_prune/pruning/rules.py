@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,18 @@ from .costs import WEIGHTS, Costs, model_costs
 from .criteria import CRITERIA, Criterion
 from .patterns import build_groups
 from .reconstruction import Moments
-from .schedules import Timeline, phases, spacing
+from .schedules import Stages, Timeline, phases, spacing, stages
 from .statistics import Activations
 from .updates import UPDATES, Update
 
 #: With fewer mask updates than this, sparsity rises too abruptly.
 _FEW_UPDATES = 3
+
+#: The settings in which rules that share a target in costs agree: how scores compare, and when masks change.
+_OF_A_BUDGET = (
+    *("criterion", "reduction", "normalization", "update", "schedule", "frequency", "updates"),
+    *(f"{phase}_{unit}" for phase in ("warmup", "cooldown") for unit in ("steps", "epochs")),
+)
 
 #: Warn if rounding to whole units misses the requested share by more than this.
 _NOTICEABLE = 0.005
@@ -59,7 +66,7 @@ class Rule:
     groups: list[UnitGroup]
     criterion: Criterion
     seen: Activations
-    timeline: Timeline
+    timeline: Timeline | Stages
     costs: Costs = WEIGHTS
     kept: list[Tensor] = field(default_factory=list)
     removed_any: bool = False
@@ -79,19 +86,9 @@ class Rule:
     @property
     def concerns(self) -> list[str]:
         """Warnings about settings that are allowed but perhaps not intended: abrupt schedules, targets that rounding misses."""
-        updates, total, settings, found = self.timeline.updates, self.timeline.total, self.settings, []
-        if updates and settings.schedule != "constant" and len(updates) < min(_FEW_UPDATES, settings.updates or _FEW_UPDATES):
-            given = f"updates={settings.updates}" if settings.updates else f"frequency={settings.frequency}"
-            found.append(
-                f"{self.name}: {given} makes {len(updates)} mask update{'s' * (len(updates) > 1)} (at step "
-                f"{', '.join(map(str, updates))} of {total}), so each removes a lot at once; more and smaller updates harm a model "
-                "less. Prune more often, or train longer."
-            )
-        if updates and self.timeline.recovery < 1:
-            found.append(
-                f"{self.name}: the last mask update is after the last of the run's {total} steps, so no step is left for the model "
-                "to recover. Give cooldown_steps, or train longer."
-            )
+        settings, found = self.settings, []
+        for start, end in pairwise((0, *self.timeline.ends)):
+            found += self._concerns_of([step for step in self.timeline.updates if start < step <= end], end)
         for group in self.groups if settings.scope == "global" else ():
             number, floor = group.num_units, settings.min_sparsity_per_module
             gone = least_removed(group, floor)
@@ -107,6 +104,24 @@ class Rule:
                     f"{self.name}: target_sparsity={target} rounds to none of the {number} units of {group.name}; the smallest "
                     f"possible value above 0 is {1 / number:.4g}."
                 )
+        return found
+
+    def _concerns_of(self, updates: list[int], end: int) -> list[str]:
+        """Warnings about the mask updates of a stage that ends after step `end`."""
+        settings, found = self.settings, []
+        few = min(_FEW_UPDATES, -(-settings.updates // len(self.timeline.ends)) if settings.updates else _FEW_UPDATES)
+        if updates and settings.schedule != "constant" and len(updates) < few:
+            given = f"updates={settings.updates}" if settings.updates else f"frequency={settings.frequency}"
+            found.append(
+                f"{self.name}: {given} makes {len(updates)} mask update{'s' * (len(updates) > 1)} (at step "
+                f"{', '.join(map(str, updates))} of {end}), so each removes a lot at once; more and smaller updates harm a model "
+                "less. Prune more often, or train longer."
+            )
+        if updates and updates[-1] >= end:
+            found.append(
+                f"{self.name}: the last mask update is after the last of {end} steps, so no step is left for the model to recover. "
+                "Give cooldown_steps, or train longer."
+            )
         return found
 
     @property
@@ -211,13 +226,14 @@ def match_rules(
                 raise ConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
         matched.append((name, settings, groups))
-    costs, share = _shared_costs(model, config, [(settings, groups) for name, settings, groups in matched if name in open_rules])
+    costs, shares = _shared_costs(model, config, [(settings, groups) for name, settings, groups in matched if name in open_rules])
     rules = []
     for name, settings, groups in matched:
         is_open = name in open_rules
-        if is_open and share is not None:
-            settings = replace(settings, **with_pairs({"target_sparsity": share}))
-        timeline = _timeline(name, settings, total_steps, steps_per_epoch)
+        if is_open and shares:
+            settings = replace(settings, **with_pairs({"target_sparsity": shares[-1]}))
+        targets = shares if is_open and shares else [settings.sparsity]
+        timeline = _timeline(name, settings, targets, total_steps, steps_per_epoch)
         costs_of = costs if is_open else WEIGHTS
         rules.append(_rule(model, name, settings, patterns[name], is_open, groups, timeline, costs_of, layer_by_layer))
     for module in modules:
@@ -230,23 +246,24 @@ def match_rules(
 
 def _shared_costs(
     model: nn.Module, config: PruningConfig, matched: Sequence[tuple[PruningConfig, list[UnitGroup]]]
-) -> tuple[Costs, float | None]:
-    """Of what the config's target is a share, and that share if it follows from the model.
+) -> tuple[Costs, list[float]]:
+    """Of what the config's target is a share, and that share if it follows from the model: of a family, one for each.
 
     Raises:
         ConfigError: the target cannot be reached.
     """
     if config.cost_target is None:
-        return WEIGHTS, None
+        return WEIGHTS, []
     name, value = config.cost_target, getattr(config, config.cost_target)
     if not matched:
         raise ConfigError(name, value, "needs a rule without a target of its own.")
-    if len({(settings.criterion, settings.reduction, settings.update, settings.schedule) for settings, _ in matched}) > 1:
-        raise ConfigError(name, value, "is one budget, so its rules need the same criterion, reduction, update and schedule.")
+    differing = [field for field in _OF_A_BUDGET if len({getattr(settings, field) for settings, _ in matched}) > 1]
+    if differing:
+        raise ConfigError(name, value, f"is one budget, so its rules need the same {', '.join(differing)}.")
     groups = [group for _, groups in matched for group in groups]
     costs = model_costs(model, config, groups)
     caps = [settings.max_sparsity_per_module for settings, groups in matched for _ in groups]
-    return costs, costs.share(value, groups, caps)
+    return costs, costs.shares(config.cost_targets, groups, caps)
 
 
 def _rule(
@@ -256,7 +273,7 @@ def _rule(
     pattern: Pattern,
     is_open: bool,
     groups: list[UnitGroup],
-    timeline: Timeline,
+    timeline: Timeline | Stages,
     costs: Costs,
     layer_by_layer: bool,
 ) -> Rule:
@@ -371,31 +388,43 @@ def _in_steps(name: str, settings: PruningConfig, phase: str, total_steps: int, 
     return round(steps * total_steps) if steps < 1 else int(steps)
 
 
-def _timeline(name: str, settings: PruningConfig, total_steps: int, steps_per_epoch: float | None) -> Timeline:
+def _timeline(
+    name: str, settings: PruningConfig, targets: Sequence[float], total_steps: int, steps_per_epoch: float | None
+) -> Timeline | Stages:
     """The schedule of a rule in steps of this run.
+
+    Args:
+        targets: the final sparsity of each stage.
 
     Raises:
         ConfigError: warm-up and cool-down leave no step for pruning.
     """
     given = [_in_steps(name, settings, phase, total_steps, steps_per_epoch) for phase in ("warmup", "cooldown")]
     begin, cooldown = phases(total_steps, *given)
-    end = total_steps - cooldown
-    if end <= begin:
+    number = len(targets)
+    parts = stages(total_steps, begin, cooldown, number)
+    if any(end <= start for start, end, _ in parts):
         phase = "warmup" if given[0] else "cooldown"
         field = f"{phase}_epochs" if getattr(settings, f"{phase}_epochs") else f"{phase}_steps"
         allowed = (
-            f"warm-up ({begin} steps) and cool-down ({cooldown} steps) must leave at least one of the run's {total_steps} steps."
+            f"warm-up ({begin} steps) and cool-down ({cooldown} steps) must leave at least one of the run's {total_steps} steps"
+            f"{f' to each of {number} targets' if number > 1 else ''}."
         )
         raise ConfigError(f"{name}.{field}", getattr(settings, field), allowed)
-    return Timeline(
-        total=total_steps,
-        begin=begin,
-        end=end,
-        frequency=spacing(end - begin, settings.schedule, settings.frequency, settings.updates),
-        schedule=settings.schedule,
-        initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
-        target=settings.sparsity,
-    )
+    updates = settings.updates and -(-settings.updates // number)
+    made = [
+        Timeline(
+            total=last,
+            begin=start + (place > 0 and settings.schedule == "constant"),  # which prunes at its begin, and not before
+            end=end,
+            frequency=spacing(end - start, settings.schedule, settings.frequency, updates),
+            schedule=settings.schedule,
+            initial=0.0 if settings.initial_sparsity == "from_model" else float(settings.initial_sparsity),
+            target=targets[0],
+        )
+        for place, (start, end, last) in enumerate(parts)
+    ]
+    return made[0] if number == 1 else Stages(tuple(made)).aimed_at(targets)
 
 
 def _check_reachable(name: str, settings: PruningConfig, groups: list[UnitGroup]) -> None:
@@ -433,7 +462,7 @@ def _check_rounding(name: str, settings: PruningConfig, groups: list[UnitGroup])
         raise ConfigError(f"{name}.target_sparsity", target, allowed)
 
 
-def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline) -> None:
+def _check_score_rate(name: str, settings: PruningConfig, timeline: Timeline | Stages) -> None:
     """Raise if movement scores, which start at 0 and move by about their learning rate per step, cannot reach the threshold."""
     if settings.regularization != "auto" or settings.threshold is None:
         return

@@ -6,8 +6,8 @@ Progress p runs from 0 at the end of warm-up to 1 at the start of cool-down.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 
 def constant(progress: float, initial: float, target: float) -> float:
@@ -160,3 +160,106 @@ class Timeline:
             return self.target
         progress = (step - self.begin) / (self.end - self.begin)
         return schedule(self.schedule)(progress, self.initial, self.target)
+
+    @property
+    def ends(self) -> list[int]:
+        """The last step of each stage, of which there is one."""
+        return [self.total]
+
+    def aimed_at(self, targets: Sequence[float]) -> Timeline:
+        """The same for another final sparsity, one for each stage."""
+        (target,) = targets
+        return replace(self, target=target)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Timelines one after another, for a family of models from one run: each begins with the sparsity with which the last ended.
+
+    The last step of a stage belongs to it, and so to its target: the masks of the next change after it. Attributes and methods are
+    those of a [`Timeline`].
+    """
+
+    timelines: tuple[Timeline, ...]
+
+    @property
+    def schedule(self) -> str:
+        """How sparsity rises in each stage."""
+        return self.timelines[0].schedule
+
+    @property
+    def begin(self) -> int:
+        """The last step of warm-up."""
+        return self.timelines[0].begin
+
+    @property
+    def target(self) -> float:
+        """The final sparsity, of the last stage."""
+        return self.timelines[-1].target
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.timelines[-1].total
+
+    @property
+    def last_update(self) -> int:
+        """The step of the last update of all stages."""
+        return self.timelines[-1].last_update
+
+    @property
+    def recovery(self) -> int:
+        """Steps after the last update of all."""
+        return self.timelines[-1].recovery
+
+    @property
+    def updates(self) -> list[int]:
+        """The steps after which masks change to a sparsity above 0, in order."""
+        return [step for start, timeline in self._started() for step in timeline.updates if step > start]
+
+    @property
+    def ends(self) -> list[int]:
+        """The last step of each stage, at which the model has its target."""
+        return [timeline.total for timeline in self.timelines]
+
+    def is_due(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`."""
+        return self._at(step).is_due(step)
+
+    def last_due(self, step: int) -> int:
+        """The latest step up to `step` right after which masks change, 0 if none has come."""
+        latest = (timeline.last_due(step) for start, timeline in reversed(self._started()) if timeline.last_due(step) > start)
+        return next(latest, 0)
+
+    def next_due(self, step: int) -> int:
+        """The first step after `step` right after which masks change, or the last one of all."""
+        later = (timeline.next_due(max(step, start)) for start, timeline in self._started() if step < timeline.last_update)
+        return next(later, self.last_update)
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity requested at `step`."""
+        return self._at(step).sparsity(step)
+
+    def aimed_at(self, targets: Sequence[float]) -> Stages:
+        """The same for other final sparsities, one for each stage."""
+        begins = (self.timelines[0].initial, *targets)
+        return Stages(tuple(replace(part, initial=low, target=high) for part, low, high in zip(self.timelines, begins, targets)))
+
+    def _at(self, step: int) -> Timeline:
+        """The stage that a step belongs to."""
+        return next((timeline for timeline in self.timelines if step <= timeline.total), self.timelines[-1])
+
+    def _started(self) -> list[tuple[int, Timeline]]:
+        """Each stage with the last step before it."""
+        return list(zip((0, *self.ends), self.timelines))
+
+
+def stages(total_steps: int, warmup: int, cooldown: int, number: int) -> list[tuple[int, int, int]]:
+    """What comes after warm-up in equal parts, each with an equal part of the cool-down at its end.
+
+    Returns:
+        For each stage the last step before it, the last step at which it prunes, and its last step.
+    """
+    ends = [warmup + (total_steps - warmup) * place // number for place in range(number + 1)]
+    rests = [cooldown * place // number for place in range(number + 1)]
+    return [(start, end - (after - before), end) for start, end, before, after in zip(ends, ends[1:], rests, rests[1:])]

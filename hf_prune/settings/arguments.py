@@ -21,9 +21,9 @@ _T = TypeVar("_T")
 class FlatArguments:
     """The settings of a config as arguments, each None until it is given.
 
-    A list of names is given as one or more values; a single value that is not a plain name is a text, such as a regular expression.
-    Other values of text settings, such as numbers or lists of pairs, are given as JSON. A setting that cannot be flat gives the
-    reason in its metadata, as `not_flat`.
+    A list of names or numbers is given as one or more values. A single number is a number, and a single value that is not a plain
+    name is a text, such as a regular expression. Other values of text settings, such as numbers or lists of pairs, are given as
+    JSON. A setting that cannot be flat gives the reason in its metadata, as `not_flat`.
 
     Args:
         config: a dataclass whose fields have a `help` in their metadata.
@@ -71,7 +71,7 @@ def _flat_type(hint: Any) -> Any:
     options = [part for part in _options(hint) if part is not NoneType]
     if len(options) == 1:
         return options[0]
-    return list[str] if list[str] in options else str
+    return next((option for option in options if get_origin(option) is list and get_args(option)[0] in options), str)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -81,8 +81,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _parsed(value: Any, hint: Any) -> Any:
     """A value as it is given, as the setting has it."""
     options = _options(hint)
-    if list[str] in options and isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", value[0]):
-        (value,) = value  # no plain name: a regular expression
+    if isinstance(value, list) and len(value) == 1 and _stands_alone(value[0]):
+        (value,) = value
     readers: tuple[Callable[[str], Any], ...] = (float, json.loads) if isinstance(value, str) and len(options) > 1 else ()
     for read in readers:
         try:
@@ -92,6 +92,11 @@ def _parsed(value: Any, hint: Any) -> Any:
         if fits(number_or_list, hint):
             return number_or_list
     return value
+
+
+def _stands_alone(value: Any) -> bool:
+    """Whether a value that was given alone is no list of one: a number, or a regular expression, which no plain name is."""
+    return isinstance(value, (int, float)) or (isinstance(value, str) and not re.fullmatch(r"[\w.]+", value))
 
 
 def _escaped(item: Field[Any]) -> str:

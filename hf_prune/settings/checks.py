@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -189,6 +190,24 @@ def check_speedup(name: str, value: object) -> None:
     """A finite number above 1."""
     if not is_number(value) or value <= 1:  # type: ignore[operator]
         raise ConfigError(name, value, "must be greater than 1: how many times faster.")
+
+
+def check_target(name: str, value: object, one: Callable[[str, object], None], rises: bool) -> None:
+    """A target in costs, or a list of them, each more than the one before it: speed-ups rise, and what is kept falls. Where shares
+    and numbers are mixed, the model tells."""
+    if not isinstance(value, list):
+        return one(name, value)
+    if not value:
+        raise ConfigError(name, value, "must be a number, or a list with one or more.")
+    for place, each in enumerate(value):
+        one(f"{name}[{place}]", each)
+    for before, after in pairwise(value):
+        if (after <= before) if rises else (after >= before and (after < 1) == (before < 1)):
+            order = "rise" if rises else "fall"
+            raise ConfigError(
+                name, value, f"must {order} from one to the next, since one model is pruned on; {after} follows {before}."
+            )
+    return None
 
 
 def check_text(name: str, value: object) -> None:

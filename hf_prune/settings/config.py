@@ -29,6 +29,7 @@ from .checks import (
     check_schedule,
     check_share,
     check_speedup,
+    check_target,
     check_text,
     dataclass_from_dict,
     dataclass_from_json_file,
@@ -136,6 +137,8 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
     ),
 )
 
+
+_check_kept = partial(check_target, one=check_positive, rises=False)
 
 # ----------------------------------------------------------------------------------------------------------------- classes
 
@@ -269,28 +272,29 @@ class PruningConfig(PruningSettings):
         ConfigError: a field cannot be used; the message names it, its value, what is allowed and the closest match.
     """
 
-    target_speedup: float | None = setting(
+    target_speedup: float | list[float] | None = setting(
         None,
-        "How many times faster than now the whole model shall be, by the latency table; instead of target_sparsity.",
-        check_speedup,
+        "How many times faster than now the whole model shall be, by the latency table; instead of target_sparsity. A list makes "
+        "a family in one run: the model is pruned to one after the other, and at each a condensed copy is saved.",
+        partial(check_target, one=check_speedup, rises=True),
     )
-    target_parameters: float | None = setting(
+    target_parameters: float | list[float] | None = setting(
         None,
         "How many parameters the whole model shall keep at most, embeddings and heads included; below 1, which share of them. "
-        "Instead of target_sparsity.",
-        check_positive,
+        "Instead of target_sparsity. A list makes a family.",
+        _check_kept,
     )
-    target_flops: float | None = setting(
+    target_flops: float | list[float] | None = setting(
         None,
         "How many floating point operations one row shall take at most, a row of latency_length tokens; below 1, which share of "
-        "them. Instead of target_sparsity.",
-        check_positive,
+        "them. Instead of target_sparsity. A list makes a family.",
+        _check_kept,
     )
-    target_bytes: float | None = setting(
+    target_bytes: float | list[float] | None = setting(
         None,
         "How many bytes the parameters of the whole model shall take at most; below 1, which share of them. Instead of "
-        "target_sparsity.",
-        check_positive,
+        "target_sparsity. A list makes a family.",
+        _check_kept,
     )
     latency_table: str | None = setting(
         None,
@@ -344,6 +348,17 @@ class PruningConfig(PruningSettings):
         if len(given) > 1:
             raise ConfigError(given[1], getattr(self, given[1]), f"is a second target beside {given[0]}; give one of them.")
         return given[0] if given and given[0] in COST_TARGETS else None
+
+    @property
+    def cost_targets(self) -> list[float]:
+        """The values of the target in costs, in the order in which they are reached; none where target_sparsity is the target."""
+        value = None if self.cost_target is None else getattr(self, self.cost_target)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    @property
+    def is_family(self) -> bool:
+        """Whether the target is a list, so that one run makes several models."""
+        return self.cost_target is not None and isinstance(getattr(self, self.cost_target), list)
 
     @property
     def sparsity(self) -> float:
