@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import oneshot_speedups
 import pytest
 import quickstart
 import reproduce
 from hub_server import metadata_errors
 from transformers import AutoModelForSequenceClassification
 
+from hf_prune import LatencyTable
 from hf_prune.measure.sparsity import sparsity_report
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -96,3 +98,24 @@ def test_unknown_row(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         reproduce.main(["mrpc", "--rows", "4x2"])
     assert "--rows 4x2: must be one of 4x1, 2in4" in capsys.readouterr().err
+
+
+def test_equal_shares_are_the_smallest_that_reach_a_speed() -> None:
+    costs = {units: units / 4 for units in range(5)}
+    table = LatencyTable({}, {"name": "no machine"}, {}, 4.0, {"first": costs, "second": costs, "third": costs})
+    share = oneshot_speedups.equal_share(table, 2.0)  # 3 ms in the blocks; 1 ms has to be left there, two of four units are not it
+    left = 4 - round(share * 4)
+    assert (left, 4 - round((share - 0.001) * 4)) == (1, 2)
+    with pytest.raises(ValueError, match="No share makes the model 5"):
+        oneshot_speedups.equal_share(table, 5.0)
+
+
+@pytest.mark.parametrize("name", ["mrpc-speedups", "sst2-speedups"])
+def test_speeds_are_compared_with_shares_of_each_block(name: str) -> None:
+    rows = [row.config() for row in reproduce.TABLES[name].rows]
+    assert [config.cost_target for config in rows] == ["target_speedup", None] * 3
+    assert [config.target_speedup for config in rows[::2]] == [2, 3, 4]
+    for config in rows[1::2]:
+        heads, neurons = config.rules
+        assert heads.target_sparsity == neurons.target_sparsity
+    assert len({row.epochs for row in reproduce.TABLES[name].rows}) == 1

@@ -138,12 +138,30 @@ SST2 = ResultsTable(
 )
 #: The remaining weights make up for those that go at each mask update.
 UPDATED = Row("4x1-updated", "4x1, 90 %, updated", 12, {"pattern": "4x1", "target_sparsity": 0.9, "update": "sparsegpt"})
+
+
+def speeds(epochs: int) -> tuple[Row, ...]:
+    """Rows for 2, 3 and 4 times the speed: one budget in milliseconds, and the equal shares that come out about as fast."""
+    rules = [{"pattern": "head"}, {"pattern": "neuron"}]
+    return tuple(
+        row
+        for factor, share in ((2, 0.51), (3, 0.69), (4, 0.78))
+        for row in (
+            Row(f"speedup-{factor}", f"heads + neurons, ×{factor}", epochs, {"target_speedup": factor, "rules": rules}),
+            Row(f"share-{factor}", f"heads + neurons, {share:.0%} each", epochs, heads_and_neurons(share)),
+        )
+    )
+
+
 TABLES = {
     "mrpc": MRPC,
     "sst2": SST2,
     # 4x1 blocks with and without an update of the weights that stay
     "mrpc-updates": replace(MRPC, rows=(MRPC.rows[0], UPDATED)),
     "sst2-updates": replace(SST2, rows=(SST2.rows[0], UPDATED)),
+    # a speed as the target against equal shares
+    "mrpc-speedups": replace(MRPC, rows=speeds(4)),
+    "sst2-speedups": replace(SST2, rows=speeds(3)),
     # one budget for heads and neurons, divided by scores, against half of each
     "budgets": replace(
         MRPC,

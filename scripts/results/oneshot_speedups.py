@@ -1,0 +1,116 @@
+"""Pruning without training to a speed, measured: one budget in milliseconds against equal shares of heads and neurons.
+
+    python scripts/results/oneshot_speedups.py mrpc=runs/mrpc/dense-1 sst2=runs/sst2/dense-1 --glue_dir glue
+
+For each task a latency table is measured once (8 × 128, one thread). At each speed-up the default method gets it as
+`target_speedup`, and equal shares get the share of every block at which the same table gives the same speed. Metrics are of the
+validation rows; the speed of each condensed model is measured beside the dense model's, in turn, in CPU time. Results go to a JSON
+file cell by cell; cells that it holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from oneshot import TASKS, batches, predict, rows_of
+from rich.table import Table
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_prune import LatencyTable, PruningConfig, PruningRule, condense, latency_table, prune
+from hf_prune.condense import sample_batch
+from hf_prune.measure.latency import benchmark
+
+#: Batch size × length at which speed counts.
+SHAPE = (8, 128)
+METHODS = ("budget", "equal shares")
+
+
+def equal_share(table: LatencyTable, speedup: float) -> float:
+    """The smallest share that has to go of every block for a speed-up, in steps of a thousandth.
+
+    Raises:
+        ValueError: even without any block the model is slower.
+    """
+    for part in range(1000):
+        left = {name: max(costs) - round(part / 1000 * max(costs)) for name, costs in table.blocks.items()}
+        if table.fixed + sum(table.milliseconds(name, units) for name, units in left.items()) <= table.total / speedup:
+            return part / 1000
+    raise ValueError(f"No share makes the model {speedup} times faster.")
+
+
+def config_of(method: str, table: Path, speedup: float) -> PruningConfig:
+    """What a method prunes with."""
+    rules = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
+    if method == "budget":
+        return PruningConfig(target_speedup=speedup, latency_table=str(table), rules=rules)
+    share = equal_share(LatencyTable.load(table), speedup)
+    return PruningConfig(target_sparsity=share, scope="local", rules=rules)
+
+
+def measure(folder: str, task: str, glue: Path, method: str, speedup: float, seed: int, home: Path) -> dict[str, Any]:
+    """One cell."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    dense = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    file = home / f"{task}.json"
+    if not file.exists():
+        latency_table(dense, *SHAPE).save(file)
+    training = rows_of(task, glue, "train", tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    calibration = batches([training[i] for i in torch.randperm(len(training), generator=generator)[:2048].tolist()], tokenizer, 32)
+    shuffled = [calibration[i] for i in torch.randperm(len(calibration), generator=generator).tolist()]
+    report = prune(model, config_of(method, file, speedup), shuffled, seed=seed, database=home / f"{task}-{seed}")
+    small = condense(model)
+    validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
+    labels = [label for batch in validation for label in batch["labels"].tolist()]
+    metric = TASKS[task][1]
+    times = benchmark({"dense": dense, "small": small}, sample_batch(dense, *SHAPE, shortest=SHAPE[1]), 30)
+    return {
+        "dense": float(metric(labels, predict(dense, validation))),
+        "metric": float(metric(labels, predict(small, validation))),
+        "measured": times["dense"] / times["small"],
+        "sparsity": report.sparsity,
+        "held_out_error": report.held_out_error,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Measure what the options ask for; return all results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="TASK=FOLDER", help="a dense model for each task")
+    parser.add_argument("--glue_dir", type=Path, required=True, help="a folder with TASK/SPLIT.jsonl")
+    parser.add_argument("--speedups", nargs="+", type=float, default=[1.3, 1.5, 2.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("oneshot_speedups"), help="for results, tables and databases")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    file = options.output_dir / "results.json"
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    shown = Table(
+        "task", "asked", "method", "seed", "measured", "metric", "against dense", title="the same speed, without training"
+    )
+    for seed in options.seeds:
+        for task, folder in (model.split("=", 1) for model in options.models):
+            for speedup in options.speedups:
+                for method in METHODS:
+                    key = f"{task}/{method}/{speedup}/{seed}"
+                    if key not in results:
+                        results[key] = measure(folder, task, options.glue_dir, method, speedup, seed, options.output_dir)
+                        file.write_text(json.dumps(results, indent=1))
+                    cell = results[key]
+                    cells = [f"{cell['measured']:.2f}", f"{cell['metric']:.4f}", f"{100 * (cell['metric'] - cell['dense']):+.1f}"]
+                    shown.add_row(task, str(speedup), method, str(seed), *cells)
+                    print(key, *cells, flush=True)
+    rich.print(shown)
+    return results
+
+
+if __name__ == "__main__":
+    main()
