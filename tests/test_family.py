@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import snapshot, tiny_bert
+from helpers import snapshot, tiny_bert, trainer_for
 from models import ragged_batch
+from PIL import Image
 from test_costs import rules, table_of
 
-from hf_prune import ConfigError, Pruner, PruningConfig, condense, prune
+from hf_prune import CardFacts, ConfigError, ModelCardCallback, Pruner, PruningConfig, condense, prune
+from hf_prune.hub.card import PICTURES, write_card
+from hf_prune.hub.family import Family, Member, folder_name
+from hf_prune.oneshot.folder import prune_to_folder
 
 #: Twelve steps, two targets of six steps each, the last of which is for recovery.
 FAMILY: dict[str, Any] = {"criterion": "magnitude", "warmup_steps": 0, "cooldown_steps": 2, "frequency": 2}
@@ -148,3 +152,90 @@ def test_each_stage_has_its_share_of_the_updates(settings: dict[str, Any], steps
     assert pruner.budgets[0].timeline.updates == steps
     assert set(updates) <= set(steps)
     assert (left[6] <= 0.9 * left[0], left[6] > 0.85 * left[0], left[12] <= 0.8 * left[0]) == (True, True, True)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "name"),
+    [
+        ("target_speedup", 2, "speedup-2.0"),
+        ("target_speedup", 1.25, "speedup-1.25"),
+        ("target_parameters", 0.5, "parameters-0.5"),
+        ("target_parameters", 1e6, "parameters-1000000"),
+        ("target_bytes", 2.5e9, "bytes-2500000000"),
+        ("target_flops", 1000.5, "flops-1000.5"),
+    ],
+)
+def test_the_folder_of_a_member_is_called_by_what_was_asked(target: str, value: float, name: str) -> None:
+    assert folder_name(target, value) == name
+
+
+def made(*steps: int) -> Family:
+    members = (
+        Member(f"parameters-0.{9 - step}", step, 0.9 - step / 10, 9e5 - step, 9e5, 900, {"f1": 0.5 + step / 10}) for step in steps
+    )
+    return Family("target_parameters", 1e6, tuple(members))
+
+
+def test_a_family_drops_what_a_resumed_run_makes_anew_and_what_another_run_made(tmp_path: Path) -> None:
+    targets = {1: 0.8, 2: 0.7, 3: 0.6}
+    second = made(2).members[0]
+    assert made(1, 2, 3).with_member(second, targets) == made(1, 2)
+    assert made(1).with_member(second, {1: 0.85, 2: 0.7}) == made(2)
+    assert Family.load(tmp_path) is None
+    made(1, 2).save(tmp_path)
+    assert Family.load(tmp_path) == made(1, 2)
+    (tmp_path / "family.json").write_text('{"target": "target_speedup", "dense": 1.0, "members": [{"folder": "a"}]}')
+    with pytest.raises(ConfigError, match=r"family\.json: members\[0\]\.step=None: must be given"):
+        Family.load(tmp_path)
+
+
+def test_a_card_shows_the_family_and_what_was_asked(tmp_path: Path) -> None:
+    budget = {"target": "target_parameters", "asked": 0.5, "predicted": 499000.0, "measured": 499000.0}
+    facts = CardFacts(metrics_before={"f1": 0.9}, budget=budget, family=made(1, 2).to_dict())
+    text = str(write_card(tmp_path, tiny_bert(), config(target_parameters=[0.8, 0.7]), facts))
+    assert CardFacts.load(tmp_path) == facts
+    for line in (
+        "| target: parameters | asked for 0.5 of what the dense model has; predicted 499,000; measured 499,000 |",
+        "| folder | asked | predicted | measured | parameters | f1 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `parameters-0.8` | 0.8 | 899,999 | 900,000 | 900 | 0.6 |",
+        r"| rules\[0\] | head | parameters 0.8, 0.7, shared | magnitude | global | cubic | all that the pattern fits |",
+    ):
+        assert line in text.splitlines()
+    assert f"]({PICTURES}/family.png)" in text
+    with Image.open(tmp_path / PICTURES / "family.png") as image:
+        assert len(image.convert("L").getcolors() or []) > 20
+    assert "parameters-0.7" in str(made(1, 2))
+    with pytest.raises(ConfigError, match=r"family\.members\[0\]\.stop"):
+        CardFacts(family={"target": "t", "dense": 1.0, "members": [{"stop": 1}]})
+
+
+def test_points_are_measured_or_else_predicted() -> None:
+    first, second = made(1, 2).members
+    family = Family("target_parameters", 1.0, (Member(**vars(first) | {"measured": None}), second))
+    assert family.points("f1") == {"parameters-0.8": (first.predicted, 0.6), "parameters-0.7": (second.measured, 0.7)}
+    assert family.points("accuracy") == {}
+
+
+def test_the_card_of_a_run_says_what_was_asked_and_predicted(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, config(target_parameters=0.8), callbacks=[ModelCardCallback()])
+    dense = trainer.model.num_parameters()
+    trainer.train()
+    left = condense(copy.deepcopy(trainer.model)).num_parameters()
+    assert CardFacts.load(tmp_path).budget == {"target": "target_parameters", "asked": 0.8, "predicted": left}
+    assert left <= 0.8 * dense
+    assert (
+        f"| target: parameters | asked for 0.8 of what the dense model has; predicted {left:,} |"
+        in (tmp_path / "README.md").read_text()
+    )
+
+
+def test_the_card_of_a_model_pruned_without_training_does_too(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path / "dense")
+    settings = PruningConfig(rules=rules("bert"), target_parameters=0.8)
+    made = prune_to_folder(model, tmp_path / "dense", tmp_path / "small", settings, [ragged_batch(model, rows=6)])
+    assert CardFacts.load(tmp_path / "small").budget == {"target": "target_parameters", "asked": 0.8, "predicted": made.parameters}

@@ -17,6 +17,7 @@ from ..model.wrappers import bare_model, transformers_model
 from ..settings.checks import dataclass_from_dict
 from ..settings.config import PruningConfig
 from .card import CardFacts, without_folders, write_card
+from .family import Family
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +94,21 @@ class ModelCardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         facts = self.facts
-        listed = {name: getattr(args, name) for name in _LISTED}
-        settings = {name: getattr(value, "value", value) for name, value in listed.items()}
-        facts.training = facts.training | settings | {"steps": state.global_step}
-        facts.history = [_history(entry) for entry in state.log_history]
+        facts.training = facts.training | training_facts(args, state)
+        facts.history = history_facts(state)
         if args.load_best_model_at_end:
             best = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
             facts.metrics = next((found for entry in best if (found := evaluated(entry))), facts.metrics)
         callbacks: Any = state.stateful_callbacks
         stored = callbacks.get("PruningCallback")
-        self._over = bare_model(model), PruningConfig.from_dict(stored["args"]["config"]) if stored else None
+        config = PruningConfig.from_dict(stored["args"]["config"]) if stored else None
+        if config is not None and config.cost_target is not None:
+            cost = config.cost_target.removeprefix("target_")
+            predicted = next((entry[cost] for entry in reversed(state.log_history) if cost in entry), None)
+            facts.budget = {"target": config.cost_target, "asked": config.cost_targets[-1], "predicted": predicted}
+        family = Family.load(str(args.output_dir)) if config is not None and config.is_family else None
+        facts.family = {} if family is None else family.to_dict()
+        self._over = bare_model(model), config
         self.write(args, state)
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -133,9 +139,17 @@ def _leaving_card(stock: Callable[..., None], trainer: Trainer, *args: Any, **kw
             callback.write(trainer.args, trainer.state)
 
 
-def _history(entry: Mapping[str, float]) -> dict[str, float]:
-    kept = {name: entry[name] for name in ("step", "sparsity", "reached_sparsity", "target_sparsity") if name in entry}
-    return kept | evaluated(entry)
+def training_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """What a card lists of a run that has come to some step."""
+    listed = {name: getattr(args, name) for name in _LISTED}
+    settings = {name: getattr(value, "value", value) for name, value in listed.items()}
+    return settings | {"steps": state.global_step}
+
+
+def history_facts(state: TrainerState) -> list[dict[str, float]]:
+    """What a card shows of what a run has logged so far."""
+    names = ("step", "sparsity", "reached_sparsity", "target_sparsity")
+    return [{name: entry[name] for name in names if name in entry} | evaluated(entry) for entry in state.log_history]
 
 
 wrap(Trainer, "create_model_card", _leaving_card)  # here, so that it holds wherever a callback is, also one that was unpickled

@@ -29,7 +29,7 @@ from ..condense import condense_plan, needs_hf_prune
 from ..files import read_object, write_text
 from ..measure.latency import Comparison, Cost
 from ..measure.memory import megabytes
-from ..measure.plots import plot_history, plot_kept, plot_latency
+from ..measure.plots import plot_family, plot_history, plot_kept, plot_latency
 from ..measure.sparsity import BlockSize, evaluated, original_blocks, sparsity_report, stock_twin, total_sparsity
 from ..model import SPECS
 from ..model.wrappers import transformers_model
@@ -37,6 +37,7 @@ from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import WHILE_TRAINING, WITHOUT_TRAINING, PruningConfig
 from ..settings.errors import within
 from ..version import __version__
+from .family import Family, number
 from .files import MODULES_NAME
 
 CARD_NAME = "README.md"
@@ -52,6 +53,7 @@ _CAPTIONS = {
     "kept.png": "Heads and neurons kept in each layer",
     "history.png": "Sparsity and metric over the optimizer steps",
     "latency.png": "Metric against latency",
+    "family.png": "Metric against speed or size over the family",
 }
 #: Auto classes that load a model for what hardly anybody wants.
 _ENCODERS = ("AutoModelForPreTraining", "AutoModelForTextEncoding")
@@ -76,6 +78,9 @@ class CardFacts:
             trained.
         history: `step`, with `sparsity`, `reached_sparsity`, `target_sparsity` and metrics where they were logged.
         comparison: a [`Comparison`] as a dictionary.
+        budget: of a target in costs its field as `target`, and what was `asked`, what that became as `predicted` by the costs of
+            what was pruned, and as `measured` of the condensed model, as far as that is known.
+        family: of a run to several targets, what it made: a [`Family`] as a dictionary.
 
     Raises:
         ConfigError: a value is not of its field's type.
@@ -96,17 +101,23 @@ class CardFacts:
     calibration: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     comparison: dict[str, Any] | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
+    family: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(self)
         if self.comparison is not None:
             with within("comparison."):
                 Comparison.from_dict(self.comparison)
+        if self.family:
+            with within("family."):
+                Family.from_dict(self.family)
 
     @property
     def main_metric(self) -> str | None:
         """The metric that pictures show."""
-        names = [*self.metrics, *self.metrics_before]
+        members = Family.from_dict(self.family).members if self.family else ()
+        names = [*self.metrics, *self.metrics_before, *(name for member in members for name in member.metrics)]
         return self.metric or next((name for name in names if name != "loss"), next(iter(names), None))
 
     @classmethod
@@ -195,6 +206,8 @@ def model_card(
         size_before=_size(twin),
         removable=0 if condensed or stock.config.model_type not in SPECS else condense_plan(stock).parameters,
         comparison=comparison,
+        budget=_budget_row(facts.budget),
+        family=None if not facts.family else _family_rows(Family.from_dict(facts.family)),
         costs=[] if comparison is None else [_cost("dense", comparison.dense), _cost("this model", comparison.model)],
         base_model=(without_folders(facts.base_model) or "").removeprefix("./"),
         metrics=_metric_rows(facts),
@@ -247,6 +260,9 @@ def write_pictures(folder: Path, blocks: tuple[BlockSize, ...], facts: CardFacts
         costs = ("dense", facts.metrics_before), ("model", facts.metrics)
         points = {name: (facts.comparison[name]["milliseconds"], values[metric]) for name, values in costs}
         figures["latency.png"] = plot_latency(points, metric)
+    if facts.family and metric is not None and (points := (family := Family.from_dict(facts.family)).points(metric)):
+        dense = {"dense": (family.dense, facts.metrics_before[metric])} if metric in facts.metrics_before else {}
+        figures["family.png"] = plot_family(dense | points, metric, family.cost)
     target = folder / PICTURES
     if figures:
         target.mkdir(parents=True, exist_ok=True)
@@ -399,6 +415,29 @@ def _target(rule: PruningConfig) -> str:
     cost = rule.cost_target
     values = ", ".join(f"{value:g}" for value in rule.cost_targets)
     return f"{rule.sparsity:g}" if cost is None else f"{cost.removeprefix('target_')} {values}, shared"
+
+
+def _budget_row(budget: Mapping[str, Any]) -> dict[str, str] | None:
+    """A target in costs, in words: what it is of, and what became of it."""
+    if not budget:
+        return None
+    asked, cost = budget["asked"], str(budget["target"]).removeprefix("target_")
+    share = " of what the dense model has" if cost != "speedup" and asked < 1 else ""
+    became = [f"{name} {number(budget[name])}" for name in ("predicted", "measured") if budget.get(name) is not None]
+    return {"name": cost, "words": "; ".join([f"asked for {asked:,.6g}{share}", *became])}
+
+
+def _family_rows(family: Family) -> dict[str, Any]:
+    """The table of a family: its header and its rows."""
+    metrics = list(dict.fromkeys(name for member in family.members for name in member.metrics))
+    rows = []
+    for member in family.members:
+        values = (member.predicted, member.measured, member.parameters, *(member.metrics.get(name) for name in metrics))
+        rows.append([as_code(member.folder), f"{member.asked:,.6g}", *map(number, values)])
+    return {
+        "header": [as_text(name) for name in ("folder", "asked", "predicted", "measured", "parameters", *metrics)],
+        "rows": rows,
+    }
 
 
 def _cost(name: str, cost: Cost) -> dict[str, str]:

@@ -32,7 +32,7 @@ def save_made_from(
         ValueError: there is something at `out`, or something in `source` cannot be read; see [`CardFacts.load`].
     """
     facts = CardFacts.load(source)
-    facts.comparison = None  # it was measured on the other model
+    facts.comparison, facts.family = None, {}  # the first was measured on the other model, the second lies beside it
     config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
     with new_folder(out, replace) as folder:
         return write_made_from(model, source, folder, config, facts)

@@ -1,4 +1,4 @@
-"""Plots for a model card: what was kept, the training history, metric against latency. They need matplotlib (the extra `plot`)."""
+"""Plots for a card: what was kept, the history, the metric against latency or over a family. They need matplotlib (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -103,6 +103,33 @@ def plot_latency(points: Mapping[str, tuple[float, float]], metric: str) -> Figu
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     figure.suptitle("Metric against latency", fontsize=11)
+    return figure
+
+
+#: What a family differs in → how its axis is called.
+_AXES = {"speedup": "times as fast as the dense model", "flops": "operations of a row"}
+
+
+def plot_family(points: Mapping[str, tuple[float, float]], metric: str, cost: str) -> Figure:
+    """The metric against speed or size over the models that one run made.
+
+    Args:
+        points: name → what the model has of the cost, metric. One named `dense` is what they came from.
+        metric: its name.
+        cost: `speedup`, `parameters`, `flops` or `bytes`.
+    """
+    figure = _figure(6.4, 3.6)
+    axes = figure.subplots()
+    places = sorted(points.values())
+    axes.plot([x for x, _ in places], [y for _, y in places], color=_BLUE, alpha=0.4, zorder=2)
+    for name, (x, y) in points.items():
+        axes.scatter(x, y, color=_GREY if name == "dense" else _BLUE, s=50, zorder=3)
+        axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15, y=0.2)
+    axes.set_xlabel(_AXES.get(cost, cost))
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    figure.suptitle(f"{metric} against {cost}", fontsize=11)
     return figure
 
 

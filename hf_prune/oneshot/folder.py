@@ -137,6 +137,8 @@ def prune_to_folder(
             history=[],
             comparison=None,
             calibration={**(settings or {}), **listed},
+            budget=_budget(config, report),
+            family={},
         )
         left = write_made_from(model, source, folder, config, facts)
         difference = reloading_difference(model, folder)
@@ -151,6 +153,13 @@ def prune_to_folder(
         left_out=left,
         report=report,
     )
+
+
+def _budget(config: PruningConfig, report: PruneReport) -> dict[str, Any]:
+    """What the card says of a target in costs."""
+    if config.cost_target is None:
+        return {}
+    return {"target": config.cost_target, "asked": config.cost_targets[0], "predicted": next(iter(report.budget.values()))}
 
 
 def reloading_difference(model: PreTrainedModel, folder: str | os.PathLike[str]) -> float:
