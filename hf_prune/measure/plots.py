@@ -1,4 +1,4 @@
-"""Plots for a card: what was kept, the history, the metric against latency or over a family. They need matplotlib (extra `plot`)."""
+"""Plots for a card: what was kept, the history, the metric against latency or over a family. They need matplotlib (`plot`)."""
 
 from __future__ import annotations
 
