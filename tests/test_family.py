@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import copy
+import logging
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import snapshot, tiny_bert, trainer_for
+from distillation_cases import tokenizer
+from helpers import ROWS, arguments, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
 from models import ragged_batch
 from PIL import Image
+from test_attached import hooks
 from test_costs import rules, table_of
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from hf_prune import CardFacts, ConfigError, ModelCardCallback, Pruner, PruningConfig, condense, prune
+from hf_prune import (
+    CardFacts,
+    ConfigError,
+    DistillationTrainer,
+    ModelCardCallback,
+    Pruner,
+    PruningConfig,
+    condense,
+    prune,
+)
 from hf_prune.hub.card import PICTURES, write_card
 from hf_prune.hub.family import Family, Member, folder_name
 from hf_prune.oneshot.folder import prune_to_folder
+from hf_prune.pruning.costs import counted
 
 #: Twelve steps, two targets of six steps each, the last of which is for recovery.
 FAMILY: dict[str, Any] = {"criterion": "magnitude", "warmup_steps": 0, "cooldown_steps": 2, "frequency": 2}
@@ -241,3 +258,152 @@ def test_the_card_of_a_model_pruned_without_training_does_too(tmp_path: Path) ->
         model, tmp_path / "dense", tmp_path / "small", settings, [ragged_batch(model, rows=6, seed=seed) for seed in range(2)]
     )
     assert CardFacts.load(tmp_path / "small").budget == {"target": "target_parameters", "asked": 0.8, "predicted": made.parameters}
+
+
+# ----------------------------------------------------------------------------------------------------------------------- a Trainer
+
+
+class AtStepEnd(TrainerCallback):
+    """Keeps a copy of the model after some steps, and whatever could change under a run that goes on, after every step."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps, self.models, self.seen = steps, {}, []  # type: ignore[var-annotated]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if state.global_step in self.steps:
+            self.models[state.global_step] = copy.deepcopy(model).eval()
+        modules = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        gradients = [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
+        random_states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        self.seen.append((modules, gradients, random_states, vars(control).copy(), torch.get_num_threads()))
+
+
+def drawing(prediction: Any) -> dict[str, float]:
+    """A metric that draws from every generator."""
+    return {"drawn": random.random() + float(np.random.rand()) + float(torch.rand(()))}
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "gradients": {"keep_zeros": True},
+    "activations": {"criterion": "wanda", "schedule": "lottery"},
+    "learned": {"criterion": "movement"},
+}
+
+
+def run(folder: Path, settings: dict[str, Any], kind: Any = Trainer, **overrides: Any) -> tuple[Trainer, AtStepEnd]:
+    given = {"target_parameters": [0.9, 0.8]} if not any(name.startswith("target") for name in settings) else {}
+    callback = AtStepEnd(6, 12)
+    evaluated = {"eval_dataset": ROWS[:16], "eval_strategy": "steps", "eval_steps": 4, "compute_metrics": drawing}
+    trainer = trainer_for(
+        folder,
+        config(**{"criterion": "snip_momentum"} | given | settings),
+        with_dropout(0),
+        kind,
+        **{"callbacks": [callback], "logging_steps": 1} | evaluated | overrides,
+    )
+    trainer.train()
+    return trainer, callback
+
+
+def logged(trainer: Trainer) -> list[dict[str, float]]:
+    timed = ("runtime", "per_second", "total_flos")
+    return [{key: value for key, value in log.items() if not key.endswith(timed)} for log in trainer.state.log_history]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What lies in the folders of the members, and the record of them, without pictures."""
+    found = [*folder.glob("parameters-*/*"), folder / "family.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", [*RUNS, "distilled"])
+def test_a_run_goes_on_as_if_nothing_had_been_saved(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Any = Trainer
+    if name == "distilled":
+        kind = partial(DistillationTrainer, teacher=tiny_bert(seed=5), distillation={"alpha_hidden": 1.0})
+    overrides = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} if name == "learned" else {}
+    trainer, seen = run(tmp_path / "family", RUNS.get(name, {}), kind, **overrides)
+    monkeypatch.setattr("hf_prune.training.callback.save_member", lambda *args: None)
+    plain, wanted = run(tmp_path / "plain", RUNS.get(name, {}), kind, **overrides)
+    assert not [path for path in (tmp_path / "plain").iterdir() if path.name.startswith(("parameters", "family"))]
+    assert_equal(snapshot(trainer.model), snapshot(plain.model))
+    assert_equal(pruner_of(trainer).state_dict(), pruner_of(plain).state_dict())
+    assert logged(trainer) == logged(plain)
+    assert seen.seen == wanted.seen
+    assert {path.name for path in (tmp_path / "family").iterdir()} == {
+        "parameters-0.9",
+        "parameters-0.8",
+        "family.json",
+        "pictures",
+    }
+
+
+def test_members_compute_what_the_model_did_when_it_met_their_target(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        {},
+        processing_class=tokenizer(),
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=1,
+        compute_metrics=None,
+        callbacks=[seen := AtStepEnd(6, 12), ModelCardCallback(dataset="glue")],
+    )
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+    family = Family.load(tmp_path)
+    assert family is not None
+    assert (family.target, family.dense) == ("target_parameters", tiny_bert().num_parameters())
+    assert [(member.folder, member.step, member.asked) for member in family.members] == [
+        ("parameters-0.9", 6, 0.9),
+        ("parameters-0.8", 12, 0.8),
+    ]
+    for member in family.members:
+        folder = tmp_path / member.folder
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        batch = ragged_batch(model)
+        torch.testing.assert_close(model(**batch).logits, seen.models[member.step](**batch).logits, rtol=0, atol=1e-5)
+        assert model.num_parameters() == member.parameters == member.predicted == member.measured
+        assert member.parameters <= member.asked * family.dense
+        evaluated = Trainer(model, arguments(tmp_path / "other"), eval_dataset=ROWS[:16]).evaluate()
+        assert member.metrics == {"loss": pytest.approx(evaluated["eval_loss"], abs=1e-6)}
+        facts = CardFacts.load(folder)
+        assert (facts.metrics, facts.dataset, facts.model_name) == (member.metrics, "glue", f"{tmp_path.name}-{member.folder}")
+        assert facts.budget == {
+            "target": "target_parameters",
+            **{name: getattr(member, name) for name in ("asked", "predicted", "measured")},
+        }
+        assert (facts.training["steps"], facts.history[-1]["step"]) == (member.step, member.step - 1 if member.step == 6 else 11)
+        assert PruningConfig.from_pretrained(folder).cost_targets == [0.9, 0.8]
+        assert {"tokenizer.json", "tokenizer_config.json", "README.md"} <= {path.name for path in folder.iterdir()}
+        assert not (folder / "training_args.bin").exists()
+    assert CardFacts.load(tmp_path).family == family.to_dict()
+    assert f"]({PICTURES}/family.png)" in (tmp_path / "README.md").read_text()
+    assert CardFacts.load(tmp_path).budget["asked"] == 0.8
+
+
+def test_a_member_is_logged_in_a_line_and_without_data_it_is_saved_without_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "hf_prune"):
+        run(tmp_path, {"target_flops": [0.9, 0.85]}, eval_dataset=None, eval_strategy="no", compute_metrics=None)
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_prune.training.family"]
+    family = Family.load(tmp_path)
+    assert family is not None
+    assert [line.partition(" is complete at step ")[0] for line in lines] == ["flops-0.9", "flops-0.85"]
+    assert lines[0].endswith("parameters; not evaluated.")
+    for member in family.members:
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / member.folder)
+        assert member.metrics == {}
+        assert counted(model.eval(), "target_flops", 128) == member.measured == pytest.approx(member.predicted)
+    assert not (tmp_path / PICTURES).exists()
+
+
+def test_a_copy_has_none_of_the_hooks_and_costs_no_statistics() -> None:
+    pruner = Pruner(tiny_bert(), config(target_parameters=[0.9, 0.8], criterion="wanda"), total_steps=12)
+    own = torch.nn.Module.register_forward_hook(pruner.model, lambda *args: None)
+    before, copied = hooks(pruner.model), pruner.copied()
+    assert (hooks(copied), hooks(pruner.model)) == ([""], before)
+    assert len(before) > 5
+    own.remove()
+    assert_equal(snapshot(copied), snapshot(pruner.model))

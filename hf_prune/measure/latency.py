@@ -100,6 +100,7 @@ def compare(
     tokens: int = 128,
     repeats: int = 30,
     track: Callable[[range], Iterable[int]] = iter,
+    threads: int = 1,
 ) -> Comparison:
     """Measure latency and memory of a model and of the dense one it came from, in turn, on a batch of full rows of random inputs.
 
@@ -111,19 +112,21 @@ def compare(
         tokens: length of the rows, but no more than the model has positions for; images and sounds have sizes of their own.
         repeats: timed forward passes of each model.
         track: wraps the rounds of measuring, to show progress.
+        threads: of the CPU; see [`benchmark`].
     """
     reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")
     twin: Any = stock_twin(model) if dense is None else dense
     models = {"dense": twin.to(model.device), "model": model}
     inputs = sample_batch(models["dense"], rows, tokens, shortest=tokens)
-    times = benchmark(models, inputs, repeats, track)
+    times = benchmark(models, inputs, repeats, track, threads)
     costs = {
         name: Cost(one.num_parameters(), weight_bytes(one), activation_bytes(one, inputs), times[name])
         for name, one in models.items()
     }
     shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
-    clock = "time" if model.device.type == "cuda" else "CPU time"
-    protocol = f"batch of {shape}, {model.dtype}, {model.device.type}, one thread, {clock}, median of {repeats} forwards in turn"
+    clock = "CPU time" if model.device.type == "cpu" and threads == 1 else "time"
+    run = f"{model.dtype}, {model.device.type}, {'one thread' if threads == 1 else f'{threads} threads'}, {clock}"
+    protocol = f"batch of {shape}, {run}, median of {repeats} forwards in turn"
     return Comparison(costs["dense"], costs["model"], reference, protocol)
 
 
@@ -132,26 +135,28 @@ def benchmark(
     inputs: Mapping[str, torch.Tensor],
     repeats: int = 30,
     track: Callable[[range], Iterable[int]] = iter,
+    threads: int = 1,
 ) -> dict[str, float]:
-    """Milliseconds of CPU time (CUDA: of time) that each model takes for a batch: the median of `repeats` forwards on one thread.
+    """Milliseconds that each model takes for a batch, the median of `repeats` forwards: of CPU time on one thread; on more, and on
+    CUDA, of time.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
     processes take. The first turn warms up and is not counted.
     """
-    threads, device = torch.get_num_threads(), next(iter(inputs.values())).device
+    before, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             for _ in track(range(repeats + 1)):
                 for name, model in models.items():
                     model.eval()
-                    start = now(device)
+                    start = now(device, threads)
                     model(**inputs)
-                    seconds[name].append(now(device) - start)
+                    seconds[name].append(now(device, threads) - start)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         for name, model in models.items():
             model.train(training[name])
     return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}

@@ -42,6 +42,7 @@ class Costs:
         measured: what the levels were measured as, block by block; None if each unit of a group costs the same, so that any number
             of them is a level.
         layers: layer → its blocks, where whole layers are units.
+        setting: at which they were timed, as a [`LatencyTable`] has it, if that was on this machine.
     """
 
     target: str
@@ -49,6 +50,7 @@ class Costs:
     levels: Callable[[UnitGroup], Levels]
     measured: Mapping[str, Levels] | None = None
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    setting: Mapping[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was measured, since it cannot be measured the same again; empty where costs follow from the model."""
@@ -59,7 +61,7 @@ class Costs:
         """The same as they were measured another time."""
         names = dict.fromkeys(key.removeprefix("blocks/").rpartition("/")[0] for key in state if key != "total")
         blocks = {name: Levels(state[f"blocks/{name}/left"], state[f"blocks/{name}/costs"]) for name in names}
-        return of_table(float(state["total"]), blocks, self.layers)
+        return of_table(float(state["total"]), blocks, self.layers, self.setting)
 
     def needed(self, value: float) -> float:
         """The cost that has to go for a target: a factor for a speed-up, else what is to be kept, below 1 a share of the total."""
@@ -142,6 +144,14 @@ def model_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     return COSTS[name](model, config, groups)
 
 
+def counted(model: nn.Module, target: str, length: int) -> float:
+    """What a model has, of what a target counts: parameters or bytes, each parameter once, or operations of a row of a length."""
+    if target == "target_flops":
+        inner: Any = transformers_model(model)
+        return count_flops(inner, sample_batch(inner, 1, length, shortest=length))[0]
+    return float(sum(part.numel() * (part.element_size() if target == "target_bytes" else 1) for part in model.parameters()))
+
+
 def _each(target: str, total: float, unit: Callable[[UnitGroup], float]) -> Costs:
     """Costs of which each unit of a group has the same."""
 
@@ -154,18 +164,17 @@ def _each(target: str, total: float, unit: Callable[[UnitGroup], float]) -> Cost
 
 def _parameter_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Parameters of the whole model, each once."""
-    total = float(sum(parameter.numel() for parameter in model.parameters()))
+    total = counted(model, "target_parameters", 0)
     return _each("target_parameters", total, lambda group: sum(view.height * view.width for view in _views(group)))
 
 
 def _byte_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Bytes of the parameters of the whole model."""
-    total = float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
     def unit(group: UnitGroup) -> float:
         return sum(view.height * view.width * view.target.parameter.element_size() for view in _views(group))
 
-    return _each("target_bytes", total, unit)
+    return _each("target_bytes", counted(model, "target_bytes", 0), unit)
 
 
 def _flop_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
@@ -212,7 +221,8 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
         table = LatencyTable.load(config.latency_table)
         table.check(model, elsewhere=True)
     costs = of_table(table.total, {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model))
-    for _ in range(_CORRECTIONS if table.is_from_here(model) and not shards else 0):
+    here = table.is_from_here(model)
+    for _ in range(_CORRECTIONS if here and not shards else 0):
         sizes = [_likely(costs, value, groups, config.max_sparsity_per_module) for value in config.cost_targets]
         blocks = costs.measured or {}
         removed = sum(float(blocks[name].costs[-1]) - blocks[name].cost(left) for units in sizes for name, left in units.items())
@@ -222,7 +232,8 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
             costs = of_table(table.total, {name: levels.saving(share) for name, levels in blocks.items()}, costs.layers)
     mean = partial(_mean, device=next(model.parameters()).device)
     blocks = {name: Levels(levels.left, mean(levels.costs)) for name, levels in (costs.measured or {}).items()}
-    return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks, costs.layers)
+    total = float(mean(torch.tensor(table.total, dtype=torch.float64)))
+    return of_table(total, blocks, costs.layers, table.setting if here else None)
 
 
 def _mean(value: Tensor, device: torch.device) -> Tensor:
@@ -245,13 +256,19 @@ def _likely(costs: Costs, value: float, groups: Sequence[UnitGroup], cap: float)
     return units
 
 
-def of_table(total: float, blocks: Mapping[str, Levels], layers: Mapping[str, Sequence[str]] | None = None) -> Costs:
+def of_table(
+    total: float,
+    blocks: Mapping[str, Levels],
+    layers: Mapping[str, Sequence[str]] | None = None,
+    setting: Mapping[str, Any] | None = None,
+) -> Costs:
     """The costs of a speed-up.
 
     Args:
         total: milliseconds of the whole model.
         blocks: block → milliseconds by the number of its heads or neurons.
         layers: layer → its blocks; what a layer costs beside them is not counted.
+        setting: see [`Costs`].
     """
     layers = layers or {}
 
@@ -259,7 +276,7 @@ def of_table(total: float, blocks: Mapping[str, Levels], layers: Mapping[str, Se
         first, *others = (blocks[name].in_units(group.num_units) for name in layers.get(group.name, [group.name]))
         return Levels(first.left, sum((level.costs for level in others), start=first.costs))
 
-    return Costs("target_speedup", total, levels, blocks, layers)
+    return Costs("target_speedup", total, levels, blocks, layers, setting)
 
 
 #: What a budget of `target_sparsity` counts: the weights that the rules name.

@@ -17,6 +17,7 @@ pruner.finish()
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import weakref
@@ -271,8 +272,19 @@ class Pruner:
     @property
     def members(self) -> dict[int, float]:
         """Of a family, the step after which each member is complete → its target; empty where the target is a single one."""
-        ends = [end for budget in self.budgets if budget.costs is not WEIGHTS for end in budget.timeline.ends]
-        return dict(zip(ends, self.config.cost_targets)) if self.config.is_family else {}
+        return dict(zip(self.cost_budget.timeline.ends, self.config.cost_targets)) if self.config.is_family else {}
+
+    @property
+    def cost_budget(self) -> Budget:
+        """The budget that meets the config's target in costs, of which there is one."""
+        return next(budget for budget in self.budgets if budget.costs is not WEIGHTS)
+
+    def copied(self) -> nn.Module:
+        """A copy of the model as it is, without the hooks of this pruner."""
+        found: nn.Module = copy.deepcopy(self.model, {id(rule.seen): rule.seen for rule in self.rules})
+        for rule in self.rules:
+            rule.seen.leave(found)
+        return found
 
     @property
     def is_finished(self) -> bool:

@@ -154,6 +154,13 @@ class Activations:
             handle.remove()
         self._handles.clear()
 
+    def leave(self, model: nn.Module) -> None:
+        """Remove the hooks that a copy of the model was given with it."""
+        for module in model.modules():
+            for handle in self._handles:
+                module._forward_hooks.pop(handle.id, None)
+                module._forward_pre_hooks.pop(handle.id, None)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and numbers of tokens over all processes; statistics without tokens are left out."""
         tokens = {key: summed(value) for key, value in self._tokens_seen.items()}

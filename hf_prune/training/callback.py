@@ -19,6 +19,7 @@ from ..compat import remember_folders, save_between_steps, wrap
 from ..model.sharding import wait_for_all
 from ..pruning import Pruner
 from ..settings.config import WHILE_TRAINING, PruningConfig
+from ..settings.errors import ConfigError
 from .checkpoints import (
     STATE_NAME,
     changed_files,
@@ -28,6 +29,7 @@ from .checkpoints import (
     save_state,
     written,
 )
+from .family import check_family, save_member
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class PruningCallback(TrainerCallback, ExportableState):
     callbacks. Saves its state and `pruning_config.json` in every checkpoint and resumes from it exactly, in any folder. From the
     checkpoint of a run without the callback, pruning starts at the current point of its schedule. A second `train()` on the same
     model keeps the existing masks.
+
+    Where the config's target is a list, a condensed copy of the model is evaluated and saved in `output_dir` as each is reached, in
+    a folder such as `speedup-2.0`, with its card; `family.json` and a picture tell of all. Training goes on as without it.
 
     Args:
         config: a [`PruningConfig`] or a dictionary with its fields.
@@ -125,6 +130,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         stored: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         if isinstance(stored.get(type(self).__name__), list):
             raise ValueError("The Trainer has two PruningCallbacks; give one of them a config with `rules` instead.")
+        if state.is_hyper_param_search and self.config.is_family:
+            allowed = "is a family, of which each trial would replace the last one's; search with one target."
+            raise ConfigError(name := str(self.config.cost_target), getattr(self.config, name), allowed)
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.pruner = self._attached(args, model, state.max_steps, steps_per_epoch)
         try:
@@ -152,6 +160,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._between_steps = args, state  # before `on_step_end`, in which other callbacks may save
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if (asked := self._running.members.get(state.global_step)) is not None:
+            save_member(self._trainer, self._running, self.config, asked)
         # An evaluation draws random numbers. The one at the end of an epoch normally runs after the checkpoint of its last step, so
         # a run resumed from there would draw different ones. Run it before, as `eval_strategy="steps"` does.
         epoch = float(state.epoch or 0)
@@ -218,9 +228,16 @@ class PruningCallback(TrainerCallback, ExportableState):
     def _attached(self, args: TrainingArguments, model: nn.Module, total_steps: int, steps_per_epoch: float | None) -> Pruner:
         """A new pruner for a run, attached to its model."""
         _refuse(args)
+        if self.config.is_family:
+            check_family(model, self.config, str(args.output_dir))
         pruner = Pruner(model, self.config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         pruner.at_work = self._in_training
         return pruner
+
+    @property
+    def _trainer(self) -> Trainer:
+        """The Trainer that calls this callback."""
+        return next(trainer for trainer in reversed(_AT_WORK) if self in trainer.callback_handler.callbacks)
 
     def _in_training(self) -> bool:
         """Whether a `train()` that calls this callback is running, on any thread; no event reports that one was interrupted."""
