@@ -531,6 +531,14 @@ def test_importance_is_the_squared_gradient_of_what_a_layer_gives(family: str, h
             torch.testing.assert_close(found[name].tokens[number], gradient.square().sum(dim=-1), rtol=1e-3, atol=1e-9)
 
 
+def test_autocast_has_no_say() -> None:
+    plain, mixed = tiny_bert(), tiny_bert()
+    prune(plain, config(), batches(plain))
+    with torch.autocast("cpu", torch.bfloat16):
+        prune(mixed, config(), batches(mixed))
+    assert_equal(snapshot(plain), snapshot(mixed))
+
+
 def test_a_forward_that_a_layer_has_of_its_own_stays() -> None:
     """As accelerate's hooks put one there."""
     model = tiny_bert()

@@ -183,20 +183,23 @@ def test_calibration_in_evaluation_mode_counts_only_where_it_is_meant_to() -> No
     assert pruner.sparsity() == 0.5
 
 
-def test_statistics_are_means_over_tokens_that_are_no_padding() -> None:
-    model = tiny_bert(num_hidden_layers=1).double().eval()
+@pytest.mark.parametrize("mixed", [False, True])
+def test_statistics_are_means_over_tokens_that_are_no_padding(mixed: bool) -> None:
+    """Under autocast of what the model computes there, with sums that are as exact."""
+    model = tiny_bert(num_hidden_layers=1).to(torch.float32 if mixed else torch.float64).eval()
     pruner = Pruner(model, PruningConfig(pattern="neuron"), total_steps=2)
     (target,) = [view.target for group in pruner.rules[0].groups for view in group.weights if not view.owns_rows]
     layer = model.get_submodule(target.module_name)
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     activations = Activations(model, {"second_moments": [target], "squared_inputs": [target]})
-    with torch.no_grad(), activations.calibrating():
+    with torch.no_grad(), activations.calibrating(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         batches = [ragged_batch(model, seed=seed) for seed in range(3)]
         for batch in batches:
             model(**batch)
     handle.remove()
-    inputs = torch.cat([values[batch["attention_mask"].bool()] for values, batch in zip(seen, batches)])
+    inputs = torch.cat([values[batch["attention_mask"].bool()] for values, batch in zip(seen, batches)]).double()
+    assert seen[0].dtype == (torch.bfloat16 if mixed else torch.float64)
     torch.testing.assert_close(
         activations.mean("second_moments", target).double(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6
     )

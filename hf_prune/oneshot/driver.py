@@ -157,7 +157,8 @@ def prune(
     if database is not None:
         units = {item.name: item.group.num_units for item in work if item.rule.criterion.scores_remainders}
         levels = Database(database, fingerprints(model, rows, units, seed))
-    with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad():
+    full = torch.autocast(model.device.type, enabled=False)  # which would round sums to half precision
+    with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad(), full:
         before = predictions(model, rows)
         passes = _Passes(model, rules, rows, work, levels, offload_folder, progress)
         predicted = _choose(model, rules, rows, passes, labels, seed)

@@ -204,8 +204,9 @@ class Activations:
             if tokens is not None and inputs.shape[:-1] == tokens.shape:
                 inputs, outputs = inputs[tokens], outputs[tokens]
             inputs, outputs = inputs.flatten(0, -2).float(), outputs.flatten(0, -2).float()
-            # Not in place: the sums kept before this step must not change.
-            self._sums[key] = self._sums[key] + statistic.of(inputs, outputs)
+            with torch.autocast(inputs.device.type, enabled=False):  # which would round products of moments to half precision
+                # Not in place: the sums kept before this step must not change.
+                self._sums[key] = self._sums[key] + statistic.of(inputs, outputs)
             self._tokens_seen[key] = self._tokens_seen[key] + len(outputs)
 
         return hook
