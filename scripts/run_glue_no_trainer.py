@@ -34,6 +34,7 @@ from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, Sche
 
 from hf_prune import (
     CardFacts,
+    ConfigError,
     DistillationArguments,
     DistillationConfig,
     Pruner,
@@ -248,6 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     model_args, data_args, args, pruning_args, distillation_args = parsed
     pruning, distillation = pruning_args.to_config(), distillation_args.to_config()
+    if pruning is not None and pruning.is_family:
+        name = str(pruning.cost_target)
+        raise ConfigError(name, getattr(pruning, name), "is a family, which run_glue.py makes; give one target.")
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,

@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "movement": {"pattern": "1x1", "criterion": "movement"},
     "distillation": {"pattern": "head", "criterion": "taylor"},
     "activations": {"pattern": "neuron", "criterion": "apoz"},
+    "family": {"rules": [{"pattern": "head"}, {"pattern": "neuron"}], "target_parameters": [0.9, 0.8]},
 }
 
 KINDS = KILLED_SAVING, KILLED, TERMINATED, TERMINATED_AND_KILLED = (
@@ -55,6 +56,9 @@ SAVING: dict[str, Any] = {
     "enable_jit_checkpoint": True,
     "lr_scheduler_type": "linear",
 }
+
+#: The functions that save.
+SAVES = {"_save_checkpoint", "save_member"}
 
 #: The built-in functions by which a save touches files.
 FILE_CALLS = {
@@ -98,7 +102,7 @@ class Bomb:
         self._since = 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if frame.f_code.co_name == "_save_checkpoint" and event in ("call", "return"):
+        if frame.f_code.co_name in SAVES and event in ("call", "return"):
             self._saving = event == "call"
             self.saves += [0] * self._saving
         if event not in ("call", "c_call"):
@@ -133,6 +137,8 @@ def run(setting: str, folder: Path, bomb: Bomb | None = None, results: Path | No
     results.mkdir(parents=True)
     save_file(job.model.state_dict(), results / "model.safetensors")
     save_file(pruner_of(job).state_dict(), results / "pruner.safetensors")
+    for made in [path for path in folder.iterdir() if "parameters" in path.name or path.name == "family.json"]:
+        (shutil.copytree if made.is_dir() else shutil.copyfile)(made, results / made.name)
     timed = ("runtime", "per_second", "total_flos", "train_loss")
     history = [*job.state.log_history, job.evaluate()]
     metrics = [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in history]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distillation_cases import tokenizer
+from datasets import Dataset, DatasetDict
+from distillation_cases import WIDE, tokenizer
 from helpers import ROWS, arguments, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
 from models import ragged_batch
 from PIL import Image
 from test_attached import hooks
 from test_costs import rules, table_of
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, default_data_collator
 
 from hf_prune import (
     CardFacts,
     ConfigError,
     DistillationTrainer,
+    LatencyTable,
     ModelCardCallback,
     Pruner,
     PruningConfig,
@@ -32,8 +36,12 @@ from hf_prune import (
 )
 from hf_prune.hub.card import PICTURES, write_card
 from hf_prune.hub.family import Family, Member, folder_name
+from hf_prune.measure.latency import Comparison, compare
+from hf_prune.measure.latency_table import device_facts
+from hf_prune.measure.memory import megabytes
 from hf_prune.oneshot.folder import prune_to_folder
 from hf_prune.pruning.costs import counted
+from hf_prune.training.stage import Task, run_stage
 
 #: Twelve steps, two targets of six steps each, the last of which is for recovery.
 FAMILY: dict[str, Any] = {"criterion": "magnitude", "warmup_steps": 0, "cooldown_steps": 2, "frequency": 2}
@@ -278,6 +286,9 @@ class AtStepEnd(TrainerCallback):
         random_states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
         self.seen.append((modules, gradients, random_states, vars(control).copy(), torch.get_num_threads()))
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(state.global_step)
+
 
 def drawing(prediction: Any) -> dict[str, float]:
     """A metric that draws from every generator."""
@@ -407,3 +418,166 @@ def test_a_copy_has_none_of_the_hooks_and_costs_no_statistics() -> None:
     assert len(before) > 5
     own.remove()
     assert_equal(snapshot(copied), snapshot(pruner.model))
+
+
+def test_a_run_that_breaks_off_while_a_member_is_written_leaves_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on, also from a step before a member that was written, in whose place it puts the same."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "compute_metrics": None}
+    whole_folder, folder = tmp_path / "whole" / "run", tmp_path / "broken" / "run"  # of one name, which cards have
+    whole, _ = run(whole_folder, {}, **saving)
+    written: list[Path] = []
+
+    def broken(member: Path, *args: Any) -> Any:
+        written.append(member)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return write_card(member, *args)
+
+    monkeypatch.setattr("hf_prune.training.family.write_card", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, {}, **saving)
+    made = {path.name for path in (folder).iterdir()}
+    assert made == {"parameters-0.9", "family.json", "pictures", "checkpoint-4", "checkpoint-8"}
+    left = folder / ".parameters-0.8-killed"  # as a process that is killed leaves it
+    left.mkdir()
+    shutil.rmtree(folder / "checkpoint-8")
+    resumed = trainer_for(
+        folder,
+        config(criterion="snip_momentum", target_parameters=[0.9, 0.8]),
+        with_dropout(9),
+        eval_dataset=ROWS[:16],
+        eval_strategy="steps",
+        eval_steps=4,
+        **saving,
+    )
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert_equal(snapshot(resumed.model), snapshot(whole.model))
+    assert files(folder) == files(whole_folder)
+    assert not left.exists()
+
+
+def timed_here(file: Path, model: Any, **setting: Any) -> Path:
+    """A made-up table that says that it was measured on this machine."""
+    table = LatencyTable.load(table_of(model, file))
+    given = {"batch_size": 2, "length": 8, "dtype": "float32", "threads": 1, "runtime": "torch"} | setting
+    replace(table, device=device_facts(torch.device("cpu")), setting=given).save(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("setting", "protocol"),
+    [
+        ({}, "batch of 2 × 8, torch.float32, cpu, one thread, CPU time"),
+        ({"dtype": "bfloat16", "threads": 2}, "batch of 2 × 8, torch.bfloat16, cpu, 2 threads, time"),
+        (None, None),
+    ],
+)
+def test_the_speed_of_a_member_is_measured_where_its_blocks_were(
+    setting: dict[str, Any] | None, protocol: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the setting of the table; and under mixed precision, which is the run's and not the model's."""
+    plain: list[bool] = []
+
+    def compared(model: Any, **given: Any) -> Comparison:
+        plain.append(getattr(model.forward, "__func__", None) is type(model).forward)
+        return compare(model, **given)
+
+    monkeypatch.setattr("hf_prune.training.family.compare", compared)
+    file = tmp_path / "table.json"
+    table = table_of(tiny_bert(), file) if setting is None else timed_here(file, tiny_bert(), **setting)
+    speed = {"target_speedup": [1.05, 1.1], "latency_table": str(table)}
+    trainer, _ = run(tmp_path / "run", speed, bf16=True, compute_metrics=None)
+    family = Family.load(tmp_path / "run")
+    assert family is not None
+    assert (family.dense, [member.folder for member in family.members]) == (1.0, ["speedup-1.05", "speedup-1.1"])
+    for member in family.members:
+        facts = CardFacts.load(tmp_path / "run" / member.folder)
+        assert member.predicted >= member.asked
+        if protocol is None:
+            assert (member.measured, facts.comparison) == (None, None)
+        else:
+            assert facts.comparison is not None
+            assert member.measured == facts.comparison["latency_ratio"] > 0
+            assert facts.comparison["protocol"].startswith(protocol)
+            assert facts.comparison["model"]["parameters"] == member.parameters
+        text = (tmp_path / "run" / member.folder / "README.md").read_text()
+        assert f"| weights on disk | {megabytes(4 * member.parameters)} (" in text
+        saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / member.folder)
+        assert saved.dtype == torch.float32
+    assert plain == ([] if protocol is None else [True, True])
+    assert "_original_forward" in vars(trainer.model)  # else mixed precision was not there to be left out
+
+
+def test_a_reused_classifier_is_that_of_the_step(tmp_path: Path) -> None:
+    """Distillation sets it after each step of the optimizer, before a member is saved."""
+    kind = partial(
+        DistillationTrainer,
+        teacher=tiny_bert(seed=5, **WIDE),
+        distillation={"alpha_task": 0.0, "alpha_logits": 0.0, "alpha_simkd": 1.0},
+    )
+    after: dict[int, torch.Tensor] = {}
+
+    class Logged(TrainerCallback):  # when all callbacks have seen the end of the step
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            after[state.global_step] = kwargs["model"].classifier.weight.clone()
+
+    run(tmp_path, {}, kind, compute_metrics=None, callbacks=[Logged()])
+    for step, folder in ((6, "parameters-0.9"), (12, "parameters-0.8")):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert torch.equal(model.classifier.weight, after[step])
+    assert not torch.equal(after[5], after[6])
+
+
+def test_what_would_fail_at_the_first_member_fails_before_the_first_step(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, config(target_parameters=[0.9, 0.8]))
+    (tmp_path / "family.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"family\.json must hold a JSON object"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_trials_of_a_search_make_no_families(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    trainer = trainer_for(tmp_path, config(target_parameters=[0.9, 0.8]))
+    with pytest.raises(ConfigError, match=r"target_parameters=\[0\.9, 0\.8\]: is a family, of which each trial"):
+        trainer.train(trial=optuna.trial.FixedTrial({}))
+    assert trainer.state.global_step == 0
+
+
+class Overflow(TrainerCallback):
+    """Says of a step what a scaler of gradients says where they overflow: the optimizer skips it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.pruner._skipped = True
+
+
+def test_a_step_that_is_skipped_where_a_stage_ends_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = Overflow(6)
+    trainer = trainer_for(tmp_path, config(target_parameters=[0.9, 0.8], cooldown_steps=0), callbacks=[callback])
+    trainer.add_callback(
+        type("Begun", (TrainerCallback,), {"on_train_begin": lambda *_, **__: setattr(callback, "pruner", pruner_of(trainer))})
+    )
+    with caplog.at_level(logging.WARNING, "hf_prune.training.family"):
+        trainer.train()
+    assert "parameters-0.9 misses its target: the optimizer skipped the step of the last mask update." in caplog.text
+    family = Family.load(tmp_path)
+    assert family is not None
+    assert family.members[0].predicted > 0.9 * family.dense > 0.8 * family.dense >= family.members[1].predicted
+
+
+def test_a_script_prints_the_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS[:16]))
+    task = Task(AutoModelForSequenceClassification.from_pretrained, tokenizer(), data, default_data_collator)
+    args = arguments(tmp_path, num_train_epochs=2, do_train=True, do_eval=True)
+    metrics = run_stage(task, tiny_bert(), args, config(target_parameters=[0.9, 0.8]))
+    family = Family.load(tmp_path)
+    assert family is not None
+    assert str(family) in capsys.readouterr().out
+    assert family.members[-1].metrics["loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    assert {"model.safetensors", "condensed", "parameters-0.9", "parameters-0.8"} <= {path.name for path in tmp_path.iterdir()}

@@ -34,7 +34,9 @@ EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 # ------------------------------------------------------------------------------------------------------------------ killed runs
 
 
-SETTINGS = ["snip_momentum", "movement", "distillation", "activations"]
+SETTINGS = ["snip_momentum", "movement", "distillation", "activations", "family"]
+#: How often runs are killed in the fast tests; the one of a family, which takes long, while it writes the second member.
+KILLS = {"snip_momentum": 4, "movement": 4, "distillation": 4, "family": 1}
 
 
 def kill(settings: list[str], kills: int, folder: Path) -> list[dict[str, Any]]:
@@ -52,7 +54,11 @@ Killed = tuple[Path, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("killed")
-    return folder, kill(SETTINGS[:3], 4, folder)
+    return folder, [
+        report
+        for kills in sorted(set(KILLS.values()))
+        for report in kill([name for name in KILLS if KILLS[name] == kills], kills, folder)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +67,9 @@ def often_killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     return folder, kill(SETTINGS, 12, folder)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:3])
+@pytest.mark.parametrize("setting", KILLS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting: str, killed: Killed) -> None:
-    check_resumed(setting, killed, 4)
+    check_resumed(setting, killed, KILLS[setting])
 
 
 @pytest.mark.slow
@@ -81,16 +87,24 @@ def check_resumed(setting: str, killed: Killed, kills: int) -> list[dict[str, An
     reports = [report for report in every if report["setting"] == setting]
     print("\n".join(str(report) for report in reports))
     assert [report["kind"] for report in reports] == [KINDS[number % 4] for number in range(kills)]
+    assert setting != "family" or reports[0]["save"] in (4, 7), "no kill struck while a member was written"
     whole = home / setting / "results" / "whole"
     for number, report in enumerate(reports):
         folder = home / setting / "results" / str(number)
         for name in ("model.safetensors", "pruner.safetensors"):
             assert_equal(load_file(folder / name), load_file(whole / name))
+        assert files(folder) == files(whole)  # of a family
         ours, history = (json.loads((each / "metrics.json").read_text()) for each in (folder, whole))
         terminated = report["kind"] in (TERMINATED, TERMINATED_AND_KILLED)
         assert report["signal"] in ({0, signal.SIGTERM, signal.SIGKILL} if terminated else {signal.SIGKILL})
         assert ours == history
     return reports
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What lies in the folders of the members of a family, unfinished ones too, and the record of them, without pictures."""
+    found = [*folder.glob("*parameters*/*"), *folder.glob("family.json")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------------------- exact resuming

@@ -149,6 +149,10 @@ def test_resumed_is_uninterrupted(every: str, checkpoint: str, home: Path, tmp_p
         (["--checkpointing_steps", "now"], "checkpointing_steps='now'"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint='nowhere'"),
         (["--mixed_precision", "int8"], "mixed_precision='int8'"),
+        (
+            ["--do_prune", "--pruning_pattern", "head", "--target_speedup", "2", "3"],
+            r"target_speedup=\[2\.0, 3\.0\]: is a family, which run_glue",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -4,6 +4,7 @@
 It writes
 
 - `output_dir`: the trained model; a pruned one keeps its shapes and has true zeros;
+- `output_dir/speedup-2.0` and so on, for each target of a family: the model as it was then, condensed;
 - `output_dir/condensed`: the smaller, equivalent model, if whole heads or neurons were pruned; written all or nothing;
 - `all_results.json` with the metrics as trained (`eval_`), condensed (`condensed_`) and reloaded from disk (`reloaded_`).
 """
@@ -33,6 +34,7 @@ from ..condense import condense, condense_plan, nothing_to_cut
 from ..distillation import DistillationConfig, DistillationTrainer
 from ..files import read_object
 from ..hub import ModelCardCallback, push_to_hub, save_made_from
+from ..hub.family import Family
 from ..measure.sparsity import sparsity_report
 from ..settings.checks import check_share
 from ..settings.config import PruningConfig
@@ -144,7 +146,7 @@ def run_stage(
         predict(trainer, task)
     if pruning is not None:
         if trainer.is_world_process_zero():
-            print(sparsity_report(model))
+            print(*filter(None, (sparsity_report(model), family_of(args, pruning))), sep="\n")
         metrics |= condense_saved(trainer, task, pad_to_multiple_of)
     if args.push_to_hub:
         publish(trainer)
@@ -161,6 +163,11 @@ def make_trainer(
     if distillation is None:
         return Trainer(**settings)
     return DistillationTrainer(teacher=teacher, distillation=distillation, **settings)
+
+
+def family_of(args: TrainingArguments, pruning: PruningConfig) -> Family | None:
+    """What a run to several targets has made."""
+    return Family.load(str(args.output_dir)) if pruning.is_family else None
 
 
 def resumed_checkpoint(args: TrainingArguments) -> str | None:
