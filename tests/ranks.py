@@ -24,7 +24,7 @@ from helpers import arguments, ragged_rows, snapshot
 from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -196,6 +196,24 @@ def ragged(folder: Path) -> Result:
     trainer = trainer_for(folder, config, tiny_bert(), rows=43, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     trainer.train()
     return outcome(trainer)
+
+
+FAMILY: dict[str, Any] = {
+    "rules": [{"pattern": "head"}, {"pattern": "neuron"}],
+    "target_sparsity": None,
+    "target_parameters": [0.95, 0.9],
+    "criterion": "taylor",
+}
+
+
+def family(folder: Path) -> Result:
+    """A run to two targets: what it ends with, and what one process wrote of each."""
+    trainer = trainer_for(folder, FAMILY, tiny_bert())
+    trainer.train()
+    members = json.loads((folder / "family.json").read_text())["members"]
+    weights = {member["folder"]: load_file(folder / member["folder"] / "model.safetensors") for member in members}
+    named = {f"{name}/{key}": value for name, tensors in weights.items() for key, value in tensors.items()}
+    return outcome(trainer) | named | {"members": members, "files": sorted(path.name for path in folder.iterdir())}
 
 
 def distilled(folder: Path) -> Result:
@@ -454,6 +472,11 @@ def trained_in_shards(folder: Path) -> Result:
     return outcome(trainer)
 
 
+def family_in_shards(folder: Path) -> Result:
+    trainer = trainer_for(folder, FAMILY, loaded(folder, fsdp_size=2))
+    return {"error": error_of(trainer.train), "step": trainer.state.global_step}
+
+
 def tensor_parallel(folder: Path) -> Result:
     """The plain loop; every process sees all rows."""
     result = {}
@@ -481,6 +504,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
     "saved": saved,
     "terminated": terminated,
     "ragged": ragged,
+    "family": family,
     "distilled": distilled,
     **{f"student of {task}": student(task) for task in STUDENTS},
     "accelerated": accelerated,
@@ -494,6 +518,7 @@ CASES: dict[str, Callable[[Path], Result]] = {
     "adapted": adapted,
     "flat": flat,
     "trained in shards": trained_in_shards,
+    "family in shards": family_in_shards,
     "tensor parallel": tensor_parallel,
 }
 

@@ -33,7 +33,7 @@ LAUNCHERS = {
 
 FAST = ["sharded taylor heads", "sharded wanda", "sharded movement", "sharded nested", "sharded gpt2", "reloaded movement"]
 SLOW = [name for name in CASES if name.startswith(("sharded", "reloaded")) and name not in FAST]
-IN_SHARDS = [*FAST, "too early", "adapted", "flat", "trained in shards", "tensor parallel"]
+IN_SHARDS = [*FAST, "too early", "adapted", "flat", "trained in shards", "family in shards", "tensor parallel"]
 WHOLE = [name for name in CASES if name not in SLOW + IN_SHARDS]
 
 Runs = Callable[[str], list[Result]]
@@ -106,6 +106,19 @@ def test_a_trainer_on_two_processes_prunes_as_on_one(name: str, two: Runs, tmp_p
     assert_same_run(first, alone)
     assert_same_logs(first["logs"], alone["logs"])
     assert first["logs"][-1]["reached_sparsity"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_family_of_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> None:
+    first, second = two("family")
+    assert_equal(tensors(first), tensors(second))
+    alone = CASES["family"](tmp_path)
+    assert_same_run(first, alone)
+    assert_same_logs(first["logs"], alone["logs"])
+    assert first["files"] == second["files"] == alone["files"]
+    assert [member["folder"] for member in first["members"]] == ["parameters-0.95", "parameters-0.9"]
+    for mine, other in zip(first["members"], alone["members"], strict=True):
+        assert mine["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
+        assert {**mine, "metrics": None} == {**other, "metrics": None}
 
 
 def test_distillation_on_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> None:
@@ -253,6 +266,7 @@ def test_deepspeed_is_refused() -> None:
             "adapted",
             "ConfigError: config.target_modules=None: names 'bert.encoder.layer.0.attention.self.query', which has a LoRA",
         ),
+        ("family in shards", "ConfigError: target_parameters=[0.95, 0.9]: is a family, and the model is sharded over ranks"),
         ("flat", "ConfigError: model='FullyShardedDataParallel': holds weights as flat parameters"),
         ("tensor parallel", "ConfigError: config.criterion='apoz': reads activations, which tensor parallelism splits"),
     ],
