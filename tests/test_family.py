@@ -458,6 +458,23 @@ def test_a_run_that_breaks_off_while_a_member_is_written_leaves_nothing_half_don
     assert not left.exists()
 
 
+def test_a_run_to_speedups_resumes_with_the_costs_it_began_with(tmp_path: Path) -> None:
+    """Those of its state count, not those of a table that has become another meanwhile."""
+    table = tmp_path / "table.json"
+    speed = {"target_speedup": [1.05, 1.2], "latency_table": str(table_of(tiny_bert(), table))}
+    plain = {"eval_dataset": None, "eval_strategy": "no", "compute_metrics": None}
+    whole, _ = run(tmp_path / "whole", speed, save_strategy="steps", save_steps=4, **plain)
+    made = Family.load(tmp_path / "whole")
+    table_of(tiny_bert(), table, 0.2)
+    resumed = trainer_for(tmp_path / "resumed", config(criterion="snip_momentum", **speed), with_dropout(9))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_equal(snapshot(resumed.model), snapshot(whole.model))
+    assert_equal(pruner_of(resumed).state_dict(), pruner_of(whole).state_dict())
+    assert Family.load(tmp_path / "resumed") == made
+    other, _ = run(tmp_path / "other", speed, **plain)
+    assert any(not torch.equal(value, snapshot(whole.model)[name]) for name, value in snapshot(other.model).items())
+
+
 def timed_here(file: Path, model: Any, **setting: Any) -> Path:
     """A made-up table that says that it was measured on this machine."""
     table = LatencyTable.load(table_of(model, file))
@@ -581,3 +598,4 @@ def test_a_script_prints_the_family(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert str(family) in capsys.readouterr().out
     assert family.members[-1].metrics["loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
     assert {"model.safetensors", "condensed", "parameters-0.9", "parameters-0.8"} <= {path.name for path in tmp_path.iterdir()}
+    assert not {"family.json", "parameters-0.9"} & {path.name for path in (tmp_path / "condensed").iterdir()}

@@ -131,6 +131,7 @@ _ANYWHERE: dict[Kind, tuple[str, ...]] = {
         "trainer_state.json",
         "training_args.*",
         "pruner.safetensors",
+        "family.json",
         "*_results.*",
         "*_predictions.*",
         "teacher_logits",

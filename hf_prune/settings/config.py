@@ -213,7 +213,7 @@ class PruningSettings:
     cooldown_steps: float | None = setting(
         None,
         "Optimizer steps at the end with frozen masks, in which the model recovers; below 1, a ratio of the run. By default a "
-        "third of what comes after warm-up.",
+        "third of what comes after warm-up. A family shares them out over its targets.",
         partial(check_duration, whole=True),
     )
     cooldown_epochs: float | None = setting(
@@ -225,7 +225,7 @@ class PruningSettings:
     updates: int | None = setting(
         None,
         "Number of mask updates, spread evenly between warm-up and cool-down, instead of a frequency. By default 5 under "
-        "schedule 'lottery', which trains anew after each.",
+        "schedule 'lottery', which trains anew after each. A family shares them out over its targets.",
         partial(check_frequency, unit="updates"),
     )
     target_modules: str | list[str] | None = setting(

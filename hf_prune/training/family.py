@@ -76,14 +76,11 @@ def save_member(trainer: Trainer, pruner: Pruner, config: PruningConfig, asked: 
         with _written(folder) if args.should_save else nullcontext(folder) as unfinished:
             other.save_model(str(unfinished))
             if args.should_save:
-                comparison = _compared(model, budget.costs)
+                (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # of the run, not of the model
                 (predicted,) = budget.metrics().values()
-                measured = None if comparison is None else comparison.latency_ratio
-                if budget.costs.target != "target_speedup":
-                    measured = counted(model, budget.costs.target, config.latency_length)
+                measured, comparison = _measured(model, budget.costs, config)
                 parameters = sum(parameter.numel() for parameter in model.parameters())
                 member = Member(folder.name, trainer.state.global_step, asked, predicted, measured, parameters, metrics)
-                (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # of the run, not of the model
                 write_card(unfinished, model, config, _facts(trainer, budget.costs.target, member, comparison))
         if args.should_save:
             _record(trainer, pruner, member)
@@ -128,6 +125,14 @@ def _written(folder: Path) -> Iterator[Path]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- what is told
+
+
+def _measured(model: nn.Module, costs: Costs, config: PruningConfig) -> tuple[float | None, Comparison | None]:
+    """What the condensed model has of the cost, counted or timed, and how it was timed."""
+    if costs.target != "target_speedup":
+        return counted(model, costs.target, config.latency_length), None
+    comparison = _compared(model, costs)
+    return (None if comparison is None else comparison.latency_ratio), comparison
 
 
 def _compared(model: nn.Module, costs: Costs) -> Comparison | None:
