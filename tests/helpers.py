@@ -13,7 +13,9 @@ from models import tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_prune import Pruner, PruningCallback, PruningConfig
+from hf_prune import LatencyTable, Pruner, PruningCallback, PruningConfig, PruningRule
+from hf_prune.measure.latency_table import model_facts
+from hf_prune.model import find_blocks
 from hf_prune.model.targets import Target
 from hf_prune.model.units import UnitGroup, View
 from hf_prune.pruning.criteria import CRITERIA
@@ -150,3 +152,27 @@ def unit_group(name: str, units: int, size: int = 1, n_of_m: tuple[int, int] | N
     """Units of `size` weights, side by side in one row each."""
     target = Target(f"{name}.weight", name, nn.Parameter(torch.ones(units, size)))
     return UnitGroup(name, (View(target, 1, size),), n_of_m=n_of_m)
+
+
+def rules(family: str) -> list[PruningRule]:
+    """Heads, or groups of them, and neurons, which share a target."""
+    return [PruningRule(pattern="kv_group" if family == "llama" else "head"), PruningRule(pattern="neuron")]
+
+
+def table_of(model: Any, file: Path, milliseconds: float = 1.0) -> Path:
+    """A made-up table: a head costs `milliseconds`, a neuron a hundredth; three heads cost as much as four."""
+    blocks: dict[str, dict[int, float]] = {}
+    for block in find_blocks(model):
+        each = milliseconds * (0.01 if block.unit == "neuron" else 1.0)
+        blocks[block.name] = {units: each * units for units in range(0, block.num_units + 1, block.units_per_group)}
+        if block.unit == "head" and 3 in blocks[block.name]:
+            blocks[block.name][3] = each * 4
+    total = 1.0 + sum(costs[max(costs)] for costs in blocks.values())
+    LatencyTable(model_facts(model), {"name": "no machine"}, {}, total, blocks).save(file)
+    return file
+
+
+def hooks(model: PreTrainedModel) -> list[str]:
+    """The modules and parameters that have one."""
+    found = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    return found + [name for name, item in model.named_parameters() if getattr(item, "_post_accumulate_grad_hooks", None)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import pruner_of, tiny_bert, trainer_for
+from helpers import hooks, pruner_of, tiny_bert, trainer_for
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_prune import Pruner, PruningConfig, condense
@@ -31,12 +31,6 @@ def raising(error: type[BaseException]) -> AtStep:
         raise error("cut short")
 
     return AtStep(3, action)
-
-
-def hooks(model: PreTrainedModel) -> list[str]:
-    """The modules and parameters that have one."""
-    found = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    return found + [name for name, item in model.named_parameters() if getattr(item, "_post_accumulate_grad_hooks", None)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import rules, table_of
 from helpers import unit_group as group
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from torch import Tensor
 from hf_prune import ConfigError, LatencyTable, Pruner, PruningConfig, PruningRule, condense, prune, sparsity_report
 from hf_prune.condense import sample_batch
 from hf_prune.measure.flops import count_flops
-from hf_prune.measure.latency_table import model_facts
 from hf_prune.model import find_blocks
 from hf_prune.model.units import UnitGroup
 from hf_prune.pruning.allocation import BUCKETS, Levels, allocate, allocate_levels
@@ -27,10 +27,6 @@ from hf_prune.pruning.rules import match_rules
 
 FAMILIES = ["bert", "gpt2", "llama", "t5", "vit", "whisper"]
 LENGTH = 12
-
-
-def rules(family: str) -> list[PruningRule]:
-    return [PruningRule(pattern="kv_group" if family == "llama" else "head"), PruningRule(pattern="neuron")]
 
 
 def cost(model: Any, target: str) -> float:
@@ -88,19 +84,6 @@ def test_an_absolute_number_of_parameters_while_training() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- speed
-
-
-def table_of(model: Any, file: Path, milliseconds: float = 1.0) -> Path:
-    """A made-up table: a head costs `milliseconds`, a neuron a hundredth; three heads cost as much as four."""
-    blocks: dict[str, dict[int, float]] = {}
-    for block in find_blocks(model):
-        each = milliseconds * (0.01 if block.unit == "neuron" else 1.0)
-        blocks[block.name] = {units: each * units for units in range(0, block.num_units + 1, block.units_per_group)}
-        if block.unit == "head" and 3 in blocks[block.name]:
-            blocks[block.name][3] = each * 4
-    total = 1.0 + sum(costs[max(costs)] for costs in blocks.values())
-    LatencyTable(model_facts(model), {"name": "no machine"}, {}, total, blocks).save(file)
-    return file
 
 
 def milliseconds(model: Any, file: Path) -> float:

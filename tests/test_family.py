@@ -16,11 +16,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from distillation_cases import WIDE, tokenizer
-from helpers import ROWS, arguments, assert_equal, pruner_of, snapshot, tiny_bert, trainer_for, with_dropout
+from helpers import ROWS, arguments, assert_equal, hooks, pruner_of, rules, snapshot, table_of, tiny_bert, trainer_for, with_dropout
 from models import ragged_batch
 from PIL import Image
-from test_attached import hooks
-from test_costs import rules, table_of
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, default_data_collator
 
 from hf_prune import (
