@@ -28,12 +28,13 @@ from hf_prune import (
     LatencyTable,
     ModelCardCallback,
     Pruner,
+    PruningCallback,
     PruningConfig,
     condense,
     prune,
 )
 from hf_prune.hub.card import PICTURES, write_card
-from hf_prune.hub.family import Family, Member, folder_name
+from hf_prune.hub.family import Family, Member, folder_name, number
 from hf_prune.measure.latency import Comparison, compare
 from hf_prune.measure.latency_table import device_facts
 from hf_prune.measure.memory import megabytes
@@ -154,6 +155,7 @@ def test_concerns_hold_for_each_stage() -> None:
     assert ["(at step 4, 6 of 6)" in found[0], "after the last of 6 steps" in found[1]] == [True, True]
     assert ["(at step 10, 12 of 12)" in found[2], "after the last of 12 steps" in found[3]] == [True, True]
     assert "12 in 4 updates" in pruner.summary()
+    assert pruner.summary().endswith("; target_parameters=0.9 after step 6; target_parameters=0.8 after step 12")
 
 
 @pytest.mark.parametrize(
@@ -401,6 +403,7 @@ def test_a_member_is_logged_in_a_line_and_without_data_it_is_saved_without_metri
     assert family is not None
     assert [line.partition(" is complete at step ")[0] for line in lines] == ["flops-0.9", "flops-0.85"]
     assert lines[0].endswith("parameters; not evaluated.")
+    assert f": flops predicted {number(family.members[0].predicted)}, measured {number(family.members[0].measured)}; " in lines[0]
     for member in family.members:
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / member.folder)
         assert member.metrics == {}
@@ -562,22 +565,21 @@ def test_trials_of_a_search_make_no_families(tmp_path: Path) -> None:
 
 
 class Overflow(TrainerCallback):
-    """Says of a step what a scaler of gradients says where they overflow: the optimizer skips it."""
+    """Lets gradients overflow at a step, under a scaler of gradients if one is given; without one, takes both back."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.step, self.scaler = step, scaler
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step - 1:
-            self.pruner._skipped = True
+            kwargs["optimizer"].scaler = self.scaler
+            kwargs["model"].classifier.weight.grad.fill_(0.0 if self.scaler is None else torch.inf)
 
 
 def test_a_step_that_is_skipped_where_a_stage_ends_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback = Overflow(6)
-    trainer = trainer_for(tmp_path, config(target_parameters=[0.9, 0.8], cooldown_steps=0), callbacks=[callback])
-    trainer.add_callback(
-        type("Begun", (TrainerCallback,), {"on_train_begin": lambda *_, **__: setattr(callback, "pruner", pruner_of(trainer))})
-    )
+    pruning = PruningCallback(config(target_parameters=[0.9, 0.8], cooldown_steps=0))
+    around = [Overflow(6, torch.amp.GradScaler("cpu")), pruning, Overflow(6)]
+    trainer = Trainer(tiny_bert(), arguments(tmp_path, num_train_epochs=2), train_dataset=ROWS, callbacks=around)
     with caplog.at_level(logging.WARNING, "hf_prune.training.family"):
         trainer.train()
     assert "parameters-0.9 misses its target: the optimizer skipped the step of the last mask update." in caplog.text

@@ -256,8 +256,9 @@ class Pruner:
         return metrics
 
     def summary(self) -> str:
-        """The plan in one line: each rule's pattern, target, steps and number of updates."""
-        return "; ".join(rule.summary() for rule in self.rules) or "existing zeros are kept"
+        """The plan in one line: each rule's pattern, target, steps and number of updates; when members of a family are complete."""
+        members = [f"{self.config.cost_target}={value:g} after step {step}" for step, value in self.members.items()]
+        return "; ".join([*(rule.summary() for rule in self.rules), *members]) or "existing zeros are kept"
 
     @property
     def concerns(self) -> tuple[str, ...]:

@@ -181,12 +181,12 @@ def _record(trainer: Trainer, pruner: Pruner, member: Member) -> None:
     family.save(output)
     write_pictures(output, (), CardFacts(metrics_before=known.metrics_before, metric=known.metric, family=family.to_dict()))
     logger.info(
-        "%s is complete at step %d: %s predicted %s, measured %s; %s parameters; %s.",
+        "%s is complete at step %d: %s predicted %s, %s; %s parameters; %s.",
         member.folder,
         member.step,
         family.cost,
         number(member.predicted),
-        number(member.measured) or "nowhere",
+        "not measured" if member.measured is None else f"measured {number(member.measured)}",
         f"{member.parameters:,}",
         ", ".join(f"{name} {value:.4f}" for name, value in member.metrics.items()) or "not evaluated",
     )
