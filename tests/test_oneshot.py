@@ -12,6 +12,8 @@ import pytest
 import torch
 from accelerate.hooks import SequentialHook, add_hook_to_module
 from helpers import assert_equal, snapshot, tiny_bert
+from hypothesis import given
+from hypothesis import strategies as st
 from models import FAMILIES, ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from tables import CRITERIA
@@ -26,7 +28,7 @@ from hf_prune.model.blocks import layer_lists
 from hf_prune.oneshot import driver
 from hf_prune.oneshot.calibration import calibration
 from hf_prune.oneshot.layers import Stream, record
-from hf_prune.oneshot.sensitivity import importance, surprise
+from hf_prune.oneshot.sensitivity import fisher_root, importance, probe, token_weights
 from hf_prune.oneshot.walk import advance, find_site, moments_at, same_inputs
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
 from hf_prune.pruning.updates import UPDATES, register_update
@@ -508,6 +510,34 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message:
         prune(tiny_bert(), PruningConfig(**settings), batches(tiny_bert()))
 
 
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=40), st.integers(0, 10**6))
+def test_no_few_tokens_have_nearly_all_the_weight(values: list[float], largest: int) -> None:
+    parts = [torch.tensor([values]), torch.tensor([[float(largest)]])]
+    whole = torch.cat([part.flatten() for part in parts]).double()
+    found = torch.cat([part.flatten() for part in token_weights(parts)]).double()
+    matter = whole > 0
+    if not matter.any():
+        assert not found.any()
+        return
+    own = found[matter]
+    assert own.sum() ** 2 / own.square().sum() >= matter.sum() / 2 * (1 - 1e-4)
+    assert float(own.sum()) == pytest.approx(float(whole.sum()), rel=1e-4)
+    assert bool((own.argsort(stable=True) == whole[matter].argsort(stable=True)).all() or len(set(own.tolist())) < len(own))
+    torch.testing.assert_close(
+        found[~matter], torch.full_like(found[~matter], 0.1 * float(whole[matter].mean())), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("logits", [[0.0, 5.0], [1.0, -2.0, 0.5, 0.0]])
+def test_what_weighs_logits_has_their_fisher_information_as_its_covariance(logits: list[float]) -> None:
+    rows = torch.tensor([logits]).expand(50_000, -1)
+    found = fisher_root(rows, torch.Generator().manual_seed(0)).double()
+    shares = rows[0].double().softmax(dim=-1)
+    covariance = shares.diag() - shares[:, None] * shares
+    torch.testing.assert_close(found.T @ found / len(found), covariance, rtol=0.02, atol=0.002)
+    assert float(found.square().sum(dim=1).max()) < 4 * float(covariance.trace())  # a label of e⁻⁵ would have 150 times as much
+
+
 @pytest.mark.parametrize(("family", "head"), [("bert", None), ("llama", "causal-lm"), ("modernbert", None), ("gpt2", None)])
 def test_importance_is_the_squared_gradient_of_what_a_layer_gives(family: str, head: str | None) -> None:
     """With layers run again in the backward too, and whatever is frozen."""
@@ -526,7 +556,7 @@ def test_importance_is_the_squared_gradient_of_what_a_layer_gives(family: str, h
         module.register_forward_hook(lambda module, args, out, name=name: given.__setitem__(name, out))
     generator.manual_seed(0)
     for number, batch in enumerate(rows):
-        gradients = torch.autograd.grad(surprise(model, batch, generator), list(given.values()))
+        gradients = torch.autograd.grad(probe(model, batch, generator), list(given.values()))
         for name, gradient in zip(given, gradients):
             torch.testing.assert_close(found[name].tokens[number], gradient.square().sum(dim=-1), rtol=1e-3, atol=1e-9)
 

@@ -104,7 +104,7 @@ def fingerprints(model: nn.Module, rows: Rows, units: Mapping[str, int], seed: i
         model: the dense model.
         rows: the calibration rows.
         units: weight → how many units leave through its inputs.
-        seed: of the labels that are drawn.
+        seed: of the weights of logits that are drawn.
     """
     batches = {f"{index}.{key}": value for index, batch in enumerate(rows.batches) for key, value in batch.items()}
     held_out = {f"{index}.held_out": part for index, part in enumerate(rows.held_out)}

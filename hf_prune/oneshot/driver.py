@@ -30,11 +30,8 @@ from .calibration import at_once, calibration, check_model
 from .database import Database, Measured, fingerprints
 from .layers import Call, Stream, record, run
 from .report import PrunedModule, PruneReport
-from .sensitivity import Importance, Prediction, divergence, importance, predictions, surprise
+from .sensitivity import Importance, Prediction, divergence, importance, predictions, probe, token_weights
 from .walk import Rows, Site, advance, find_site, moments_at, moments_during, same_inputs
-
-#: The share of a token's importance that all tokens have alike: what the model's output does not read today it may tomorrow.
-_EVEN = 0.1
 
 
 @dataclass
@@ -128,13 +125,13 @@ def prune(
         model: a transformers model, or what holds one (a SentenceTransformer); dense, or with zeros already.
         config: what to prune and how much.
         dataloader: batches as the model's forward takes them. Without `labels`, labels in them are not read.
-        labels: criteria that need a loss take the model's own on the labels in the batches. By default they take the
-            log-likelihood of labels that the model itself draws, whose squared gradient is the curvature of the KL divergence.
+        labels: criteria that need a loss take the model's own on the labels in the batches. By default they take a random sum of
+            the model's logits whose squared gradient is, on the mean, the curvature of the KL divergence.
         calibration_rows: how many rows to take. By default enough for 32,768 tokens, at most 2,048: solving for weights takes some
             ten tokens for each input of a layer.
         held_out: share of the rows on which updates are judged. One that makes a projection's error on them larger than zeros
             alone is not taken.
-        seed: of what is drawn: labels, and the rows that are held out.
+        seed: of what is drawn: weights of logits, and the rows that are held out.
         database: a folder for what criterion `"obs"` measures in the dense model, which is the same for every budget: it is written
             the first time, and read by all other calls with the same model, rows and seed. Result and bits are the same without.
         offload_folder: where hidden states go; by default they stay in memory.
@@ -283,7 +280,7 @@ def _observe(model: PreTrainedModel, rules: Sequence[Rule], rows: Rows, labels: 
             model.zero_grad()
             with torch.enable_grad():
                 rows_of = len(next(iter(batch.values())))
-                loss: Tensor = model(**batch).loss if labels else surprise(model, batch, generator) / rows_of
+                loss: Tensor = model(**batch).loss if labels else probe(model, batch, generator) / rows_of
                 loss.backward()  # type: ignore[no-untyped-call]
             for rule in rules:
                 rule.criterion.begin_step(1.0)
@@ -340,7 +337,7 @@ class _Passes:
         together take as many rows as there are.
 
         Args:
-            seed: of the labels that the model draws.
+            seed: of the weights of logits that are drawn.
         """
         for item in self._work:
             if item.rule.criterion.scores_remainders and not item.is_measured:
@@ -530,12 +527,8 @@ class _Passes:
         return [item for item in self._work if item.module not in layers]
 
     def _importance(self, item: _Work) -> list[Tensor] | None:
-        """What each token of each batch matters for what a module gives; Σᵢ gᵢ², of which a share is spread evenly."""
-        if item.name not in self._cares:
-            return None
-        tokens = self._cares[item.name].tokens
-        mean = sum(float(part.sum()) for part in tokens) / sum(int((part > 0).sum()) or 1 for part in tokens)
-        return [part * (1 - _EVEN) + mean * _EVEN for part in tokens]
+        """How much each token of each batch counts in the sums of a module; None: all alike."""
+        return token_weights(self._cares[item.name].tokens) if item.name in self._cares else None
 
     def _scale(self, item: _Work) -> Tensor:
         """What each output of a module matters: half its share of Σᵢ gᵢ², so that Σ scale·importance·δ² is in nats; `[out]`."""

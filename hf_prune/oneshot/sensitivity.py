@@ -1,10 +1,10 @@
 """How much a model's output cares about what its layers give: the Fisher information of their outputs, token by token.
 
 Near the dense model, the divergence of its predictions is KL ≈ ½·E(g·δ)² for a change δ of a layer's output, with g the gradient
-of the log-likelihood of a label that the model itself draws: no labels are needed. That is taken apart into how much a token
-matters and how much an output does, E(gᵢ²) = (Σᵢ gᵢ²) · (share of output i): one number a token and one an output, by which
-errors of different layers can be compared. Tokens that nobody reads (all but the first after a classifier's last attention) cost
-nothing.
+of v·z: logits z weighed by a random v whose covariance is their Fisher information. No labels are needed. That is taken apart into
+how much a token matters and how much an output does, E(gᵢ²) = (Σᵢ gᵢ²) · (share of output i): one number a token and one an
+output, by which errors of different layers can be compared. Tokens that nobody reads (all but the first after a classifier's last
+attention) cost nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .walk import Rows
 
 #: How many predicted values are kept to be compared; those of a language model are a vocabulary a token.
 _MOST_VALUES = 2**25
+#: The share of a token's weight that all tokens have alike: what the model's output does not read today it may tomorrow.
+_EVEN = 0.1
 
 
 @dataclass
@@ -97,17 +99,31 @@ def divergence(model: nn.Module, rows: Rows, before: Sequence[Prediction]) -> fl
     return total / size if size else None
 
 
-def surprise(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The negative log-likelihood of labels that the model draws itself, summed; numbers have normal errors."""
+def fisher_root(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """v with E v·vᵀ = diag(p) − p·pᵀ, the Fisher information of logits `[…, classes]`: v = √p∘ε − p·Σ√p∘ε, with random signs ε.
+
+    Labels drawn from p have the same mean (v = label − p), but of all rows of which a model is sure, the few with an unlikely label
+    would have all the weight.
+    """
+    shares = logits.detach().softmax(dim=-1)
+    signs = torch.randint(0, 2, logits.shape, generator=generator, device=logits.device) * 2.0 - 1.0
+    drawn = shares.sqrt() * signs
+    return drawn - shares * drawn.sum(dim=-1, keepdim=True)
+
+
+def probe(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """A number whose squared gradient is, on the mean over what is drawn, the curvature of the KL divergence of all predictions.
+
+    It is the sum of v·z over all logits z, see [`fisher_root`]; values that are no logits have normal errors.
+    """
     total = torch.zeros(())
     for prediction in _predicted(model, batch):
         values = prediction.values
         if prediction.is_distribution:
-            labels = torch.multinomial(values.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
-            loss = nn.functional.cross_entropy(values, labels, reduction="sum")
+            drawn = fisher_root(values, generator)
         else:
-            loss = (values * torch.randn(values.shape, generator=generator, device=values.device)).sum()
-        total = total.to(loss.device) + loss
+            drawn = torch.randn(values.shape, generator=generator, device=values.device)
+        total = total.to(values.device) + (values * drawn).sum()
     return total
 
 
@@ -152,7 +168,7 @@ def importance(
             stack.callback(vars(module).pop, "forward")
             module.forward = partial(_recomputed, module.forward)
         for batch in batches:
-            surprise(model, batch, generator).backward()  # type: ignore[no-untyped-call]
+            probe(model, batch, generator).backward()  # type: ignore[no-untyped-call]
             for name, importance in found.items():
                 # What no prediction reads, such as the pooler of a bare encoder, has a gradient of zero.
                 gradient = seen.pop(name, torch.zeros((), device=generator.device).expand(shapes[name]))
@@ -177,3 +193,22 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*inputs[: len(args)], **dict(zip(names, inputs[len(args) :])), **others)
 
     return checkpoint(again, *inputs, use_reentrant=True, preserve_rng_state=False)
+
+
+def token_weights(tokens: Sequence[Tensor]) -> list[Tensor]:
+    """How much tokens count where weights are solved for: their importance, evened out.
+
+    A model is unsure of few rows, and their tokens have nearly all the importance. A fit with unequal weights a is as uncertain as
+    one to (Σa)²/Σa² tokens of equal weight (Kish 1965), so importance is mixed with its mean until that is half of the tokens
+    that matter at all.
+
+    Args:
+        tokens: of each batch `[rows, tokens]`, see [`Importance`].
+    """
+    number = sum(int((part > 0).sum()) for part in tokens) or 1
+    mean = sum(float(part.sum()) for part in tokens) / number
+    squares = sum(float(part.double().square().sum()) for part in tokens) / number
+    variance = squares / mean**2 - 1 if mean > 0 else 0.0
+    own = 1 / max(variance, 1.0) ** 0.5
+    evened = (own * part + (1 - own) * mean * (part > 0) for part in tokens)
+    return [part * (1 - _EVEN) + mean * _EVEN for part in evened]
