@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from distillation_cases import WIDE, tokenizer
 from helpers import ROWS, arguments, assert_equal, hooks, pruner_of, rules, snapshot, table_of, tiny_bert, trainer_for, with_dropout
 from models import ragged_batch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, default_data_collator
 
@@ -554,6 +555,14 @@ def test_what_would_fail_at_the_first_member_fails_before_the_first_step(tmp_pat
     with pytest.raises(ValueError, match=r"family\.json must hold a JSON object"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_model_with_adapters_makes_no_family(tmp_path: Path) -> None:
+    """Also where what is pruned has none."""
+    model: Any = get_peft_model(tiny_bert(), LoraConfig(target_modules=["pooler.dense"]))
+    trainer = trainer_for(tmp_path, config(target_parameters=[0.9, 0.8]), model)
+    with pytest.raises(ConfigError, match=r"target_parameters=\[0\.9, 0\.8\]: is a family, and of a model with adapters"):
+        trainer.train()
 
 
 def test_trials_of_a_search_make_no_families(tmp_path: Path) -> None:

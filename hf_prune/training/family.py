@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from ..compat import without_peft
 from ..condense import condense, condense_plan
 from ..files import new_folder
 from ..hub import CardFacts, ModelCardCallback, write_card
@@ -46,12 +47,16 @@ def check_family(model: nn.Module, config: PruningConfig, output_dir: str) -> No
     """Check, before a run to several targets, what would otherwise fail when the first of them is reached.
 
     Raises:
-        ConfigError: the model is sharded, or cannot be condensed; or see [`Family.load`].
+        ConfigError: the model is sharded, has adapters, or cannot be condensed; or see [`Family.load`].
     """
-    name = str(config.cost_target)
-    if any(is_sharded(parameter) for parameter in bare_model(model).parameters()):
-        allowed = "is a family, and the model is sharded over ranks, so that none can condense a copy of it; give one target."
-        raise ConfigError(name, getattr(config, name), allowed)
+    name, bare = str(config.cost_target), bare_model(model)
+    reason = None
+    if any(is_sharded(parameter) for parameter in bare.parameters()):
+        reason = "the model is sharded over ranks, so that none can condense a copy of it; give one target"
+    elif without_peft(bare) is not bare:
+        reason = "of a model with adapters they alone would be saved; merge them first"
+    if reason is not None:
+        raise ConfigError(name, getattr(config, name), f"is a family, and {reason}.")
     condense_plan(model)
     Family.load(output_dir)
 
