@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from distillation_cases import WIDE, tokenizer
 from helpers import ROWS, arguments, assert_equal, hooks, pruner_of, rules, snapshot, table_of, tiny_bert, trainer_for, with_dropout
-from models import ragged_batch
+from models import ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, default_data_collator
@@ -555,6 +555,35 @@ def test_what_would_fail_at_the_first_member_fails_before_the_first_step(tmp_pat
     with pytest.raises(ValueError, match=r"family\.json must hold a JSON object"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_model_in_a_wrapper_is_saved_as_its_trainer_saves_it(tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    tiny("bert", "bare").save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    parts, losses = (pytest.importorskip(f"sentence_transformers.{name}") for name in ("models", "losses"))
+    modules = [parts.Transformer(str(tmp_path / "dense"), max_seq_length=16), parts.Pooling(32)]
+    model = sentence_transformers.SentenceTransformer(modules=modules, device="cpu")
+    rows = Dataset.from_list(
+        [{"first": "a b c", "second": "b c d", "score": 0.5}, {"first": "c a", "second": "d", "score": 0.1}] * 24
+    )
+    settings = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none", "max_steps": 12, "disable_tqdm": True}
+    seen = AtStepEnd(6)
+    sentence_transformers.SentenceTransformerTrainer(
+        model,
+        sentence_transformers.SentenceTransformerTrainingArguments(**settings),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        loss=losses.CosineSimilarityLoss(model),
+        callbacks=[PruningCallback(config(target_parameters=[0.9, 0.8])), seen],
+    ).train()
+    family = Family.load(tmp_path / "run")
+    assert family is not None
+    member = family.members[0]
+    saved = sentence_transformers.SentenceTransformer(str(tmp_path / "run" / member.folder), device="cpu")
+    assert sum(parameter.numel() for parameter in saved.parameters()) == member.parameters == member.predicted
+    assert "loss" in member.metrics
+    np.testing.assert_allclose(saved.encode(["a b", "c"]), seen.models[6].encode(["a b", "c"]), rtol=0, atol=1e-5)
 
 
 def test_a_model_with_adapters_makes_no_family(tmp_path: Path) -> None:
