@@ -126,7 +126,7 @@ def compare(
     shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
     clock = "CPU time" if model.device.type == "cpu" and threads == 1 else "time"
     run = f"{model.dtype}, {model.device.type}, {'one thread' if threads == 1 else f'{threads} threads'}, {clock}"
-    protocol = f"batch of {shape}, {run}, median of {repeats} forwards in turn"
+    protocol = f"batch of {shape}, {run}, median of {repeats} warm forwards in turn"
     return Comparison(costs["dense"], costs["model"], reference, protocol)
 
 
@@ -141,7 +141,8 @@ def benchmark(
     CUDA, of time.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
-    processes take. The first turn warms up and is not counted.
+    processes take. In each turn a model runs twice and the second run counts, with its weights in the caches where they fit: in use
+    it runs again and again, not in turn with others.
     """
     before, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -149,9 +150,10 @@ def benchmark(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            for _ in track(range(repeats + 1)):
+            for _ in track(range(repeats)):
                 for name, model in models.items():
                     model.eval()
+                    model(**inputs)
                     start = now(device, threads)
                     model(**inputs)
                     seconds[name].append(now(device, threads) - start)
@@ -159,7 +161,7 @@ def benchmark(
         torch.set_num_threads(before)
         for name, model in models.items():
             model.train(training[name])
-    return {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
 def now(device: torch.device, threads: int = 1) -> float:
