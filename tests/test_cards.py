@@ -73,7 +73,7 @@ def test_the_comparison_weighs_both_models() -> None:
     )
     assert comparison.latency_ratio == comparison.dense.milliseconds / comparison.model.milliseconds > 0
     assert "batch of 2 × 8" in comparison.protocol
-    assert "1 forwards" in comparison.protocol
+    assert "1 warm forwards" in comparison.protocol
     assert len(seen) == 1
     assert "dense" in str(comparison)
 
