@@ -34,7 +34,7 @@ from .sensitivity import Importance, Prediction, divergence, importance, predict
 from .walk import Rows, Site, advance, find_site, moments_at, moments_during, same_inputs
 
 
-@dataclass(eq=False)
+@dataclass
 class _Work:
     """A weight whose columns make up for the units of a group that go."""
 
@@ -447,15 +447,19 @@ class _Passes:
                 ]
                 wants = [site for site, aim in zip(sites, aims) if aim]
                 at = iter(advance(layer, wanted, layer_dense, wants) if is_aimed else ())
-                seen = self._before_changes(layer, items, stream, layer_calls)
+                inputs = same_inputs(layer, [item.module for item in items], stream[0], layer_calls[0])
+                seen: dict[object, tuple[Moments, Moments]] = {}
                 for item, site, aim in zip(items, sites, aims):
                     target, weights = next(at) if aim else None, self._importance(item)
                     if target is not None or not item.kept.all():
-                        if item in seen:
-                            kept, held_out = (part.without_target(item.matrix()) for part in seen[item])
+                        same = None if aim or weights else (inputs[item.module], item.bias is None)
+                        if same in seen:  # as those of query, key and value are
+                            kept, held_out = (part.without_target(item.matrix()) for part in seen[same])
                             found = kept, held_out
                         else:
                             found = moments_at(site, layer, stream, layer_calls, self._rows, target, weights)
+                        if same is not None:
+                            seen[same] = found
                         self._check([item], [found], sum(part.nbytes for part in target or ()) + wanted.nbytes + stream.nbytes)
                         done[item.group.name] = self._update(item, *found, toward_dense=aim)
                 advance(layer, stream, layer_calls)
@@ -464,24 +468,6 @@ class _Passes:
             self._check([item], [found], 0)
             done[item.group.name] = self._update(item, *found)
         next(self._ticks, None)  # the last layer is done
-
-    def _before_changes(
-        self, layer: nn.Module, items: Sequence[_Work], stream: Stream, calls: Sequence[Call]
-    ) -> dict[_Work, tuple[Moments, Moments]]:
-        """The moments of the weights whose update looks at the layer as it was before any of it changed, as SparseGPT does.
-
-        Those of the same inputs, as query, key and value have, are measured once.
-        """
-        items = [item for item in items if item.rule.update.in_order and not item.rule.update.dense_target and not item.kept.all()]
-        inputs = same_inputs(layer, [item.module for item in items], stream[0], calls[0])
-        weighed = {item: item.name if item.name in self._cares else None for item in items}
-        alike = {item: (inputs[item.module], item.bias is None, weighed[item]) for item in items}
-        first = {key: item for item, key in reversed(alike.items())}
-        sites, importances = [Site(item.module) for item in first.values()], [self._importance(item) for item in first.values()]
-        found = moments_during(lambda index: run(layer, stream[index], calls[index]), sites, self._rows, importances)
-        self._check(list(first.values()), found, stream.nbytes)
-        moments = dict(zip(first, found))
-        return {item: moments[key] for item, key in alike.items()}
 
     def _update(self, item: _Work, moments: Moments, held_out: Moments, toward_dense: bool = False) -> PrunedModule:
         """Choose a group's units again where its criterion can, solve for what stays, and judge that on the rows held out."""
