@@ -23,7 +23,7 @@ from ..pruning.budget import make_budgets
 from ..pruning.criteria.activations import kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, damping, elimination, inverse, refit
 from ..pruning.rules import Rule, match_rules
-from ..pruning.updates import DAMPING, DAMPING_IN_ORDER, zero
+from ..pruning.updates import DAMPING, zero
 from ..settings.config import LOCAL_SCOPES, PruningConfig
 from ..settings.errors import ConfigError
 from .calibration import at_once, calibration, check_model
@@ -482,7 +482,7 @@ class _Passes:
             order, _ = elimination(scaled, inverse(moments.inputs, damp), item.view.columns, gone)
             item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
         elif item.rule.criterion.scores_remainders and item.rule.update.in_order and gone:
-            others, damp = self._gone(item, old, torch.ones_like(item.kept)), damping(moments.inputs, DAMPING_IN_ORDER)
+            others, damp = self._gone(item, old, torch.ones_like(item.kept)), damping(moments.inputs, DAMPING)
             item.kept = kept_in_order(item.view, item.group.n_of_m, old, moments.inputs, gone, others, damp)
         removed = self._gone(item, old, item.kept)
         masked = zero(old, None, removed)

@@ -21,8 +21,6 @@ UpdateFunction = Callable[[Tensor, Moments | None, Tensor], Tensor]
 
 #: λ of the objective as a share of the mean of the diagonal of Σ x·xᵀ.
 DAMPING = 1e-3
-#: The same where columns are gone through in order, as in SparseGPT: each is made up for by few others.
-DAMPING_IN_ORDER = 1e-2
 
 
 @dataclass(frozen=True)
@@ -106,5 +104,5 @@ def obs(weight: Tensor, moments: Moments | None, gone: Tensor) -> Tensor:
 def sparsegpt(weight: Tensor, moments: Moments | None, gone: Tensor) -> Tensor:
     """Column by column, those to the right make up for what goes of a row; see `reconstruction.sequential`."""
     assert moments is not None
-    inverted = inverse(moments.inputs, damping(moments.inputs, DAMPING_IN_ORDER))
+    inverted = inverse(moments.inputs, damping(moments.inputs, DAMPING))
     return sequential(weight, inverted, lambda columns, *_: gone[:, columns])[0]
