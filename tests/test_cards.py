@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_prune
 from hf_prune import CardFacts, ConfigError, ModelCardCallback, PruningCallback, PruningConfig, PruningRule, condense
 from hf_prune.hub.card import PICTURES, auto_class, pipeline_tag, write_card
-from hf_prune.measure.latency import compare
+from hf_prune.measure.latency import benchmark, compare
 from hf_prune.measure.sparsity import original_blocks, stock_twin, total_sparsity
 from hf_prune.model import find_blocks
 
@@ -76,6 +76,15 @@ def test_the_comparison_weighs_both_models() -> None:
     assert "1 warm forwards" in comparison.protocol
     assert len(seen) == 1
     assert "dense" in str(comparison)
+
+
+def test_each_timed_forward_follows_one_that_is_not() -> None:
+    calls: list[str] = []
+    one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    for name, module in {"one": one, "other": other}.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    benchmark({"one": one, "other": other}, {"input": torch.zeros(1)}, repeats=2)
+    assert calls == ["one", "one", "other", "other"] * 2
 
 
 def test_activations_are_counted_where_they_live() -> None:

@@ -123,11 +123,15 @@ def compare(
         name: Cost(one.num_parameters(), weight_bytes(one), activation_bytes(one, inputs), times[name])
         for name, one in models.items()
     }
+    return Comparison(costs["dense"], costs["model"], reference, protocol_of(model, inputs, repeats, threads))
+
+
+def protocol_of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], repeats: int, threads: int = 1) -> str:
+    """How [`benchmark`] measures models like this one, in words."""
     shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
     clock = "CPU time" if model.device.type == "cpu" and threads == 1 else "time"
     run = f"{model.dtype}, {model.device.type}, {'one thread' if threads == 1 else f'{threads} threads'}, {clock}"
-    protocol = f"batch of {shape}, {run}, median of {repeats} warm forwards in turn"
-    return Comparison(costs["dense"], costs["model"], reference, protocol)
+    return f"batch of {shape}, {run}, median of {repeats} warm forwards in turn"
 
 
 def benchmark(

@@ -25,7 +25,7 @@ from torch.nn import functional
 from ..condense import sample_batch
 from ..model.targets import Weight, body_weights
 from ..model.wrappers import bare_model, transformers_model
-from .latency import benchmark
+from .latency import benchmark, protocol_of
 from .sparsity import count_zeros
 from .tables import as_text
 
@@ -253,11 +253,8 @@ def to_sparse(
     if times[best] > (1 - margin) * times["dense"]:
         best = "dense"
     _swap(bare_model(model), choices[best])
-    shape = " × ".join(str(size) for size in inputs[inner.main_input_name].shape)
-    clock = "time" if inner.device.type == "cuda" else "CPU time"
-    protocol = f"batch of {shape}, {inner.dtype}, {inner.device.type}, one thread, {clock}, median of {repeats} forwards in turn"
     layers = tuple(_decided(layer, choices[best], bool(choices["fastest"].get(layer.name))) for layer in decisions)
-    report = SparseReport(layers, times["dense"], times[best], protocol)
+    report = SparseReport(layers, times["dense"], times[best], protocol_of(inner, inputs, repeats))
     print(report)
     return report
 
