@@ -16,7 +16,7 @@ from ..model.sharding import is_sharded
 from ..model.wrappers import bare_model, transformers_model
 from ..settings.checks import dataclass_from_dict
 from ..settings.config import PruningConfig
-from .card import CardFacts, without_folders, write_card
+from .card import CardFacts, budget_facts, without_folders, write_card
 from .family import Family
 
 logger = logging.getLogger(__name__)
@@ -102,10 +102,9 @@ class ModelCardCallback(TrainerCallback):
         callbacks: Any = state.stateful_callbacks
         stored = callbacks.get("PruningCallback")
         config = PruningConfig.from_dict(stored["args"]["config"]) if stored else None
-        if config is not None and config.cost_target is not None:
-            cost = config.cost_target.removeprefix("target_")
-            predicted = next((entry[cost] for entry in reversed(state.log_history) if cost in entry), None)
-            facts.budget = {"target": config.cost_target, "asked": config.cost_targets[-1], "predicted": predicted}
+        if config is not None:
+            cost = str(config.cost_target).removeprefix("target_")
+            facts.budget = budget_facts(config, next((entry[cost] for entry in reversed(state.log_history) if cost in entry), None))
         family = Family.load(str(args.output_dir)) if config is not None and config.is_family else None
         facts.family = {} if family is None else family.to_dict()
         self._over = bare_model(model), config

@@ -116,8 +116,7 @@ class CardFacts:
     @property
     def main_metric(self) -> str | None:
         """The metric that pictures show."""
-        members = Family.from_dict(self.family).members if self.family else ()
-        names = [*self.metrics, *self.metrics_before, *(name for member in members for name in member.metrics)]
+        names = [*self.metrics, *self.metrics_before, *(Family.from_dict(self.family).metrics if self.family else ())]
         return self.metric or next((name for name in names if name != "loss"), next(iter(names), None))
 
     @classmethod
@@ -156,6 +155,13 @@ class CardFacts:
         """Write `pruning_facts.json` into a folder, which is made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(Path(folder, FACTS_NAME), json.dumps(asdict(self), indent=2) + "\n")
+
+
+def budget_facts(config: PruningConfig, predicted: float | None) -> dict[str, Any]:
+    """[`CardFacts.budget`] of a model that was pruned to the last target of a config; empty where that is no target in costs."""
+    if config.cost_target is None:
+        return {}
+    return {"target": config.cost_target, "asked": config.cost_targets[-1], "predicted": predicted}
 
 
 def model_card(
@@ -429,14 +435,9 @@ def _budget_row(budget: Mapping[str, Any]) -> dict[str, str] | None:
 
 def _family_rows(family: Family) -> dict[str, Any]:
     """The table of a family: its header and its rows."""
-    metrics = list(dict.fromkeys(name for member in family.members for name in member.metrics))
-    rows = []
-    for member in family.members:
-        values = (member.predicted, member.measured, member.parameters, *(member.metrics.get(name) for name in metrics))
-        rows.append([as_code(member.folder), f"{member.asked:,.6g}", *map(number, values)])
     return {
-        "header": [as_text(name) for name in ("folder", "asked", "predicted", "measured", "parameters", *metrics)],
-        "rows": rows,
+        "header": [as_text(name) for name in family.header],
+        "rows": [[as_code(folder), *values] for folder, *values in family.rows],
     }
 
 

@@ -115,15 +115,31 @@ class Family:
         with within(f"{FAMILY_NAME}: "):
             return cls.from_dict(read_object(path))
 
-    def __rich__(self) -> Table:
-        metrics = list(dict.fromkeys(name for member in self.members for name in member.metrics))
-        table = Table(title=f"A family of {len(self.members)} by {self.cost}; the dense model has {number(self.dense)}")
-        for column in ("asked", "predicted", "measured", "parameters", *metrics):
-            table.add_column(column, justify="right")
-        table.add_column("folder")
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics of its members."""
+        return list(dict.fromkeys(name for member in self.members for name in member.metrics))
+
+    @property
+    def header(self) -> list[str]:
+        """What the columns of its table are of."""
+        return ["folder", "asked", "predicted", "measured", "parameters", *self.metrics]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The rows of its table, a member each, as text."""
+        rows = []
         for member in self.members:
-            sizes = [f"{member.asked:,.6g}", *map(number, (member.predicted, member.measured)), f"{member.parameters:,}"]
-            table.add_row(*sizes, *(number(member.metrics.get(name)) for name in metrics), member.folder)
+            values = (member.predicted, member.measured, member.parameters, *(member.metrics.get(name) for name in self.metrics))
+            rows.append([member.folder, f"{member.asked:,.6g}", *map(number, values)])
+        return rows
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"A family of {len(self.members)} by {self.cost}; the dense model has {number(self.dense)}")
+        for column in self.header:
+            table.add_column(column, justify="left" if column == "folder" else "right")
+        for row in self.rows:
+            table.add_row(*row)
         return table
 
     def __str__(self) -> str:

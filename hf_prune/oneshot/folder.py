@@ -16,7 +16,7 @@ from ..condense import condense, condense_plan, nothing_to_cut
 from ..condense.verify import all_outputs, tolerance
 from ..files import new_folder
 from ..hub import CardFacts, write_made_from
-from ..hub.card import without_folders
+from ..hub.card import budget_facts, without_folders
 from ..measure.sparsity import BlockSize, original_blocks, total_sparsity
 from ..measure.tables import as_text
 from ..model import find_blocks
@@ -137,7 +137,7 @@ def prune_to_folder(
             history=[],
             comparison=None,
             calibration={**(settings or {}), **listed},
-            budget=_budget(config, report),
+            budget=budget_facts(config, next(iter(report.budget.values()), None)),
             family={},
         )
         left = write_made_from(model, source, folder, config, facts)
@@ -153,13 +153,6 @@ def prune_to_folder(
         left_out=left,
         report=report,
     )
-
-
-def _budget(config: PruningConfig, report: PruneReport) -> dict[str, Any]:
-    """What the card says of a target in costs."""
-    if config.cost_target is None:
-        return {}
-    return {"target": config.cost_target, "asked": config.cost_targets[0], "predicted": next(iter(report.budget.values()))}
 
 
 def reloading_difference(model: PreTrainedModel, folder: str | os.PathLike[str]) -> float:

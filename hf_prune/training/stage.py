@@ -146,7 +146,9 @@ def run_stage(
         predict(trainer, task)
     if pruning is not None:
         if trainer.is_world_process_zero():
-            print(*filter(None, (sparsity_report(model), family_of(args, pruning))), sep="\n")
+            print(sparsity_report(model))
+            if pruning.is_family:
+                print(Family.load(str(args.output_dir)))
         metrics |= condense_saved(trainer, task, pad_to_multiple_of)
     if args.push_to_hub:
         publish(trainer)
@@ -163,11 +165,6 @@ def make_trainer(
     if distillation is None:
         return Trainer(**settings)
     return DistillationTrainer(teacher=teacher, distillation=distillation, **settings)
-
-
-def family_of(args: TrainingArguments, pruning: PruningConfig) -> Family | None:
-    """What a run to several targets has made."""
-    return Family.load(str(args.output_dir)) if pruning.is_family else None
 
 
 def resumed_checkpoint(args: TrainingArguments) -> str | None:
