@@ -84,7 +84,9 @@ class Costs:
         most = sum(_most(self.levels(group), most_removable(group, cap)) for group, cap in zip(groups, caps))
         needed = self.needed(value)
         if needed <= 0:
-            raise ConfigError(self.target, value, f"is reached already: the model has {self.reached(0.0):,.6g}.")
+            raise ConfigError(
+                self.target, value, f"is reached already: the model has {self.reached(0.0):,.6g}; ask for less than that."
+            )
         if needed > most * (1 + 1e-9):
             allowed = (
                 f"cannot be reached: the units that the rules name cost {removable:,.4g} of the model's {self.total:,.4g}, and at "
@@ -184,7 +186,7 @@ def _flop_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     total, blocks = count_flops(inner, sample_batch(inner, 1, length, shortest=length), find_blocks(inner))
 
     def unit(group: UnitGroup) -> float:
-        return sum(blocks[name] for name in layers.get(group.name, [group.name])) / group.num_units
+        return sum(blocks[name] for name in _blocks_of(group, layers)) / group.num_units
 
     return _each("target_flops", total, unit)
 
@@ -195,6 +197,11 @@ def _layers(model: nn.Module) -> dict[str, list[str]]:
     for block in find_blocks(model):
         found.setdefault(block.layer, []).append(block.name)
     return found
+
+
+def _blocks_of(group: UnitGroup, layers: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The blocks that the units of a group are of: those of a layer where that is the unit, else the block by its name."""
+    return layers.get(group.name, [group.name])
 
 
 def _views(group: UnitGroup) -> Sequence[View]:
@@ -250,7 +257,7 @@ def _likely(costs: Costs, value: float, groups: Sequence[UnitGroup], cap: float)
     removed = allocate_levels(groups, scores, none, levels, costs.needed(value), floors, caps)
     units = {}
     for group, gone in zip(groups, removed):
-        for name in costs.layers.get(group.name, [group.name]) if bool(gone.any()) else ():
+        for name in _blocks_of(group, costs.layers) if bool(gone.any()) else ():
             whole = int((costs.measured or {})[name].left[-1])
             units[name] = whole // group.num_units * (group.num_units - int(gone.sum()))
     return units
@@ -273,7 +280,7 @@ def of_table(
     layers = layers or {}
 
     def levels(group: UnitGroup) -> Levels:
-        first, *others = (blocks[name].in_units(group.num_units) for name in layers.get(group.name, [group.name]))
+        first, *others = (blocks[name].in_units(group.num_units) for name in _blocks_of(group, layers))
         return Levels(first.left, sum((level.costs for level in others), start=first.costs))
 
     return Costs("target_speedup", total, levels, blocks, layers, setting)
