@@ -22,28 +22,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from hf_prune.model import find_blocks
+from hf_prune import Pruner, PruningConfig
 from hf_prune.pruning.reconstruction import damping, elimination, inverse
 from hf_prune.pruning.updates import DAMPING
-
-
-@torch.no_grad()
-def second_moments(model: Any, batches: Sequence[Any], modules: dict[str, Any]) -> dict[str, Tensor]:
-    """Σ x·xᵀ of what goes into some modules, by name, float64 `[in, in]`."""
-    found: dict[str, Tensor] = {}
-
-    def add(name: str, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0].flatten(0, -2).double()
-        found[name] = found.get(name, torch.zeros(())) + inputs.T @ inputs
-
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: add(name, args)) for name, module in modules.items()
-    ]
-    for batch in batches:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def best_rise(weight: Tensor, left: Tensor, heads: Tensor, count: int) -> float:
@@ -67,20 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     model, tokenizer = AutoModel.from_pretrained(options.model).eval(), AutoTokenizer.from_pretrained(options.model)
     tokens = tokenizer(options.data.read_text(), return_tensors="pt").input_ids[0][: options.rows * 128].view(-1, 1, 128)
-    blocks = [block for block in find_blocks(model) if block.kind == "attention"]
-    moments = second_moments(model, [{"input_ids": row} for row in tokens], {block.name: block.output.module for block in blocks})
+    pruner = Pruner(model, PruningConfig(pattern="head", criterion="obs"), total_steps=1)
+    with torch.no_grad(), pruner.calibrating():
+        for row in tokens:
+            model(input_ids=row)
     results = []
-    for block in blocks:
-        weight = block.output.module.weight.detach().double()
-        left = inverse(moments[block.name], damping(moments[block.name], DAMPING))
-        heads = torch.arange(weight.shape[1]).view(block.num_units, -1)
-        _, rises = elimination(weight, left, heads, max(options.heads))
-        whole = float((weight @ moments[block.name] * weight).sum())
+    (rule,) = pruner.rules
+    for group in rule.groups:
+        (view,) = group.compensated
+        weight = view.target.weight().detach().double()
+        moments = rule.seen.mean("second_moments", view.target).double()
+        left = inverse(moments, damping(moments, DAMPING))
+        _, rises = elimination(weight, left, view.columns, max(options.heads))
+        whole = float((weight @ moments * weight).sum())
         for count in options.heads:
-            greedy, best = float(rises[:count].sum()), best_rise(weight, left, heads, count)
-            results.append(
-                {"block": block.name, "heads": count, "greedy": greedy / whole, "best": best / whole, "ratio": greedy / best}
-            )
+            greedy, best = float(rises[:count].sum()), best_rise(weight, left, view.columns, count)
+            shares = {"greedy": greedy / whole, "best": best / whole, "ratio": greedy / best}
+            results.append({"block": group.name, "heads": count, **shares})
     shown = Table("heads that go", "greedy over best, median", "worst", "blocks in which it is the best", title=options.model)
     for count in options.heads:
         ratios = [result["ratio"] for result in results if result["heads"] == count]

@@ -62,6 +62,14 @@ def batches(rows: Sequence[dict[str, Any]], tokenizer: Any, size: int) -> list[d
     return list(DataLoader(ordered, batch_size=size, collate_fn=DataCollatorWithPadding(tokenizer)))  # type: ignore[arg-type]
 
 
+def calibration_of(task: str, folder: Path, tokenizer: Any, seed: int, number: int) -> list[dict[str, Tensor]]:
+    """Batches of so many random training rows, in random order."""
+    rows, generator = rows_of(task, folder, "train", tokenizer), torch.Generator().manual_seed(seed)
+    chosen = [rows[index] for index in torch.randperm(len(rows), generator=generator)[:number].tolist()]
+    found = batches(chosen, tokenizer, 32)
+    return [found[index] for index in torch.randperm(len(found), generator=generator).tolist()]
+
+
 @torch.no_grad()
 def predict(model: Any, validation: Sequence[dict[str, Tensor]]) -> list[int]:
     """The class that the model predicts for each validation row."""
@@ -79,19 +87,14 @@ def measure(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
-    training = rows_of(task, glue, "train", tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [training[index] for index in torch.randperm(len(training), generator=generator)[: rows or 2048].tolist()]
-    calibration = batches(chosen, tokenizer, 32)
-    order = torch.randperm(len(calibration), generator=generator).tolist()
+    calibration = calibration_of(task, glue, tokenizer, seed, rows or 2048)
     labels = [label for batch in validation for label in batch["labels"].tolist()]
     metric, dense = TASKS[task][1], predict(model, validation)
     config = PruningConfig(
         target_sparsity=share, rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")], **METHODS[method]
     )
     started = time.process_time()
-    chosen_batches = [calibration[index] for index in order]
-    report = prune(model, config, chosen_batches, calibration_rows=rows, seed=seed, database=database)
+    report = prune(model, config, calibration, calibration_rows=rows, seed=seed, database=database)
     seconds = time.process_time() - started
     predicted = predict(model, validation)
     return {

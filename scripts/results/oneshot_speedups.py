@@ -18,7 +18,7 @@ from typing import Any
 
 import rich
 import torch
-from oneshot import TASKS, batches, predict, rows_of
+from oneshot import TASKS, batches, calibration_of, predict, rows_of
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,11 +61,8 @@ def measure(folder: str, task: str, glue: Path, method: str, speedup: float, see
     file = home / f"{task}.json"
     if not file.exists():
         latency_table(dense, *SHAPE).save(file)
-    training = rows_of(task, glue, "train", tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    calibration = batches([training[i] for i in torch.randperm(len(training), generator=generator)[:2048].tolist()], tokenizer, 32)
-    shuffled = [calibration[i] for i in torch.randperm(len(calibration), generator=generator).tolist()]
-    report = prune(model, config_of(method, file, speedup), shuffled, seed=seed, database=home / f"{task}-{seed}")
+    calibration = calibration_of(task, glue, tokenizer, seed, 2048)
+    report = prune(model, config_of(method, file, speedup), calibration, seed=seed, database=home / f"{task}-{seed}")
     small = condense(model)
     validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
     labels = [label for batch in validation for label in batch["labels"].tolist()]
