@@ -97,23 +97,25 @@ def assert_same_logs(ours: list[dict[str, float]], alone: list[dict[str, float]]
 # ------------------------------------------------------------------------------------------------------------------------ DDP
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_trainer_on_two_processes_prunes_as_on_one(name: str, two: Runs, tmp_path: Path) -> None:
-    first, second = two(f"trained {name}")
-    assert first["world"] == second["world"] == 2
+def same_alone(name: str, two: Runs, folder: Path) -> tuple[Result, Result, Result]:
+    """What two processes and one make in a case: the same run, with the same logs."""
+    first, second = two(name)
     assert_equal(tensors(first), tensors(second))
-    alone = CASES[f"trained {name}"](tmp_path)
+    alone = CASES[name](folder)
     assert_same_run(first, alone)
     assert_same_logs(first["logs"], alone["logs"])
+    return first, second, alone
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trainer_on_two_processes_prunes_as_on_one(name: str, two: Runs, tmp_path: Path) -> None:
+    first, second, _ = same_alone(f"trained {name}", two, tmp_path)
+    assert first["world"] == second["world"] == 2
     assert first["logs"][-1]["reached_sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_family_of_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> None:
-    first, second = two("family")
-    assert_equal(tensors(first), tensors(second))
-    alone = CASES["family"](tmp_path)
-    assert_same_run(first, alone)
-    assert_same_logs(first["logs"], alone["logs"])
+    first, second, alone = same_alone("family", two, tmp_path)
     assert first["files"] == second["files"] == alone["files"]
     assert [member["folder"] for member in first["members"]] == ["parameters-0.95", "parameters-0.9"]
     for mine, other in zip(first["members"], alone["members"], strict=True):
@@ -122,11 +124,7 @@ def test_a_family_of_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> 
 
 
 def test_distillation_on_two_processes_is_that_of_one(two: Runs, tmp_path: Path) -> None:
-    first, second = two("distilled")
-    assert_equal(tensors(first), tensors(second))
-    alone = CASES["distilled"](tmp_path)
-    assert_same_run(first, alone)
-    assert_same_logs(first["logs"], alone["logs"])
+    same_alone("distilled", two, tmp_path)
 
 
 @pytest.mark.parametrize("task", STUDENTS)
