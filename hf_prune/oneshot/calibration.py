@@ -12,17 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
-from ..model.attached import is_attached
-from ..model.blocks import is_adapted
+from ..model.changeable import check_changeable
 from ..model.positions import longest_row
-from ..model.sharding import is_sharded
 from ..settings.config import DECLARED, WITHOUT_TRAINING, PruningConfig
 from ..settings.errors import ConfigError, closest
 from .layers import Batch
 from .walk import Rows
 
-#: What weights can be solved for in; others are read and written by kernels of their own.
-_FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 #: How many tokens are enough where the number of rows is not given, and how many rows at most.
 TOKENS = 2**15
 MOST_ROWS = 2048
@@ -45,22 +41,15 @@ _AT_ONCE: dict[str, Any] = {
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise unless the weights of a model can be changed in place.
+    """Raise unless `prune()` can take a model.
 
     Raises:
-        ConfigError: it is quantized, has adapters, is sharded, condensed, or attached to a pruner; says what to do.
+        ConfigError: it is condensed already, or see [`check_changeable`].
     """
-    name = type(model).__name__
-    if any(parameter.dtype not in _FLOATS for parameter in model.parameters()):  # a GGUF file, once read, is as good as any
-        raise ConfigError("model", name, "is quantized; prune first and quantize what comes out.")
-    if any(is_adapted(module) for module in model.modules()):
-        raise ConfigError("model", name, "has adapters; merge them first (`merge_and_unload()`).")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ConfigError("model", name, "is sharded over ranks; prune it in one process.")
+    check_changeable(model)
     if getattr(model.config, "hf_prune", None) is not None:
-        raise ConfigError("model", name, "is condensed already; prune the model before it was condensed, or train this one.")
-    if is_attached(model):
-        raise ConfigError("model", name, "is attached to a Pruner; call its finish() or release() first.")
+        allowed = "is condensed already; prune the model before it was condensed, or train this one."
+        raise ConfigError("model", type(model).__name__, allowed)
 
 
 def complete(config: PruningConfig) -> PruningConfig:
