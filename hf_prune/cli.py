@@ -199,7 +199,16 @@ def prune(
 
 
 @app.command()
-def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool = True, as_json: Json = False) -> None:
+def condense(
+    path: Model,
+    out: Out,
+    pad_to_multiple_of: Pad = None,
+    verify: bool = True,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Fail unless the result is a stock model, with layers of equal sizes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Remove dead heads, neurons and layers from a model, verify that its outputs are unchanged, and save it with its card."""
     from .condense import nothing_to_cut
     from .hub import save_made_from
@@ -212,7 +221,7 @@ def condense(path: Model, out: Out, pad_to_multiple_of: Pad = None, verify: bool
         found = f"{hf_prune.sparsity_report(model).sparsity:.2%} of its weights are zero"
         raise ValueError(f"PATH={path}: {found}. {nothing_to_cut(model, pad_to_multiple_of)}")
     with stderr.status("condensing and comparing outputs" if verify else "condensing"):
-        hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of)
+        hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of, uniform=uniform)
     saved_to(out, model, before, save_made_from(model, folder, out), as_json)
 
 

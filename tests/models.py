@@ -283,7 +283,7 @@ def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
 
 
 #: The families whose config can say how many heads there are without changing their width.
-SET_HEADS = ("vit", "deit", "llama", "llama-with-biases", "mistral", "qwen2", "qwen3", "gemma")
+SET_HEADS = ("vit", "deit", "llama", "llama-with-biases", "mistral", "qwen2", "qwen3", "gemma", "t5", "t5-gated")
 
 
 def prune_evenly(model: PreTrainedModel, heads: bool) -> None:

@@ -90,6 +90,9 @@ def test_condense(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     assert CardFacts.load(tmp_path / "small") == FACTS
     assert "trust_remote_code" in (tmp_path / "small" / "README.md").read_text()
     assert f"{made['parameters']:,} parameters" in cli("condense", masked, tmp_path / "again", "--pad-to-multiple-of", 8)
+    cli("condense", masked, tmp_path / "equal", "--uniform", code=1)
+    assert "no field for num_attention_heads=2 of encoder.layer.0.attention.self" in " ".join(cli.err.split())
+    assert not (tmp_path / "equal").exists()
 
 
 @pytest.mark.parametrize(

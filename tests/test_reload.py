@@ -92,7 +92,7 @@ def test_models_whose_layers_agree_are_ordinary_ones(tmp_path: Path) -> None:
         model = models.tiny(family)
         before = [parameter.numel() for parameter in stock_twin(model, "meta").parameters()]
         models.prune_evenly(model, heads=family in models.SET_HEADS)
-        condense(model, verify=False)
+        condense(model, verify=False, uniform=True)
         assert [parameter.numel() for parameter in stock_twin(model, "meta").parameters()] == before
         folder = first / f"{family}-{models.HEADS[models.classifier_of(family)].__name__}"
         model.save_pretrained(folder)
@@ -102,7 +102,8 @@ def test_models_whose_layers_agree_are_ordinary_ones(tmp_path: Path) -> None:
         assert not {"auto_map", "transformers_weights"} & config.keys()
         assert config["hf_prune"]["layers"] == {}
         assert {40} <= set(config["hf_prune"]["original"].values()) <= {40, 8, 4, 1}
-        assert ("num_attention_heads" in config["hf_prune"]["original"]) == (family in models.SET_HEADS)
+        heads = {"num_attention_heads", "num_heads"} & config["hf_prune"]["original"].keys()
+        assert bool(heads) == (family in models.SET_HEADS)
     reports = [reload("stock", first, by_stock), reload("import", by_stock, by_import)]
     for report in reports:
         assert len(report) == len(models.FAMILIES)
@@ -150,23 +151,48 @@ def same_outputs(one: PreTrainedModel, other: PreTrainedModel) -> bool:
         return bool(one(**inputs)[0].equal(other(**inputs)[0]))
 
 
-@pytest.mark.parametrize(
-    ("family", "cause"),
-    [("bert", "heads"), ("mpnet", "heads"), ("t5", "heads"), ("llama", "heads"), ("qwen2", "new biases"), ("bert", "no neurons")],
-)
-def test_layers_agree_but_the_config_cannot_say_it(family: str, cause: str, tmp_path: Path) -> None:
-    model = models.tiny(family)
-    for block in find_blocks(model):
-        if block.kind == "feed_forward":
+#: Family and what is zeroed in all layers alike → what keeps the result from being an ordinary model.
+IN_THE_WAY = {
+    ("bert", "heads"): "the config of bert has no field for num_attention_heads=2 of encoder.layer.0.attention.self",
+    ("mpnet", "heads"): "the config of mpnet has no field for num_attention_heads=2 of encoder.layer.0.attention.attn",
+    (
+        "t5",
+        "other heads in each layer",
+    ): "encoder.block.1.layer.0.SelfAttention keeps heads [0, 3], but encoder.block.0 keeps [2, 3]",
+    ("llama", "heads"): "stock llama refuses num_attention_heads=6, num_key_value_heads=3",
+    ("qwen2", "new biases"): "layers.0.self_attn has a new bias, for what dead units or removed layers added",
+    ("bert", "no neurons"): "encoder.layer.0.intermediate.dense has nothing left",
+    ("gpt2", "one layer"): "h.1.mlp.c_fc has intermediate_size=40, but h.0.mlp.c_fc has intermediate_size=30",
+    ("qwen3", "a removed layer"): "layers.0.mlp.up_proj has a new bias",
+}
+
+
+@pytest.mark.parametrize(("family", "cause"), IN_THE_WAY)
+def test_what_the_config_cannot_say(family: str, cause: str, tmp_path: Path) -> None:
+    """Such a model is refused by `uniform=True`, which then changes nothing, and else condensed as it is."""
+    model = models.tiny(family, **{"attention_bias": True} if cause == "a removed layer" else {})
+    if cause == "a removed layer":
+        models.empty_layers(model, {1})
+    for block in find_blocks(model) if cause != "a removed layer" else ():
+        if block.kind == "feed_forward" and (cause != "one layer" or block.layer == "h.0"):
             models.zero_units(block, list(range(40 if cause == "no neurons" else 10)), "out")
-        elif cause == "heads":  # Llama's heads have to divide its hidden size
-            models.zero_units(block, list(range(2)), "out")
-        elif cause == "new biases":
+        elif block.kind == "attention" and cause == "heads":  # Llama's heads have to divide its hidden size
+            models.zero_units(block, [0, 1], "out")
+        elif block.kind == "attention" and cause == "other heads in each layer":
+            models.zero_units(block, [0, 1] if block.layer.endswith("0") else [1, 2], "out")
+        elif block.kind == "attention" and cause == "new biases":
             models.zero_units(block, [0, 1], "in")
+    before, shapes_before = model.config.to_dict(), {name: value.shape for name, value in model.named_parameters()}
+    with pytest.raises(ValueError, match=re.escape(f"uniform=True, but {IN_THE_WAY[family, cause]}")):
+        condense(model, uniform=True)
+    assert model.config.to_dict() == before
+    assert {name: value.shape for name, value in model.named_parameters()} == shapes_before
     condense(model).save_pretrained(tmp_path)
     assert "original" not in model.config.hf_prune
     assert model.config.hf_prune["layers"]
     assert json.loads((tmp_path / "config.json").read_text())["transformers_weights"] == NEEDED_OR_REMOTE
+    with pytest.raises(ValueError, match="uniform=True, but "):  # now there is nothing to cut
+        condense(model, uniform=True)
 
 
 def test_removed_layers_leave_an_ordinary_model_or_one_that_stock_code_refuses(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model")
 
 
-def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None = None) -> Model:
+def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None = None, uniform: bool = False) -> Model:
     """Remove dead heads, neurons and layers from a model, however they were zeroed; see [`condense_plan`] for what counts as dead.
 
     Whatever a dead unit still added for every input alike is folded into the bias of the output projection, which gets one if it
@@ -58,7 +58,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     kept (but parameters without elements are frozen); parameters of shrunk modules are new objects, so an optimizer has to be made
     anew. So is `model.config`, which may be shared with another model; its `hf_prune` then holds the sizes (see `format.py`).
     If all layers have the same sizes and the family's config fields can express them, the sizes are written there, and the model is
-    an ordinary one (`stock.py`).
+    an ordinary one (`stock.py`), which loads without hf_prune, and in other frameworks. `uniform` makes that a condition.
 
     A layer with nothing left that only adds to its input (pre-norm) is removed too, if that is exact; see `layers.py`.
     `output_hidden_states` then lacks one entry: the input of the removed layer. A post-norm layer keeps its LayerNorms.
@@ -77,6 +77,8 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
             widths that are not a multiple of 8, and none that was measured on a CPU gains by 16: on an AMD CPU 8 was enough,
             on an Intel one with AVX-512 and AMX a neuron costs the same at any width, to within 3 % in float32 and 7 % in bfloat16
             (1024 tokens; `scripts/benchmarks/benchmark_padding.py` measures it). The default keeps none.
+        uniform: raise where the result is not an ordinary model. No unit goes for that: `scope="local"` makes layers equal while
+            they are pruned.
 
     Returns:
         The same model object. A warning is logged if there was nothing to remove.
@@ -84,7 +86,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     Raises:
         TypeError: not a transformers model.
         RuntimeError: a `Pruner` is attached, or verification failed (differences above 1e-5 in float32; see `verify.tolerance`).
-        ValueError: see [`condense_plan`].
+        ValueError: see [`condense_plan`]; or `uniform`, and something is in the way, which is named.
     """
     whole, body = bare_model(model), transformers_model(model)
     distributed = isinstance(model, nn.Module) and whole is not model
@@ -99,6 +101,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
         raise RuntimeError("a Pruner is attached to the model; call `pruner.finish()` or `release()` before condensing it.")
     plan = condense_plan(body, pad_to_multiple_of)
     if plan.empty:
+        _say_sizes(body, uniform)
         logger.warning(nothing_to_cut(body, pad_to_multiple_of))
         return model
     with all_or_nothing(whole) as snapshot:
@@ -112,10 +115,24 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
                     return_memory()
         remove_layers(body, spec_for(body.config.model_type), plan.removed)
         body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
-        write_sizes(body, spec_for(body.config.model_type))
+        _say_sizes(body, uniform)
         if before is not None:
             compare(before, observe(body, before), body.dtype, plan.removed)
     return model
+
+
+def _say_sizes(model: PreTrainedModel, uniform: bool) -> None:
+    """Let the config of the family say the sizes of a condensed model, if it can.
+
+    Raises:
+        ValueError: it cannot, and `uniform` says that it must.
+    """
+    said = getattr(model.config, "hf_prune", None)
+    if said and (reason := write_sizes(model, spec_for(model.config.model_type))) and uniform:
+        raise ValueError(
+            f"uniform=True, but {reason}; nothing was changed. scope='local' makes layers equal while they are pruned, and without "
+            "uniform=True the model is condensed as it is."
+        )
 
 
 def nothing_to_cut(model: PreTrainedModel, pad_to_multiple_of: int | None) -> str:

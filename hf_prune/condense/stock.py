@@ -1,8 +1,9 @@
 """Condensed models whose sizes the config of their family can express, and the stock model that pruning started from.
 
 If all layers have the same sizes (`scope="local"`), the smaller model is an ordinary one: `intermediate_size` and, if the width of
-a head is independent of the number of heads, `num_attention_heads` and `num_key_value_heads` describe it. Its checkpoint then loads
-with stock classes, in other frameworks too. The rest of `config.hf_prune` is informative, and stock code ignores it.
+a head is independent of the number of heads, `num_attention_heads` and `num_key_value_heads` describe it. Layers that share a
+position bias (T5) must also keep the same heads, whose entries of the bias then stay. The checkpoint loads with stock classes, in
+other frameworks too. The rest of `config.hf_prune` is informative, and stock code ignores it.
 """
 
 from __future__ import annotations
@@ -16,67 +17,123 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model import ArchitectureSpec, Block, blocks, spec_for
-from ..model.blocks import layer_lists, outlines
+from ..model.blocks import Adapted, layer_lists, outlines
 from .layers import layer_counts, name_decoder_depth
 
 
-def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
+def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> str:
     """Move the sizes in `config.hf_prune` to the config of the family, if it can express all of them; else change nothing.
 
     This is checked, not assumed: the stock model of the new config, built on the meta device, must have the same blocks.
+
+    Returns:
+        What is in the way, in words; `""` if nothing is.
     """
     entry: dict[str, Any] = model.config.hf_prune
-    changed = {name for parts in entry["layers"].values() for sizes in parts.values() for name in sizes}
+    if not entry["layers"]:
+        return ""
     found = blocks(model, spec)
-    said = sizes_in_config(model, found, spec, changed)
-    if not said:
-        return
+    said, reason = sizes_in_config(model, found, spec)
+    if reason:
+        return reason
     smaller = copy.deepcopy(model.config)
     smaller.hf_prune = None
     for attribute, size in said.items():
         setattr(smaller, attribute, size)
     try:
         if not _makes(smaller, type(model.base_model), found, spec):
-            return
-    except TypeError:  # a class of somebody's own that wants more than a config
-        return
+            return f"a stock {model.config.model_type} with {_listed(said)} has blocks of other sizes"
+    except (ValueError, StrictDataclassError) as error:  # Llama's heads have to divide its hidden size
+        return f"stock {model.config.model_type} refuses {_listed(said)}: {' '.join(str(error).split())}"
+    except TypeError:
+        return f"{type(model.base_model).__name__} cannot be made of its config alone"
+    _take_positions(found)
     before = {name: getattr(model.config, name) for name in said if getattr(model.config, name, said[name]) != said[name]}
     for attribute, size in said.items():
         setattr(model.config, attribute, size)
     model.config.hf_prune = entry | {"layers": {}, "original": before | entry.get("original", {})}
+    return ""
 
 
-def sizes_in_config(model: nn.Module, its_blocks: list[Block], spec: ArchitectureSpec, changed: set[str]) -> dict[str, int]:
-    """The new values of the config attributes that hold the sizes in `changed`, named as in `config.hf_prune`.
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{attribute}={size}" for attribute, size in sizes.items())
 
-    Empty if two blocks differ, or one has no unit left.
-    """
-    found: dict[str, set[int]] = {}
-    for path, widths in zip(spec.layers, spec.widths):
+
+def sizes_in_config(model: Any, its_blocks: list[Block], spec: ArchitectureSpec) -> tuple[dict[str, int], str]:
+    """The new values of the config attributes that hold the sizes of blocks, or else why they cannot: two blocks differ, say."""
+    listed: dict[str, Any] = model.config.hf_prune["layers"]
+    changed = {name for parts in listed.values() for sizes in parts.values() for name in sizes}
+    found: dict[str, tuple[int, Block]] = {}
+    for path, widths in zip(spec.layers, spec.widths or ({},) * len(spec.layers)):
         lists = layer_lists(model, path)
         for block in its_blocks:
-            if block.layer.rpartition(".")[0] in lists:
-                own = block.sizes | ({} if block.module is None else {"head_dim": block.unit_width})
-                for name, size in own.items() if changed & block.sizes.keys() else ():
-                    if (name in changed or name not in block.sizes) and name in widths:
-                        found.setdefault(widths[name], set()).add(size)
-    sizes = [(attribute, min(values)) for attribute, values in found.items() if len(values) == 1]
-    return dict(sizes) if len(sizes) == len(found) and all(size for _, size in sizes) else {}
+            sizes = {name: size for name, size in block.sizes.items() if name in changed}
+            if not sizes or block.layer.rpartition(".")[0] not in lists:
+                continue
+            where = f"{block.layer}.{block.key}"
+            if listed.get(block.layer, {}).get(block.key, {}).get("output_bias"):
+                return {}, f"{where} has a new bias, for what dead units or removed layers added"
+            if unsaid := [f"{name}={size}" for name, size in sizes.items() if name not in widths]:
+                return {}, f"the config of {model.config.model_type} has no field for {unsaid[0]} of {where}"
+            if "head_dim" in widths and block.module is not None:
+                sizes["head_dim"] = block.unit_width
+            for name, size in sizes.items():
+                other, first = found.setdefault(widths[name], (size, block))
+                if other != size:
+                    return {}, f"{where} has {name}={size}, but {first.layer}.{first.key} has {name}={other}"
+                if not size:
+                    return {}, f"{where} has nothing left"
+    for some in _biased(its_blocks):
+        for block in some:
+            if block.own_units != some[0].own_units:
+                return {}, (
+                    f"{block.layer}.{block.key} keeps heads {block.own_units}, but {some[0].layer} keeps {some[0].own_units}, "
+                    "and they share a position bias"
+                )
+    return {attribute: size for attribute, (size, _) in found.items()}, ""
+
+
+def _biased(its_blocks: list[Block]) -> list[list[Block]]:
+    """The blocks that share a position bias, those of each bias together."""
+    found: dict[tuple[str, str], list[Block]] = {}
+    for block in its_blocks:
+        if block.own_units is not None:
+            found.setdefault((block.layer.rpartition(".")[0], block.key), []).append(block)
+    return [some for some in found.values() if any(_table(block) for block in some)]
+
+
+def _table(block: Block) -> Any:
+    """The embedding of the position bias in a block, if it is there."""
+    return getattr(block.module, block.spec.position_table, None) if block.spec.position_table else None
+
+
+def _take_positions(its_blocks: list[Block]) -> None:
+    """Leave in position biases the heads that there are, so that stock modules take them."""
+    for some in _biased(its_blocks):
+        for table in filter(None, map(_table, some)):
+            heads = torch.tensor(some[0].own_units, device=table.weight.device)
+            table.weight = nn.Parameter(table.weight.detach()[:, heads], requires_grad=table.weight.requires_grad)
+            table.embedding_dim = len(heads)
+    for module in (block.module for block in its_blocks if block.own_units is not None):
+        if isinstance(module, Adapted):
+            module.__class__ = module.stock_class
+            vars(module).pop("own_heads")
+            vars(module).pop("spec")
 
 
 def describes(model: PreTrainedModel) -> bool:
     """Whether loading makes a model with these blocks of its config: that of one that was cut by hand says something else."""
     spec = spec_for(model.config.model_type)
-    return _makes(model.config, type(model.base_model), blocks(model, spec), spec)
+    try:
+        return _makes(model.config, type(model.base_model), blocks(model, spec), spec)
+    except (ValueError, StrictDataclassError):
+        return False
 
 
 def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: ArchitectureSpec) -> bool:
     """Whether the model of a config, of class `kind`, has these blocks."""
-    try:
-        with torch.device("meta"):
-            stock = kind(type(config).from_dict(config.to_dict()))
-    except (ValueError, StrictDataclassError):  # Llama's heads have to divide its hidden size
-        return False
+    with torch.device("meta"):
+        stock = kind(type(config).from_dict(config.to_dict()))
     return outlines(blocks(stock, spec)) == outlines(wanted)
 
 

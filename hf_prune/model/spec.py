@@ -36,6 +36,7 @@ class AttentionSpec:
         extra: optional further projections of `module` with rows for every head (DeBERTa's positions).
         position_bias: whether `forward` receives a bias with an entry for every head of the stock model: `"taken"`, `"passed on"`
             (also returned as the second output, for the next layer), or `""`.
+        position_table: the embedding of `module` that this bias comes from, with a column for every head; `""` for one elsewhere.
         optional: some models of the family have no such block (cross-attention).
     """
 
@@ -50,6 +51,7 @@ class AttentionSpec:
     residual_norm: str = ""
     extra: tuple[Part, ...] = ()
     position_bias: str = ""
+    position_table: str = ""
     optional: bool = False
 
 

@@ -30,6 +30,7 @@ def _t5_attention(module: str, optional: bool = False) -> AttentionSpec:
         head_size="key_value_proj_dim",
         sizes={"n_heads": "heads", "inner_dim": "width"},
         position_bias="passed on",
+        position_table="relative_attention_bias",
         optional=optional,
     )
 
@@ -50,5 +51,5 @@ T5 = ArchitectureSpec(
     attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention", optional=True)),
     feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
     depths=("num_layers", "num_decoder_layers"),
-    widths=({"intermediate_size": "d_ff"}, {"intermediate_size": "d_ff"}),
+    widths=({"intermediate_size": "d_ff", "num_attention_heads": "num_heads"},) * 2,
 )
