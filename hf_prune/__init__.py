@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .settings.arguments import PruningArguments
     from .settings.config import PruningConfig, PruningRule
     from .settings.errors import ConfigError
+    from .shrink.depth import shrink_depth
     from .training.callback import PruningCallback
     from .training.checkpoints import last_complete_checkpoint
 
@@ -62,6 +63,7 @@ __all__ = [
     "print_sparsity",
     "prune",
     "push_to_hub",
+    "shrink_depth",
     "sparsity_report",
     "to_sparse",
 ]
@@ -102,6 +104,7 @@ _HOMES = {
         "PruningRule",
     ),
     "settings.errors": ("ConfigError",),
+    "shrink.depth": ("shrink_depth",),
     "training.callback": ("PruningCallback",),
     "training.checkpoints": ("last_complete_checkpoint",),
 }

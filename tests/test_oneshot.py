@@ -186,6 +186,7 @@ def test_a_database_makes_every_other_budget_cheaper_and_changes_no_bit(tmp_path
         assert_equal(pruned(share), pruned(share, database=folder))
     without_first, first, without_second, second = calls
     assert without_first == first == without_second > second
+    prune(tiny_bert(), config(criterion="magnitude", update="zero"), batches(tiny_bert()), database=tmp_path / "nothing to measure")
     assert {path.name for path in tmp_path.iterdir()} == {"database"}
 
 
@@ -308,11 +309,11 @@ def test_the_dense_target_repairs_earlier_layers_too() -> None:
 TRAINED = {"movement", "soft_movement"}
 
 
-@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - TRAINED))
+@pytest.mark.parametrize("criterion", sorted({*CRITERIA, *DECLARED["scores_absences"]} - TRAINED))
 def test_every_criterion_can_choose(criterion: str) -> None:
     model = tiny_bert(hidden_dropout_prob=0.0)
     reads = criterion != "auto" and CRITERION_CLASSES[criterion].reads_gradients
-    layers = criterion in DECLARED["scores_layers"]
+    layers = criterion in DECLARED["scores_layers"] | DECLARED["scores_absences"]
     settings = (
         PruningConfig(pattern="layer", criterion=criterion, update="zero") if layers else config(criterion=criterion, update="obs")
     )

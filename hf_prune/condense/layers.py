@@ -7,7 +7,7 @@ if a layer before it stays. `hidden_states` then lacks the input of the removed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from ..settings.errors import ConfigError
 
 
 def depths(model: nn.Module, spec: ArchitectureSpec) -> dict[str, str]:
-    """The lists whose layers can be removed, with the config attribute of their length: `{"layers": "num_hidden_layers"}`."""
+    """The lists whose layers can be removed once they do nothing, with the config attribute of their length:
+    `{"layers": "num_hidden_layers"}`."""
     config: Any = getattr(model, "config", None)
-    if any(getattr(config, name, value) != value for name, value in spec.depths_when.items()):
+    if not spec.pre_norm or any(getattr(config, name, value) != value for name, value in spec.pre_norm_when.items()):
         return {}
     return dict(zip(spec.layers, spec.depths))
 
@@ -32,17 +33,13 @@ def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
     Raises:
         ConfigError: layers share their weights, so none can be removed alone.
     """
-    if not _countable(spec):
-        families = ", ".join(sorted(name for name, known in SPECS.items() if _countable(known)))
+    if not spec.depths:
+        families = ", ".join(sorted(name for name, known in SPECS.items() if known.depths))
         allowed = (
             f"its layers ({', '.join(spec.layers)}) cannot be counted one by one, so none can be removed; those of {families} can."
         )
         raise ConfigError("model_type", ", ".join(spec.model_types), allowed)
-    return dict(zip(spec.layers, spec.depths or ["num_hidden_layers"]))
-
-
-def _countable(spec: ArchitectureSpec) -> bool:
-    return len(spec.layers) <= max(len(spec.depths), 1) and not any("*" in path for path in spec.layers)
+    return dict(zip(spec.layers, spec.depths))
 
 
 def outline(layer: nn.Module) -> dict[str, type]:
@@ -55,17 +52,24 @@ def removable(constants: Sequence[Tensor | None], outlines: Sequence[object]) ->
 
     Args:
         constants: what each layer adds for every input; None for a layer that computes something.
-        outlines: the structure of each layer, see [`outline`]. After the removal the n-th layer must have the structure that the
-            n-th has now, since the stock model is built that way when it is loaded: the first layers of T5 (with the position bias)
-            and of ModernBERT (without a norm) stay.
+        outlines: the structure of each layer, see [`outline`] and [`can_do_without`].
     """
-    staying = list(range(len(constants)))
+    gone: list[int] = []
     for index, constant in enumerate(constants):
-        rest = [other for other in staying if other != index]
-        same = [outlines[other] for other in rest] == list(outlines[: len(rest)])
-        if constant is not None and rest and same and (rest[0] < index or not constant.any()):
-            staying = rest
-    return sorted(set(range(len(constants))) - set(staying))
+        more = [*gone, index]
+        first = next((other for other in range(len(constants)) if other not in more), None)
+        if constant is None or first is None or not can_do_without(outlines, more):
+            continue
+        if first < index or not constant.any():
+            gone = more
+    return gone
+
+
+def can_do_without(outlines: Sequence[object], gone: Collection[int]) -> bool:
+    """Whether the stock model that is built of the smaller config takes the layers that stay: its n-th must have the structure
+    that the n-th has now. So the first layers of T5 (with the position bias) and of ModernBERT (without a norm) stay."""
+    staying = [one for index, one in enumerate(outlines) if index not in gone]
+    return staying == list(outlines[: len(staying)])
 
 
 def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[str, list[int]]) -> None:
@@ -85,9 +89,9 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = number
         setattr(model.config, layer_counts(spec)[path], len(layers))
-        stack: Any = owner_of(model, path)
-        if stack.config is not model.config:  # each stack of T5 has a copy of its own
-            stack.config.num_hidden_layers = len(layers)
+        own: Any = getattr(owner_of(model, path), "config", model.config)
+        if own is not model.config:  # each stack of T5 has a copy of its own
+            own.num_hidden_layers = len(layers)
         if getattr(model.config, "layer_types", None) is not None:
             types = list(enumerate(model.config.layer_types))
             model.config.layer_types = [kind for index, kind in types if index not in indices]

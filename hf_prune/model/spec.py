@@ -82,9 +82,10 @@ class ArchitectureSpec:
             member of a list of lists.
         attentions, feed_forwards: the blocks of a layer. Each is in some layer, though not necessarily in all, unless it is
             `optional`.
-        depths: for families whose layers only add to their input (pre-norm), feed-forward last: the config attributes with the
-            number of layers in each of `layers`. Layers without blocks can then be removed. Default: every layer stays.
-        depths_when: values that config attributes, if they exist, must have for `depths` to apply.
+        depths: the config attributes with the number of layers in each of `layers`. Default: layers are shared, and all stay.
+        pre_norm: whether the layers only add to their input, feed-forward last, so that removing one that has no blocks left
+            changes nothing.
+        pre_norm_when: values that config attributes, if they exist, must have for `pre_norm` to apply.
         widths: for each of `layers`, name of a size in `config.hf_prune` → the config attribute that holds it for all blocks alike;
             `head_dim` beside `num_attention_heads` if the width of a head is independent of their number. A model whose sizes these
             attributes can express is an ordinary one. Default: none.
@@ -95,5 +96,6 @@ class ArchitectureSpec:
     attentions: tuple[AttentionSpec, ...]
     feed_forwards: tuple[FeedForwardSpec, ...]
     depths: tuple[str, ...] = ()
-    depths_when: Mapping[str, Any] = field(default_factory=dict)
+    pre_norm: bool = False
+    pre_norm_when: Mapping[str, Any] = field(default_factory=dict)
     widths: tuple[Mapping[str, str], ...] = ()

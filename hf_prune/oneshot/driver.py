@@ -31,6 +31,7 @@ from .database import Database, Measured, fingerprints
 from .layers import Call, Stream, record, run
 from .report import PrunedModule, PruneReport
 from .sensitivity import Importance, Prediction, divergence, importance, predictions, probe, token_weights
+from .trials import score_absences
 from .walk import Rows, Site, advance, find_site, moments_at, moments_during, same_inputs
 
 
@@ -134,6 +135,7 @@ def prune(
         seed: of what is drawn: weights of logits, and the rows that are held out.
         database: a folder for what criterion `"obs"` measures in the dense model, which is the same for every budget: it is written
             the first time, and read by all other calls with the same model, rows and seed. Result and bits are the same without.
+            Other criteria leave it alone.
         offload_folder: where hidden states go; by default they stay in memory.
         progress: wraps a range with a number for each layer of each pass, to show how far it is.
 
@@ -150,12 +152,10 @@ def prune(
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
     work = _work(model, rules)
     _check_biases(model, work)
-    levels = None
-    if database is not None:
-        units = {item.name: item.group.num_units for item in work if item.rule.criterion.scores_remainders}
-        levels = Database(database, fingerprints(model, rows, units, seed))
+    units = {item.name: item.group.num_units for item in work if item.rule.criterion.scores_remainders}
+    levels = Database(database, fingerprints(model, rows, units, seed)) if database is not None and units else None
     full = torch.autocast(model.device.type, enabled=False)  # which would round sums to half precision
-    with _undone_on_error(rules, work) as copied, _still(model), torch.no_grad(), full:
+    with _undone_on_error(rules, work) as copied, still(model), torch.no_grad(), full:
         before = predictions(model, rows)
         passes = _Passes(model, rules, rows, work, levels, offload_folder, progress)
         predicted = _choose(model, rules, rows, passes, labels, seed)
@@ -230,7 +230,7 @@ def _undone_on_error(rules: Sequence[Rule], work: Sequence[_Work]) -> Iterator[i
 
 
 @contextmanager
-def _still(model: PreTrainedModel) -> Iterator[None]:
+def still(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model is in evaluation mode and keeps no cache."""
     modes = {module: module.training for module in model.modules()}
     cached = getattr(model.config, "use_cache", None)
@@ -251,6 +251,7 @@ def _choose(model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Pass
     measured = [rule for rule in rules if rule.criterion.scores_remainders]
     if measured:
         passes.score(seed)
+    score_absences(model, [rule for rule in rules if rule.criterion.scores_absences], rows)
     others = [rule for rule in rules if rule not in measured]
     with ExitStack() as stack:
         for rule in others:

@@ -283,6 +283,9 @@ def _rule(
     if settings.initial_sparsity != "from_model" and costs is WEIGHTS:
         _check_rounding(name, settings, groups)
     criterion = CRITERIA[settings.criterion](settings)
+    if criterion.scores_absences and not layer_by_layer:
+        allowed = "tries out what the model loses without each unit, which prune() does; while it trains, nothing is tried out."
+        raise ConfigError(f"{name}.criterion", settings.criterion, allowed)
     for group in groups:
         if obstacle := criterion.obstacle(group):
             allowed = f"{obstacle} (pattern {settings.pattern!r} in {group.name!r})."

@@ -59,12 +59,15 @@ CRITERIA: set[str] = {
     "flap",
     "kprune",
     "block_influence",
+    "removal",
+    "greedy_removal",
 }
 #: What criteria declare that other settings have to fit, attributes of `Criterion` → the names of those of which it is true.
 DECLARED: dict[str, set[str]] = {
     "scores_rows": {"fpgm", "apoz", "mean_activation"},
     "regrows": {"movement", "soft_movement"},
     "scores_layers": {"block_influence"},
+    "scores_absences": {"removal", "greedy_removal"},
     "regularizes": {"soft_movement"},
     "scores_inputs": {"obs", "flap", "kprune"},
     "scores_columns": {"flap", "kprune"},
@@ -113,6 +116,13 @@ CONFLICTS: tuple[tuple[str, Set[str], str, Set[str], str], ...] = (
         "pattern",
         frozenset({"NxM", "N:M", "1xchannel", "channelx1", "auto", "head", "kv_group", "neuron", "block"}),
         "scores layers as a whole, so it needs pattern 'layer'",
+    ),
+    (
+        "criterion",
+        DECLARED["scores_absences"],
+        "pattern",
+        frozenset({"NxM", "N:M", "1xchannel", "channelx1", "auto", "neuron"}),
+        "tries out what the model loses without each unit, so it needs a pattern with few of them: head, kv_group, block or layer",
     ),
     (
         "scope",

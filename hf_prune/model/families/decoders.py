@@ -32,7 +32,8 @@ GPT2 = ArchitectureSpec(
     ),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.c_fc"), down=Part("mlp.c_proj"), activation="mlp.act"),),
     depths=("num_hidden_layers",),
-    depths_when={"scale_attn_by_inverse_layer_idx": False},
+    pre_norm=True,
+    pre_norm_when={"scale_attn_by_inverse_layer_idx": False},
     widths=({"intermediate_size": "n_inner"},),
 )
 
@@ -42,7 +43,8 @@ OPT = replace(
     layers=("decoder.layers",),
     attentions=BART.attentions[:1],
     depths=("num_hidden_layers",),
-    depths_when={"do_layer_norm_before": True},
+    pre_norm=True,
+    pre_norm_when={"do_layer_norm_before": True},
     widths=({"intermediate_size": "ffn_dim"},),
 )
 
@@ -54,5 +56,6 @@ LLAMA = ArchitectureSpec(
         FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
     ),
     depths=("num_hidden_layers",),
+    pre_norm=True,
     widths=(NEURONS | HEADS | {"num_key_value_heads": "num_key_value_heads"},),
 )

@@ -12,14 +12,15 @@ BART = ArchitectureSpec(
     layers=("encoder.layers", "decoder.layers"),
     attentions=(bart_like("self_attn"), bart_like("encoder_attn", optional=True)),
     feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
+    depths=("encoder_layers", "decoder_layers"),
     widths=({"intermediate_size": "encoder_ffn_dim"}, {"intermediate_size": "decoder_ffn_dim"}),
 )
 
 WHISPER = replace(
     BART,
     model_types=("whisper",),
-    depths=("encoder_layers", "decoder_layers"),
-    depths_when={"use_weighted_layer_sum": False},
+    pre_norm=True,
+    pre_norm_when={"use_weighted_layer_sum": False},
 )
 
 
@@ -51,5 +52,6 @@ T5 = ArchitectureSpec(
     attentions=(_t5_attention("layer.0.SelfAttention"), _t5_attention("layer.1.EncDecAttention", optional=True)),
     feed_forwards=(*_t5_feed_forwards("layer.1.DenseReluDense"), *_t5_feed_forwards("layer.2.DenseReluDense")),
     depths=("num_layers", "num_decoder_layers"),
+    pre_norm=True,
     widths=({"intermediate_size": "d_ff", "num_attention_heads": "num_heads"},) * 2,
 )

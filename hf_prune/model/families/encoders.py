@@ -13,6 +13,7 @@ BERT = ArchitectureSpec(
         bert_like("crossattention.self", "query key value", output=Part("crossattention.output.dense"), optional=True),
     ),
     feed_forwards=(BERT_FFN,),
+    depths=("num_hidden_layers",),
     widths=(NEURONS,),
 )
 
@@ -28,6 +29,7 @@ DISTILBERT = ArchitectureSpec(
         ),
     ),
     feed_forwards=(FeedForwardSpec(up=Part("ffn.lin1"), down=Part("ffn.lin2"), activation="ffn.activation"),),
+    depths=("num_hidden_layers",),
     widths=({"intermediate_size": "hidden_dim"},),
 )
 
@@ -46,6 +48,7 @@ MPNET = ArchitectureSpec(
     layers=("encoder.layer",),
     attentions=(bert_like("attention.attn", "q k v o", position_bias="taken"),),
     feed_forwards=(BERT_FFN,),
+    depths=("num_hidden_layers",),
     widths=(NEURONS,),
 )
 
@@ -61,6 +64,7 @@ DEBERTA = ArchitectureSpec(
         ),
     ),
     feed_forwards=(BERT_FFN,),
+    depths=("num_hidden_layers",),
     widths=(NEURONS,),
 )
 
@@ -73,5 +77,6 @@ MODERNBERT = ArchitectureSpec(
     attentions=(attention("attn", "", query=_query, key=_key, value=_value, output=Part("attn.Wo"), after=("out_drop",)),),
     feed_forwards=(FeedForwardSpec(gate=_gate, up=_up, down=Part("mlp.Wo"), activation="mlp.act"),),
     depths=("num_hidden_layers",),
+    pre_norm=True,
     widths=(NEURONS,),
 )

@@ -11,6 +11,7 @@ VIT = ArchitectureSpec(
     attentions=(attention("attention", "q_proj k_proj v_proj o_proj", sizes={"num_attention_heads": "heads"}),),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
     depths=("num_hidden_layers",),
+    pre_norm=True,
     widths=(NEURONS | HEADS,),
 )
 
@@ -26,6 +27,7 @@ WAV2VEC2 = ArchitectureSpec(
         ),
     ),
     depths=("num_hidden_layers",),
-    depths_when={"do_stable_layer_norm": True, "adapter_attn_dim": None, "use_weighted_layer_sum": False},
+    pre_norm=True,
+    pre_norm_when={"do_stable_layer_norm": True, "adapter_attn_dim": None, "use_weighted_layer_sum": False},
     widths=(NEURONS,),
 )

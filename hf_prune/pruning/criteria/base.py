@@ -53,6 +53,10 @@ class Criterion:
     scores_columns = False
     #: Whether it scores units by the error that remains once others make up for them, which `prune()` measures layer by layer.
     scores_remainders = False
+    #: Whether it scores what the model loses without a unit, which `prune()` tries out.
+    scores_absences = False
+    #: If so, whether units go one after the other in these trials.
+    in_turn = False
     #: Whether it scores layers as a whole.
     scores_layers = False
     #: Whether it adds a penalty to the loss, which the setting `regularization` weighs.
