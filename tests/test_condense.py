@@ -21,10 +21,11 @@ from torch.nn.utils import prune
 from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
-from hf_prune.condense import drop_layers, stock_config
+from hf_prune.condense import stock_config
 from hf_prune.condense.plan import plan_block, regroup
 from hf_prune.model import ArchitectureSpec, FeedForwardSpec, Part, blocks, find_blocks, spec_for
 from hf_prune.model.targets import weight_target
+from hf_prune.shrink.depth import drop_layers
 from hf_prune.training.recipe import Stage
 
 #: The room itself: `hf_prune.condense` is the function of that name.
@@ -688,7 +689,7 @@ def test_generates_the_same_with_unequal_stacks(family: str, emptier: str, tmp_p
     assert again.generate(**inputs, max_new_tokens=3).equal(model.generate(**inputs, max_new_tokens=3))
 
 
-def test_dropped_layers_are_as_if_they_had_never_been(tmp_path: Path) -> None:
+def test_dropped_layers_are_remembered(tmp_path: Path) -> None:
     model = five_layers("llama-with-biases", "causal-lm")
     models.zero_units(find_blocks(model)[1], [0], "in")
     models.zero_units(find_blocks(model)[9], [3, 4], "in")
@@ -697,9 +698,9 @@ def test_dropped_layers_are_as_if_they_had_never_been(tmp_path: Path) -> None:
     assert model.config.hf_prune["removed_layers"] == {"layers": [3]}
     models.zero_units(find_blocks(model)[0], list(range(8)), "out")
     assert drop_layers(model) == ["layers.0"]
-    wanted = {"version": 1, "layers": {"layers.2": {"mlp.up_proj": {"intermediate_size": 38}}}, "removed_layers": {"layers": [2]}}
-    assert model.config.hf_prune == wanted
-    assert stock_config(model.config, spec_for("llama")).num_hidden_layers == 4
+    assert model.config.hf_prune["layers"] == {"layers.2": {"mlp.up_proj": {"intermediate_size": 38}}}
+    assert model.config.hf_prune["removed_layers"] == {"layers": [0, 3]}
+    assert stock_config(model.config, spec_for("llama")).num_hidden_layers == 5
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert gap(outputs(model), outputs(again)) == 0

@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 import hf_prune
 from hf_prune import condense
-from hf_prune.condense import drop_layers
 from hf_prune.model import find_blocks
 from hf_prune.model.lora import RoundsToBase
+from hf_prune.shrink.depth import drop_layers
 
 CONDENSING = str(Path(hf_prune.__file__).parent / "condense")
 

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from hf_prune import ConfigError, PruningConfig, condense, condense_plan
-from hf_prune.condense import drop_layers
 from hf_prune.model import find_blocks
 from hf_prune.pruning import recover
+from hf_prune.shrink.depth import drop_layers, shrink_depth
 from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, described, neuron_sparsity
 from hf_prune.training.stage import set_dropout
 
@@ -435,6 +435,12 @@ HEADS = {"pattern": "head", "criterion": "magnitude", "schedule": "constant"}
         ({"pruning": {**HEADS, "cooldown_steps": 8}}, r"pruning.config.cooldown_steps=8: .*cool-down \(8 steps\)"),
         ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.cooldown_epochs=1: .*cool-down \(8 steps\)"),
         ({"pruning": HEADS, "training": {"optim": "adamw_8bit"}}, r"training=.*'adamw_8bit'.*: cannot be used"),
+        ({"num_layers": 3}, r"num_layers=3: must be a whole number from 1 to 2: encoder.layer has 3 layers"),
+        ({"num_layers": {"decoder": 1}}, r"num_layers='decoder': is no list of layers; there are encoder.layer"),
+        (
+            {"num_layers": 2, "distillation": {"alpha_hidden_layers": 1.0, "layer_map": [[2, 2]]}},
+            r"layer_map=\[\[2, 2\]\]: the student has layers 0 to 1, so no layer 2",
+        ),
         ({"pruning": HEADS, "pad_to_multiple_of": 0}, r"pad_to_multiple_of=0: must be a whole number, 1 or more"),
         ({"training": {"save_strategy": "step"}}, r"training=.*'save_strategy': 'step'.*: cannot be used: .*\['no', 'steps'"),
         ({"training": {"learning_rate": -1.0}}, r"training=.*'learning_rate': -1.0.*: cannot be used: Invalid learning rate"),
@@ -453,7 +459,7 @@ def test_a_stage_that_cannot_be_run_is_refused_before_the_first_begins(stage: di
 
 def test_layers_that_cannot_go_are_refused_before_the_first_stage(tmp_path: Path) -> None:
     plan = Recipe([Stage("first"), Stage("bad", pruning=HEADS, drop_layers=True)], metric="accuracy")
-    message = r"stages\[1\].drop_layers: model_type='albert': .* cannot be counted one by one, .* those of bert, camembert, .* can"
+    message = r"stages\[1\].drop_layers: model_type='albert': .* cannot be counted one by one, .* those of bart, bert, .* can"
     refused(tmp_path, plan, message, tiny("albert", "sequence-classification"))
 
 
@@ -472,6 +478,30 @@ def test_every_dropout_is_set(family: str) -> None:
     assert set(rates) == {0.25}
     with pytest.raises(ConfigError, match=r"dropout=-1: must be a number in \[0, 1\)"):
         set_dropout(config, -1)
+
+
+def shallow(folder: Path) -> Pipeline:
+    stages = [
+        Stage("fine-tune"),
+        Stage("fewer layers", num_layers=2, distillation={**TEACH, "alpha_hidden_layers": 1.0}),
+        Stage("heads", pruning=HEADS, distillation=TEACH),
+    ]
+    return pipeline(folder, Recipe(stages, metric="accuracy", training={"max_steps": 4}))
+
+
+def test_a_stage_with_fewer_layers(tmp_path: Path) -> None:
+    """Those go that cost least; the teacher keeps them all, and all counts are relative to the model before."""
+    result = shallow(tmp_path).run()
+    dense, shorter, smaller = result.rows
+    assert [len(row.heads) for row in result.rows] == [3, 2, 2]
+    assert shorter.sparsity == pytest.approx(1 / 3)
+    assert smaller.sparsity > shorter.sparsity
+    start = loaded(tmp_path, "fine-tune")
+    rows = [default_data_collator(ragged_rows(64))]
+    expected = shrink_depth(start, 2, rows, calibration_rows=64).config.hf_prune
+    assert loaded(tmp_path, "fewer layers").config.hf_prune == expected
+    assert loaded(tmp_path, "heads").config.hf_prune["removed_layers"] == expected["removed_layers"]
+    assert dense.parameters > shorter.parameters > smaller.parameters
 
 
 @pytest.mark.slow

@@ -17,11 +17,9 @@ from transformers import PreTrainedModel
 
 from ..model import spec_for
 from ..model.attached import is_attached
-from ..model.blocks import layer_lists
 from ..model.lora import zeros_held
 from ..model.wrappers import bare_model, transformers_model
-from .format import without_layers
-from .layers import layer_counts, outline, removable, remove_layers
+from .layers import layer_counts, remove_layers
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
 from .resize import add_bias, keep_units, shrink
@@ -35,7 +33,6 @@ __all__ = [
     "condense",
     "condense_plan",
     "dead_units",
-    "drop_layers",
     "layer_counts",
     "needs_hf_prune",
     "nothing_to_cut",
@@ -143,41 +140,6 @@ def nothing_to_cut(model: PreTrainedModel, pad_to_multiple_of: int | None) -> st
         f"There is nothing to cut out: no head, neuron or layer of this {type(model).__name__} is dead. Zeros of other patterns, "
         "such as 2:4 or 1x1, stay in place; see `to_sparse` for what can run them."
     )
-
-
-@torch.no_grad()
-def drop_layers(model: PreTrainedModel) -> list[str]:
-    """Remove the layers without living heads. This changes what the model computes: feed-forward blocks and norms are removed too.
-
-    At least one layer stays, and so does one that the stock model builds differently from the layer that would replace it (T5's
-    first, with the position bias).
-
-    Returns:
-        The names of the removed layers.
-
-    Raises:
-        ConfigError: layers share their weights.
-    """
-    spec = spec_for(model.config.model_type)
-    heads: dict[str, int] = {}
-    for plan in condense_plan(model).blocks:
-        if plan.block.kind == "attention":
-            heads[plan.block.layer] = heads.get(plan.block.layer, 0) + len(plan.kept)
-    removed: dict[str, list[int]] = {}
-    for path in layer_counts(spec):
-        for layers in layer_lists(model, path).values():
-            empty = [heads.get(f"{path}.{index}") == 0 for index in range(len(layers))]
-            constants = [torch.zeros(()) if gone else None for gone in empty]
-            if all(empty):
-                constants[0] = None
-            if gone := removable(constants, [outline(layer) for layer in layers]):
-                removed[path] = gone
-    with all_or_nothing(model):
-        own_configs(model)
-        remove_layers(model, spec, removed)
-        if entry := getattr(model.config, "hf_prune", None):
-            model.config.hf_prune = without_layers(entry, removed)
-    return [f"{path}.{index}" for path, indices in removed.items() for index in indices]
 
 
 @torch.no_grad()

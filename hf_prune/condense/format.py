@@ -181,22 +181,6 @@ def present_name(entry: dict[str, Any], layer: str) -> str | None:
     return next(iter(_renumbered({layer: None}, path, entry.get("removed_layers", {}).get(path, []))), None)
 
 
-def without_layers(entry: dict[str, Any], removed: dict[str, list[int]]) -> dict[str, Any]:
-    """The `config.hf_prune` of a model with removed layers, as if the stock model had never had them.
-
-    Args:
-        entry: its previous value.
-        removed: the removed layers: indices before the removal, by the path of the list.
-    """
-    layers, gone = entry.get("layers", {}), dict(entry.get("removed_layers", {}))
-    for path, indices in removed.items():
-        layers = _renumbered(layers, path, indices)
-        if path in gone:
-            never = _stock_numbers(indices, gone[path])
-            gone[path] = [index - sum(other < index for other in never) for index in gone[path]]
-    return {**entry, "layers": layers} | ({"removed_layers": gone} if gone else {})
-
-
 def _renumbered(layers: dict[str, Any], path: str, removed: list[int]) -> dict[str, Any]:
     """The entries of layers, under their names after the removal of some from the list at `path`."""
     said = {}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..condense import condense_plan
 from ..condense.format import after_condensing
 from ..condense.layers import can_do_without, layer_counts, outline, removable, remove_layers
 from ..condense.snapshot import all_or_nothing, own_configs, unchanged
@@ -78,9 +79,47 @@ def shrink_depth(
         with still(whole):
             for path, number in wanted.items():
                 removed[path] = _chosen(whole, path, len(_layers(whole, path)) - number, rows, criterion)
-        remove_layers(whole, spec_for(whole.config.model_type), removed)
-        whole.config.hf_prune = after_condensing(getattr(whole.config, "hf_prune", None) or {}, [], removed)
+        _remove(whole, removed)
     return model
+
+
+@torch.no_grad()
+def drop_layers(model: PreTrainedModel) -> list[str]:
+    """Remove the layers without living heads, their feed-forward blocks and norms included; `config.hf_prune` remembers which.
+
+    At least one layer of a list stays, and so does one that the stock model builds differently from the layer that would replace
+    it (T5's first, with the position bias).
+
+    Returns:
+        The names of the removed layers.
+
+    Raises:
+        ConfigError: layers share their weights.
+    """
+    heads: dict[str, int] = {}
+    for plan in condense_plan(model).blocks:
+        if plan.block.kind == "attention":
+            heads[plan.block.layer] = heads.get(plan.block.layer, 0) + len(plan.kept)
+    removed: dict[str, list[int]] = {}
+    for path in layer_counts(spec_for(model.config.model_type)):
+        if layers := _layers(model, path):
+            empty = [heads.get(f"{path}.{index}") == 0 for index in range(len(layers))]
+            constants = [torch.zeros(()) if gone else None for gone in empty]
+            if all(empty):
+                constants[0] = None
+            removed[path] = removable(constants, [outline(layer) for layer in layers])
+    with all_or_nothing(model):
+        own_configs(model)
+        _remove(model, removed)
+    return [f"{path}.{index}" for path, indices in removed.items() for index in indices]
+
+
+def _remove(model: PreTrainedModel, removed: dict[str, list[int]]) -> None:
+    """Remove layers, and note that in the config."""
+    removed = {path: indices for path, indices in removed.items() if indices}
+    remove_layers(model, spec_for(model.config.model_type), removed)
+    if removed:
+        model.config.hf_prune = after_condensing(getattr(model.config, "hf_prune", None) or {}, [], removed)
 
 
 def check_depth(model: PreTrainedModel, num_layers: int | dict[str, int]) -> dict[str, int]:
@@ -110,6 +149,14 @@ def check_depth(model: PreTrainedModel, num_layers: int | dict[str, int]) -> dic
             allowed = f"must be a whole number from {fewest} to {counts[path] - 1}: {path} has {counts[path]} layers{why}."
             raise ConfigError("num_layers", number, allowed)
     return wanted
+
+
+def remove_first(model: PreTrainedModel, wanted: dict[str, int]) -> None:
+    """Bring a model that nobody needs to a shape, without a look at what goes. `wanted`: of [`check_depth`]."""
+    for path, number in wanted.items():
+        outlines = [outline(layer) for layer in _layers(model, path)]
+        gone = removable([torch.zeros(())] * len(outlines), outlines)[: len(outlines) - number]
+        remove_layers(model, spec_for(model.config.model_type), {path: gone})
 
 
 def _layers(model: PreTrainedModel, path: str) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 import torch
 from datasets import Dataset
 from rich.table import Table
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -29,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from ..condense import condense, condense_plan, drop_layers, layer_counts
+from ..condense import condense, condense_plan, layer_counts
 from ..distillation import DistillationConfig, add_teacher_logits
 from ..distillation.cache import IGNORED_FIELDS
 from ..files import read_object, write_text
@@ -38,11 +39,13 @@ from ..measure.sparsity import count_zeros, evaluated
 from ..measure.tables import as_text
 from ..model import find_blocks, spec_for
 from ..model.targets import Target, body_prefixes, projection_target
+from ..oneshot.calibration import calibration
 from ..pruning import recover
 from ..pruning.criteria import CRITERIA
 from ..settings.checks import check_share, check_type, check_types, dataclass_from_dict, dataclass_from_json_file
 from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import ConfigError, closest, within
+from ..shrink.depth import check_depth, drop_layers, remove_first, shrink_depth
 from .callback import PruningCallback
 from .stage import dropouts, make_trainer, pruning_callback, set_dropout, train
 
@@ -61,6 +64,7 @@ class Stage:
         training: fields of `TrainingArguments` that override the recipe's.
         pruning: fields of a [`PruningConfig`]; nothing is pruned without it.
         distillation: fields of a [`DistillationConfig`]; the teacher is the recipe's dense model.
+        num_layers: how many layers stay, before the stage trains; see [`shrink_depth`]. Training rows say which.
         dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
         recover: after block pruning by role (pattern `"auto"`), restore all weights of every head (or neuron) that still has some
             blocks: `"before"` restores the values from before the stage, for the whole model; `"trained"` keeps the trained ones.
@@ -78,6 +82,7 @@ class Stage:
     training: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] | None = None
     distillation: dict[str, Any] | None = None
+    num_layers: int | dict[str, int] | None = None
     dropout: float | None = None
     recover: str | None = None
     neurons_per_head: float | None = None
@@ -100,6 +105,11 @@ class Stage:
             config = self.config({"layer": 0.5})
         if self.recover is not None:
             _check_recover(self.recover, config)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the model is smaller after it."""
+        return self.pruning is not None or self.num_layers is not None
 
     def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
         """The stage's pruning config; under `neurons_per_head` one rule for each block's neurons. `sparsity`: block → share."""
@@ -221,8 +231,8 @@ class Pipeline:
     Each stage has a folder `NN-name` in `args.output_dir` with its model and `stage_result.json`. A stage with a result is not run
     again; one that was killed resumes from its last complete checkpoint. `00-start` holds the model that the recipe started from,
     written all or nothing; the run cannot be resumed with a different model or different data (see [`described`]). The dense model,
-    which is the teacher and the reference for metrics, is the result of the leading stages without pruning, or the given model if
-    the first stage prunes.
+    which is the teacher and the reference for metrics, is the result of the leading stages after which the model is no smaller, or
+    the given model if the first stage makes it smaller.
 
     Args:
         recipe: the stages to run.
@@ -265,7 +275,7 @@ class Pipeline:
         pruned = False
         for number, stage in enumerate(self.recipe.stages, start=1):
             before, folder = folder, self._folder(number, stage.name)
-            pruned |= stage.pruning is not None
+            pruned |= stage.shrinks
             results.append(self._stage(stage, before, folder, dense if pruned or stage.distillation else folder))
             if not pruned:
                 dense, results = folder, results[-1:]
@@ -310,6 +320,8 @@ class Pipeline:
         training = self._training(stage)
         with _refused("training", training):
             args = self._arguments(start, training)
+        self._check_shrinking(stage, model, args)
+        with _refused("training", training):
             teacher = {} if stage.distillation is None else {"teacher": self._load(start)}
             trainer = self._trainer(stage, args, model, [], teacher)
             batches = trainer.get_train_dataloader()
@@ -317,6 +329,17 @@ class Pipeline:
         if (config := self._pruning(stage, model)) is not None:
             with _refused("pruning", stage.pruning), within("pruning."):
                 PruningCallback(config).check(args, model, batches)
+
+    def _check_shrinking(self, stage: Stage, model: PreTrainedModel, args: TrainingArguments) -> None:
+        """Raise unless what a stage takes away before it trains can go; bring the model to the shape that it will have.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if stage.num_layers is not None:
+            remove_first(model, check_depth(model, stage.num_layers))
+            with _refused("num_layers", stage.num_layers):
+                calibration(model, self._calibration(model, args), None, 0.0, labels=False, seed=args.seed)
 
     def _check_data(self, start: Path) -> None:
         """Raise unless the datasets are those that the recipe started with, as far as [`described`] can tell.
@@ -345,6 +368,8 @@ class Pipeline:
         args = self._arguments(folder, settings["training"])
         set_seed(args.seed)
         model = self._load(before, stage.dropout)
+        if stage.num_layers is not None:
+            shrink_depth(model, stage.num_layers, self._calibration(model, args), seed=args.seed)
         config = self._pruning(stage, model)
         callbacks = [] if config is None else [PruningCallback(config)]
         trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))
@@ -364,6 +389,11 @@ class Pipeline:
             return stage.config({})
         heads = max(block.num_units for block in find_blocks(self.model) if block.unit == "head")
         return stage.config(neuron_sparsity(model, heads, stage.neurons_per_head))
+
+    def _calibration(self, model: PreTrainedModel, args: TrainingArguments) -> DataLoader[Any]:
+        """Batches of training rows at random, on which what can go is measured."""
+        rows = self.train_dataset.shuffle(seed=args.seed)
+        return Trainer(**self._evaluating(model, args)).get_test_dataloader(rows)
 
     def _evaluating(self, model: PreTrainedModel, args: TrainingArguments) -> dict[str, Any]:
         """The arguments of a Trainer that only evaluates."""

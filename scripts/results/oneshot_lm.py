@@ -93,6 +93,18 @@ def measure(options: argparse.Namespace, settings: dict[str, Any], texts: dict[s
     return {"perplexity": perplexity(model, texts["test"].flatten(), options.length).perplexity, **found}
 
 
+def windows(options: argparse.Namespace) -> dict[str, Tensor]:
+    """Calibration windows of `valid`, at random, and those of `test` to evaluate; each `[windows, length]`."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf_file)
+    found = {}
+    for split in ("valid", "test"):
+        tokens = tokenizer((options.data_dir / f"{split}.txt").read_text(), return_tensors="pt").input_ids[0]
+        found[split] = tokens[: len(tokens) // options.length * options.length].view(-1, options.length)
+    chosen = torch.randperm(len(found["valid"]), generator=torch.Generator().manual_seed(0))[: options.rows]
+    every = len(found["test"]) // options.windows if options.windows else 1
+    return {"valid": found["valid"][chosen], "test": found["test"][::every][: options.windows]}
+
+
 def _peak_bytes() -> int:
     """The most memory that the process has had so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -124,14 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--output", type=Path, default=Path("oneshot_lm.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf_file)
-    texts = {}
-    for split in ("valid", "test"):
-        tokens = tokenizer((options.data_dir / f"{split}.txt").read_text(), return_tensors="pt").input_ids[0]
-        texts[split] = tokens[: len(tokens) // options.length * options.length].view(-1, options.length)
-    texts["valid"] = texts["valid"][torch.randperm(len(texts["valid"]), generator=torch.Generator().manual_seed(0))[: options.rows]]
-    if options.windows:
-        texts["test"] = texts["test"][:: len(texts["test"]) // options.windows][: options.windows]
+    texts = windows(options)
     chosen = {name: getattr(options, name) for name in ("rows", "length", "windows", "layers")}
     results: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else {}
     if any(cell["options"] != chosen for cell in results.values()):
