@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def test_costs_can_be_the_target(option: str, value: float, cli: CommandLine, ho
         assert reached["speedup"] >= value
     else:
         assert reached["parameters"] == small.num_parameters() <= value * dense.num_parameters()
+        shown = cli("prune", home / BERT, tmp_path / "again", "--data", home / "rows.jsonl", option, value)
+        assert re.search(rf"parameters, as predicted +│ {small.num_parameters():,} ", shown)
 
 
 @pytest.mark.parametrize(

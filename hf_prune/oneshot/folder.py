@@ -60,6 +60,8 @@ class PrunedFolder:
         report = self.report
         table = Table("", "", title=f"{report.sparsity:.2%} of the named weights are pruned", show_header=False)
         table.add_row("parameters", f"{self.parameters_before:,} → {self.parameters:,}")
+        for name, value in report.budget.items():
+            table.add_row(f"{name}, as predicted", f"{value:,.6g}")
         table.add_row("weights removed", f"{self.sparsity:.2%} of the model's body")
         for kind in dict.fromkeys(block.kind for block in self.original_blocks):
             blocks = [block for block in self.original_blocks if block.kind == kind]
