@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .settings.config import PruningConfig, PruningRule
     from .settings.errors import ConfigError
     from .shrink.depth import shrink_depth
+    from .shrink.vocabulary import prune_vocabulary
+    from .shrink.vocabulary_report import VocabularyReport, vocabulary_report
     from .training.callback import PruningCallback
     from .training.checkpoints import last_complete_checkpoint
 
@@ -53,6 +55,7 @@ __all__ = [
     "PruningRule",
     "SparsityReport",
     "TeacherLogitsCollator",
+    "VocabularyReport",
     "add_teacher_logits",
     "condense",
     "condense_plan",
@@ -62,10 +65,12 @@ __all__ = [
     "model_card",
     "print_sparsity",
     "prune",
+    "prune_vocabulary",
     "push_to_hub",
     "shrink_depth",
     "sparsity_report",
     "to_sparse",
+    "vocabulary_report",
 ]
 
 #: Module → the public names that the package exports from it.
@@ -105,6 +110,8 @@ _HOMES = {
     ),
     "settings.errors": ("ConfigError",),
     "shrink.depth": ("shrink_depth",),
+    "shrink.vocabulary": ("prune_vocabulary",),
+    "shrink.vocabulary_report": ("VocabularyReport", "vocabulary_report"),
     "training.callback": ("PruningCallback",),
     "training.checkpoints": ("last_complete_checkpoint",),
 }

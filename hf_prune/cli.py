@@ -96,6 +96,7 @@ def options(version: Version = False) -> None:
 @app.command()
 def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) -> None:
     """Report a model's sparsity and size, and what `condense` would do."""
+    from .condense import is_condensed, stock_config
     from .measure.memory import megabytes
     from .measure.sparsity import original_blocks, total_sparsity
 
@@ -103,11 +104,14 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     model = load(folder)
     report, blocks = hf_prune.sparsity_report(model), original_blocks(model)
     saved = hf_prune.condense_plan(model, pad_to_multiple_of).parameters if blocks else 0
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
     facts = {
         "path": path,
         "class": type(model).__name__,
         "model_type": model.config.model_type,
-        "condensed": getattr(model.config, "hf_prune", None) is not None,
+        "condensed": is_condensed(model.config),
+        "tokens": size,
+        "original_tokens": size if size is None else stock_config(model.config).get_text_config().vocab_size,
         "total_sparsity": total_sparsity(model),
         "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "parameters_after_condense": report.parameters - saved,
@@ -122,6 +126,8 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     table.add_row("zeros among the remaining weights", f"{report.sparsity:.2%}")
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("weights on disk", megabytes(facts["bytes_on_disk"]))
+    if facts["tokens"] != facts["original_tokens"]:
+        table.add_row("tokens", f"{facts['tokens']:,} of {facts['original_tokens']:,}")
     table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")
     for reason, names in report.left_out.items():
         table.add_row(f"not pruned: {', '.join(names)}", reason)
@@ -223,6 +229,43 @@ def condense(
     with stderr.status("condensing and comparing outputs" if verify else "condensing"):
         hf_prune.condense(model, verify=verify, pad_to_multiple_of=pad_to_multiple_of, uniform=uniform)
     saved_to(out, model, before, save_made_from(model, folder, out), as_json)
+
+
+@app.command()
+def vocabulary(
+    path: Model,
+    out: Out,
+    data: Data,
+    text_column: Annotated[
+        list[str] | None,
+        typer.Option(help="A column with text; give it for each. By default the only one, or those of usual names."),
+    ] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="How often a token has to occur in the text.")] = 1,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN", help="A token that stays in any case, as the tokenizer calls it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows that are held back.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take the tokens that a text does not need out of a model and its tokenizer, and save both with their card.
+
+    One row of ten is held back: the tokens are chosen from the others, and what becomes of the words of these is reported."""
+    from .oneshot.data import check_file
+    from .shrink.folder import prune_vocabulary_to_folder, rows_of_text
+
+    folder = local(path)
+    check_new_folder(out)
+    check_file(data)
+    model = load(folder)
+    with stderr.status("choosing tokens and comparing outputs"):
+        rows = rows_of_text(model, data, text_column or ())
+        made = prune_vocabulary_to_folder(
+            model, folder, out, rows, keep=keep or (), min_count=min_count, seed=seed, base_model=path, data=data.name
+        )
+    if as_json:
+        return emit({"path": str(out), **made.to_dict()})
+    show(made, *left_out(made.left_out), f"Written to {out}.")
+    return None
 
 
 @app.command()

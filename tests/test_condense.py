@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
 from hf_prune.condense import stock_config
 from hf_prune.condense.plan import plan_block, regroup
-from hf_prune.model import ArchitectureSpec, FeedForwardSpec, Part, blocks, find_blocks, spec_for
+from hf_prune.model import ArchitectureSpec, FeedForwardSpec, Part, blocks, find_blocks
 from hf_prune.model.targets import weight_target
 from hf_prune.shrink.depth import drop_layers
 from hf_prune.training.recipe import Stage
@@ -682,7 +682,7 @@ def test_generates_the_same_with_unequal_stacks(family: str, emptier: str, tmp_p
             models.zero_units(block, list(range(units)), "in")
     check_generation(model, family)
     assert sorted(map(len, model.config.hf_prune["removed_layers"].values())) == [1, 3]
-    assert stock_config(model.config, spec_for(model.config.model_type)).get_text_config(decoder=True).num_hidden_layers == 5
+    assert stock_config(model.config).get_text_config(decoder=True).num_hidden_layers == 5
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     inputs = {model.main_input_name: models.ragged_batch(model)[model.main_input_name]}
@@ -700,7 +700,7 @@ def test_dropped_layers_are_remembered(tmp_path: Path) -> None:
     assert drop_layers(model) == ["layers.0"]
     assert model.config.hf_prune["layers"] == {"layers.2": {"mlp.up_proj": {"intermediate_size": 38}}}
     assert model.config.hf_prune["removed_layers"] == {"layers": [0, 3]}
-    assert stock_config(model.config, spec_for("llama")).num_hidden_layers == 5
+    assert stock_config(model.config).num_hidden_layers == 5
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert gap(outputs(model), outputs(again)) == 0

@@ -24,7 +24,7 @@ from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
 from .resize import add_bias, keep_units, shrink
 from .snapshot import all_or_nothing, own_configs, return_memory
-from .stock import stock_config, write_sizes
+from .stock import is_condensed, stock_config, write_sizes
 from .verify import compare, observe, sample_batch
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "condense",
     "condense_plan",
     "dead_units",
+    "is_condensed",
     "layer_counts",
     "needs_hf_prune",
     "nothing_to_cut",

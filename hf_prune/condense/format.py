@@ -24,7 +24,8 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
   list (`{"layers": [3, 7]}`). The config's number of layers (and `layer_types`) and the indices in the names under `layers` are
   those of the remaining layers.
 - `original`, only if all layers agreed and the stock config itself was changed (`stock.py`), has the values of its attributes in
-  the model that pruning started from (`{"intermediate_size": 3072}`). It is informative: no size is read from it.
+  the model that pruning started from (`{"intermediate_size": 3072}`). It is informative: no size is read from it. A model that
+  lacks tokens (`hf_prune.prune_vocabulary`) has its `vocab_size` there, and need not have anything else.
 
 A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
 
@@ -95,12 +96,12 @@ def check_removed(removed: Any, left: dict[str, int]) -> None:
 
 
 def check_original(original: Any, attributes: Collection[str]) -> None:
-    """Check the entry's `original`, given the config attributes that hold sizes in this family.
+    """Check the entry's `original`, given the config attributes that hold sizes of blocks in this family.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
-    check_keys("config.hf_prune['original']", original, attributes)
+    check_keys("config.hf_prune['original']", original, (*attributes, "vocab_size"))
     for name, size in original.items():
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(

@@ -67,7 +67,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = {id(tensor): Held(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        owners: list[Any] = [*model.modules(), *_configs(model)]
+        owners: list[Any] = [*model.modules(), *configs_of(model)]
         self._owners = [(owner, type(owner), dict(vars(owner)), self._dictionaries(owner)) for owner in owners]
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ def own_configs(model: nn.Module) -> None:
             setattr(module, name, copy.deepcopy(config, memo))
 
 
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Every config object that a module of a model holds, nested ones included, each once."""
     found: dict[int, PreTrainedConfig] = {}
     waiting = [config for module in model.modules() for config in _configs_in(module).values()]

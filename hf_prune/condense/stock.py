@@ -137,18 +137,28 @@ def _makes(config: PreTrainedConfig, kind: Any, wanted: list[Block], spec: Archi
     return outlines(blocks(stock, spec)) == outlines(wanted)
 
 
-def stock_config(config: PreTrainedConfig, spec: ArchitectureSpec) -> Any:
+def is_condensed(config: Any) -> bool:
+    """Whether a model of this config lacks heads, neurons or layers, and not tokens alone."""
+    entry = getattr(config, "hf_prune", None)
+    if not isinstance(entry, dict):
+        return entry is not None
+    return bool(entry.get("layers") or entry.get("removed_layers")) or set(entry.get("original", {})) != {"vocab_size"}
+
+
+def stock_config(config: PreTrainedConfig) -> Any:
     """The config of the model that a condensed one was made from. Removed layers are assumed to have the type of the one before."""
     stock: Any = copy.deepcopy(config)
     entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None
     for name, size in entry.get("original", {}).items():
-        setattr(stock, name, size)
-    for path, indices in entry.get("removed_layers", {}).items():
+        setattr(stock.get_text_config() if name == "vocab_size" else stock, name, size)
+    if not entry.get("removed_layers"):
+        return stock
+    spec = spec_for(config.model_type)
+    for path, indices in entry["removed_layers"].items():
         name = layer_counts(spec)[path]
         setattr(stock, name, getattr(stock, name) + len(indices))
         if getattr(stock, "layer_types", None) is not None:
             for index in indices:
                 stock.layer_types.insert(index, stock.layer_types[max(index - 1, 0)])
-    if entry.get("removed_layers"):
-        name_decoder_depth(stock, spec)
+    name_decoder_depth(stock, spec)
     return stock

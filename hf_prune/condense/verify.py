@@ -126,18 +126,20 @@ def _own_dtypes(model: PreTrainedModel) -> frozenset[torch.dtype]:
         return frozenset(value.dtype for _, value in _tensors("", dict(outputs)))
 
 
-def all_outputs(model: PreTrainedModel) -> Outputs:
-    """Every floating-point output of a model in evaluation mode, hidden states included, eager and sdpa, on `sample_batch`."""
+def all_outputs(model: PreTrainedModel, batch: dict[str, Tensor] | None = None) -> Outputs:
+    """Every floating-point output of a model in evaluation mode, hidden states included, eager and sdpa; by default on
+    `sample_batch`."""
     with unchanged(model):
-        return _outputs(model)
+        return _outputs(model, batch)
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel) -> Outputs:
+def _outputs(model: PreTrainedModel, batch: dict[str, Tensor] | None = None) -> Outputs:
     """What a model puts out in evaluation mode. It stays in that mode, with the last attention implementation."""
     seen: Outputs = {}
     model.train(False)
-    batch = sample_batch(model, tokens=8)  # enough to tell positions and padding apart; the time goes up with the tokens
+    if batch is None:
+        batch = sample_batch(model, tokens=8)  # enough to tell positions and padding apart; the time goes up with the tokens
     for implementation in implementations(model):
         model.set_attn_implementation(implementation)
         outputs = model(**batch, output_hidden_states=True, return_dict=True)

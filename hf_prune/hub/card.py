@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from ..compat import auto_classes
-from ..condense import condense_plan, needs_hf_prune
+from ..condense import condense_plan, is_condensed, needs_hf_prune, stock_config
 from ..files import read_object, write_text
 from ..measure.latency import Comparison, Cost
 from ..measure.memory import megabytes
@@ -81,6 +81,8 @@ class CardFacts:
         budget: of a target in costs its field as `target`, and what was `asked`, what that became as `predicted` by the costs of
             what was pruned, and as `measured` of the condensed model, as far as that is known.
         family: of a run to several targets, what it made: a [`Family`] as a dictionary.
+        vocabulary: of a model that lacks tokens, the `data` that they were chosen from, and a [`VocabularyReport`] of held-back
+            rows of it as a dictionary.
 
     Raises:
         ConfigError: a value is not of its field's type.
@@ -103,6 +105,7 @@ class CardFacts:
     comparison: dict[str, Any] | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     family: dict[str, Any] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -189,7 +192,7 @@ def model_card(
     facts = facts or CardFacts()
     report, twin = sparsity_report(model), stock_twin(stock, "meta")
     name = (repo_id or "").rpartition("/")[2] or facts.model_name or f"{stock.config.model_type}-pruned"
-    condensed = getattr(stock.config, "hf_prune", None) is not None
+    condensed = is_condensed(stock.config)
     comparison = None if facts.comparison is None else Comparison.from_dict(facts.comparison)
     library = library or library_of(model)
     card: ModelCard = ModelCard.from_template(
@@ -202,6 +205,8 @@ def model_card(
         class_name=type(stock).__name__,
         load=_loader(stock, library),
         condensed=condensed,
+        tokens=_tokens(stock.config),
+        vocabulary=_vocabulary_row(facts.vocabulary),
         needs_hf_prune=needs_hf_prune(stock.config),
         remote_code=any(auto_classes(stock.config.model_type)),
         total_sparsity=total_sparsity(stock),
@@ -306,7 +311,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str, library: 
         for metric, value in metrics.items()
         if task is not None and facts.dataset is not None
     ]
-    condensed = getattr(model.config, "hf_prune", None) is not None
+    kinds = ["condensed"] * is_condensed(model.config) + ["smaller-vocabulary"] * bool(_tokens(model.config))
     return ModelCardData(
         model_name=name,
         base_model=_repo_id(facts.base_model),
@@ -315,7 +320,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str, library: 
         license=facts.license,
         library_name=library,
         pipeline_tag=task,
-        tags=["hf_prune", "pruning", "condensed" if condensed else "sparse"],
+        tags=["hf_prune", "pruning", *(kinds or ["sparse"])],
         metrics=list(metrics) or None,
         eval_results=results or None,
     )
@@ -431,6 +436,23 @@ def _budget_row(budget: Mapping[str, Any]) -> dict[str, str] | None:
     share = " of what the dense model has" if cost != "speedup" and asked < 1 else ""
     became = [f"{name} {number(budget[name])}" for name in ("predicted", "measured") if budget.get(name) is not None]
     return {"name": cost, "words": "; ".join([f"asked for {asked:,.6g}{share}", *became])}
+
+
+def _tokens(config: Any) -> tuple[int, int] | None:
+    """How many tokens a model has of how many; None if none was taken out."""
+    stock = stock_config(config)
+    now, before = (getattr(one.get_text_config(), "vocab_size", None) for one in (config, stock))
+    return None if now == before else (now, before)  # type: ignore[return-value]
+
+
+def _vocabulary_row(vocabulary: Mapping[str, Any]) -> str | None:
+    """What a smaller vocabulary does to text that it was not chosen from, in words."""
+    if not vocabulary:
+        return None
+    return (
+        f"{vocabulary['unknown']:.2%} of the tokens are unknown ({vocabulary['unknown_before']:.2%} before), "
+        f"{vocabulary['lengthening']:+.2%} tokens, {vocabulary['changed']:.2%} of the texts changed"
+    )
 
 
 def _family_rows(family: Family) -> dict[str, Any]:

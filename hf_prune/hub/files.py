@@ -37,6 +37,25 @@ class Kind(Enum):
     PRIVATE = "hidden, or named like a secret"
 
 
+#: Files of a tokenizer that hold its vocabulary, or ids of it.
+_VOCABULARY = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "vocab-*.json",
+    "*_vocab.json",
+    "merges.txt",
+    "*.model",
+    "bpe.codes",
+    "dict.txt",
+    "prophetnet.tokenizer",
+    "tekken.json",
+)
+#: Of a model that lacks tokens, the new id of each old one.
+IDS_NAME = "vocabulary_ids.npy"
+
 #: Files in the folder itself, or in that of a module of sentence-transformers, by name; all patterns are in lower case.
 _BY_NAME: dict[Kind, tuple[str, ...]] = {
     Kind.MODEL: (
@@ -56,24 +75,14 @@ _BY_NAME: dict[Kind, tuple[str, ...]] = {
     ),
     Kind.COMPANION: (
         # tokenizers
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
+        *_VOCABULARY,
+        IDS_NAME,
         "chat_template.jinja",
         "chat_template.json",
         "additional_chat_templates/*.jinja",
-        "vocab.*",
-        "vocab-*.json",
-        "*_vocab.json",
-        "merges.txt",
-        "*.model",
-        "bpe.codes",
         "normalizer.json",
-        "dict.txt",
         "emoji.json",
         "byte_maps.json",
-        "prophetnet.tokenizer",
         "word_shape.json",
         "word_pronunciation.json",
         # processors
@@ -182,12 +191,13 @@ def sort_files(folder: str | os.PathLike[str]) -> dict[str, Kind]:
     return dict(_sorted_below(Path(folder), PurePosixPath(), _module_folders(Path(folder))))
 
 
-def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[str, str]:
+def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str], vocabulary: bool = True) -> dict[str, str]:
     """Copy the other files of a model's folder into that of a model made from it.
 
     Args:
         source: the folder of the old model.
         target: that of the new one.
+        vocabulary: whether that of the tokenizer comes along; otherwise the new model has one of its own.
 
     Returns:
         What is left out, apart from the old model itself: path in the folder → why.
@@ -198,6 +208,10 @@ def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str]) -
     names, left = _taken(Path(source), (Kind.COMPANION, Kind.UNKNOWN))
     for module in _module_folders(Path(source)):  # some are empty
         Path(target, module).mkdir(parents=True, exist_ok=True)
+    if not vocabulary:
+        old = [name for name in names if _matches(PurePosixPath(name), (*_VOCABULARY, IDS_NAME))]
+        names = [name for name in names if name not in old]
+        left |= dict.fromkeys(old, "of the old vocabulary")
     for name in names:
         Path(target, name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(source, name), Path(target, name))

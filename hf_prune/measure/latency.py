@@ -117,7 +117,7 @@ def compare(
     reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")
     twin: Any = stock_twin(model) if dense is None else dense
     models = {"dense": twin.to(model.device), "model": model}
-    inputs = sample_batch(models["dense"], rows, tokens, shortest=tokens)
+    inputs = sample_batch(model, rows, tokens, shortest=tokens)  # the dense one may have more tokens, never fewer
     times = benchmark(models, inputs, repeats, track, threads)
     costs = {
         name: Cost(one.num_parameters(), weight_bytes(one), activation_bytes(one, inputs), times[name])

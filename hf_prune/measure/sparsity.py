@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..condense import dead_units, stock_config
 from ..condense.format import present_name
-from ..model import Block, find_blocks, spec_for
+from ..model import Block, find_blocks
 from ..model.families import SPECS
 from ..model.passes import count_nonzero
 from ..model.targets import Target, Weight, body_weights
@@ -163,15 +162,13 @@ def _block_size(block: Block) -> BlockSize:
 
 
 def stock_twin(model: Any, device: str = "cpu") -> PreTrainedModel:
-    """A random model of the same class with the sizes that the model had before it was condensed.
+    """A random model of the same class with the sizes that the model had before it was condensed, or lost tokens.
 
     It is as slow as the dense model. On device `"meta"` it has shapes and no weights.
     """
     model = transformers_model(model)
-    condensed = getattr(model.config, "hf_prune", None) is not None
-    config = stock_config(model.config, spec_for(model.config.model_type)) if condensed else copy.deepcopy(model.config)
     with torch.device(device):
-        twin: Any = type(model)(config)
+        twin: Any = type(model)(stock_config(model.config))
     twin.to(model.dtype).eval()
     return twin  # type: ignore[no-any-return]
 

@@ -11,9 +11,15 @@ def longest_row(model: PreTrainedModel) -> int | None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None
+    padding = padding_of_positions(model)
+    return positions - (0 if padding is None else padding + 1)
+
+
+def padding_of_positions(model: PreTrainedModel) -> int | None:
+    """The id of the padding, from behind which RoBERTa counts positions; None where they are counted from zero."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     others = (
         module for module in model.modules() if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
     )
-    # RoBERTa counts positions from behind that of the padding.
     paddings = [table.padding_idx for table in others if table.num_embeddings == positions and table.padding_idx is not None]
-    return positions - max((padding + 1 for padding in paddings), default=0)
+    return max(paddings, default=None)

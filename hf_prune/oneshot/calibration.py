@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from ..condense import is_condensed
 from ..model.changeable import check_changeable
 from ..model.positions import longest_row
 from ..settings.config import DECLARED, WITHOUT_TRAINING, PruningConfig
@@ -47,7 +48,7 @@ def check_model(model: PreTrainedModel) -> None:
         ConfigError: it is condensed already, or see [`check_changeable`].
     """
     check_changeable(model)
-    if getattr(model.config, "hf_prune", None) is not None:
+    if is_condensed(model.config):
         allowed = "is condensed already; prune the model before it was condensed, or train this one."
         raise ConfigError("model", type(model).__name__, allowed)
 

@@ -57,13 +57,16 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder.
 
     Raises:
-        ConfigError: there is none. For some families transformers then makes one that knows no words.
+        ConfigError: there is none, or it is malformed. For some families transformers then makes one that knows no words.
     """
     allowed = "has no tokenizer, without which text cannot be read; put it there."
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError("PATH", os.fspath(folder), allowed) from error
+    except Exception as error:  # the tokenizers library raises nothing more special for a file that it cannot read
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError("PATH", os.fspath(folder), f"has a tokenizer that cannot be loaded ({reason}).") from error
     words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
     if len(words) < 2:
         raise ConfigError("PATH", os.fspath(folder), allowed)
