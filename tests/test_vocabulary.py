@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny
 from safetensors.torch import save_file
-from test_strangers import STRANGERS
 from tokenizer_cases import CORPUS, KINDS, TEXTS, case, made_up
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as kinds
@@ -131,7 +130,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         task = _TASKS.get(head) if kind != "words" and tokenizer.pad_token is not None else None
         auto = models.HEADS[head].__name__
         (folder / "expected.json").write_text(json.dumps({"texts": TEXTS, "auto": auto, "task": task, "ids": rows}))
-    command = [sys.executable, str(STRANGERS / "smaller_vocabulary.py"), str(home)]
+    command = [sys.executable, str(Path(__file__).with_name("strangers") / "smaller_vocabulary.py"), str(home)]
     result = subprocess.run(command, cwd=home.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
