@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from models import tiny
 from safetensors.torch import save_file
 from tokenizer_cases import CORPUS, KINDS, TEXTS, case, made_up
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as kinds
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -152,6 +152,12 @@ def test_a_process_without_the_library_loads_and_uses_it(kind: str, report: dict
 
 # --------------------------------------------------------------------------------------------------------- any tokenizer of a kind
 
+
+def vocab_of(*names: str) -> dict[str, int]:
+    return {name: index for index, name in enumerate(names)}
+
+
+_BYTES = [f"<0x{value:02X}>" for value in range(256)]
 _LETTERS = "abc"
 _WORDS = st.text(_LETTERS + "x", min_size=1, max_size=8)
 _TEXTS = st.lists(st.lists(_WORDS, min_size=1, max_size=4).map(" ".join), min_size=1, max_size=6)
@@ -163,8 +169,7 @@ def wordpieces(draw: st.DrawFn) -> Tokenizer:
     pieces = draw(st.lists(st.tuples(st.booleans(), st.text(_LETTERS, min_size=1, max_size=3)), max_size=20))
     names = dict.fromkeys(["[UNK]", *("##" * inside + piece for inside, piece in pieces)])
     longest = draw(st.sampled_from([4, 100]))
-    vocab = {name: index for index, name in enumerate(names)}
-    return Tokenizer(kinds.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=longest))
+    return Tokenizer(kinds.WordPiece(vocab_of(*names), unk_token="[UNK]", max_input_chars_per_word=longest))
 
 
 @st.composite
@@ -184,11 +189,11 @@ def byte_pairs(draw: st.DrawFn) -> Tokenizer:
             names.append(pair[0] + pair[1][len(prefix or "") :])
     merges = draw(st.permutations(merges))
     if draw(st.booleans()):
-        names += [f"<0x{value:02X}>" for value in range(256)]
+        names += _BYTES
     names = draw(st.permutations(list(dict.fromkeys(names))))
     return Tokenizer(
         kinds.BPE(
-            {name: index for index, name in enumerate(names)},
+            vocab_of(*names),
             merges,
             unk_token="<unk>",
             **({"continuing_subword_prefix": prefix} if prefix else {}),
@@ -213,7 +218,7 @@ def unigrams(draw: st.DrawFn) -> Tokenizer:
 @st.composite
 def words(draw: st.DrawFn) -> Tokenizer:
     names = dict.fromkeys(["<unk>", *draw(st.lists(_WORDS, max_size=8))])
-    return Tokenizer(kinds.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    return Tokenizer(kinds.WordLevel(vocab_of(*names), unk_token="<unk>"))
 
 
 @pytest.mark.parametrize("tokenizers", [wordpieces(), byte_pairs(), unigrams(), words()], ids=lambda value: str(value)[:12])
@@ -232,6 +237,52 @@ def test_any_tokenizer_of_a_kind_is_exact(tokenizers: st.SearchStrategy[Tokenize
         new = ids[old].tolist()
         if all(index >= 0 for index in new) and (text in texts or tokenizer.unk_token_id not in old):
             assert small(text)["input_ids"] == new
+
+
+#: Tokenizers in which a text becomes other tokens if one stays that it does not hold, but not this one; texts; this one.
+DECISIVE: dict[str, tuple[Any, list[str], str]] = {
+    # "abc" is unknown, since nothing goes on after "ab"; without that, "a" and "##bc" would spell it
+    "WordPiece": (kinds.WordPiece(vocab_of("<unk>", "a", "ab", "d", "##bc"), unk_token="<unk>"), ["abc", "a", "dbc"], "ab"),
+    # an unknown "x" costs what "low" does, and ten more
+    "Unigram": (
+        kinds.Unigram([("<unk>", 0.0), ("p", -10.0), ("q", -10.0), ("rx", -10.0), ("pqr", -1.0), ("low", -100.0)], unk_id=0),
+        ["pqrx", "pqr"],
+        "low",
+    ),
+    # "abc" is made of "ab" or of "bc", whichever merge comes first
+    "BPE": (
+        kinds.BPE(
+            vocab_of("<unk>", "a", "b", "c", "bc", "ab", "abc"),
+            [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")],
+            unk_token="<unk>",
+        ),
+        ["abc"],
+        "bc",
+    ),
+    # the letters of these tokens' names lead nowhere: they are made of bytes
+    "BPE of bytes": (
+        kinds.BPE(
+            vocab_of("<unk>", "a", *_BYTES, "<0xE2><0x82>", "<0xE2><0x82><0xAC>"),
+            [("<0xE2>", "<0x82>"), ("<0xE2><0x82>", "<0xAC>")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        ),
+        ["a€"],
+        "<0xE2><0x82>",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DECISIVE)
+def test_a_token_stays_that_decides_without_being_in_the_texts(kind: str) -> None:
+    backend, texts, token = DECISIVE[kind]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(backend), unk_token="<unk>")
+    model = tiny("bert", "bare", vocab_size=len(tokenizer), pad_token_id=0)
+    old = tokenizer(texts)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids(token) not in [index for row in old for index in row]
+    _, small, ids = prune_vocabulary(model, tokenizer, texts)
+    assert small(texts)["input_ids"] == [ids[row].tolist() for row in old]
+    assert token in small.get_vocab()
 
 
 def test_minilm_of_the_package(tmp_path: Path) -> None:
@@ -309,7 +360,7 @@ def test_positions_that_are_counted_from_the_padding_stay() -> None:
     """RoBERTa's first position is behind the id of the padding, so no token before that may leave."""
     texts = ["ba re", "mi ba ba"]
     names = ["one", "two", "three", "<pad>", "<unk>", "ba", "re", "mi", "four"]
-    backend = Tokenizer(kinds.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    backend = Tokenizer(kinds.WordLevel(vocab_of(*names), unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
     model = tiny("roberta", "bare", vocab_size=len(names), pad_token_id=3, bos_token_id=4, eos_token_id=4)
@@ -319,6 +370,24 @@ def test_positions_that_are_counted_from_the_padding_stay() -> None:
     other = tiny("bert", "bare", vocab_size=len(names), pad_token_id=3)
     assert prune_vocabulary(other, tokenizer, texts)[2].tolist() == [-1, -1, -1, 0, 1, 2, 3, 4, -1]
     assert other.get_input_embeddings().padding_idx == 0
+
+
+def test_ordinary_tokens_of_template_padding_and_normalizer_stay() -> None:
+    """Which no list of special tokens names."""
+    names = ["<unk>", "ba", "re", "mi", "fo", "end", "pad", "dash", "tu"]
+    backend = Tokenizer(kinds.WordLevel(vocab_of(*names), unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.normalizer = normalizers.Replace("—", "dash")
+    backend.post_processor = processors.Sequence(
+        [processors.TemplateProcessing(single="$A end", special_tokens=[("end", names.index("end"))])]
+    )
+    backend.enable_padding(pad_id=names.index("pad"), pad_token="pad", length=5)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    model = tiny("bert", "bare", vocab_size=len(names), pad_token_id=0)
+    _, small, ids = prune_vocabulary(model, tokenizer, ["ba fo"])
+    assert ids.tolist() == [0, 1, -1, -1, 2, 3, 4, 5, -1]
+    assert small.backend_tokenizer.encode("— fo").tokens == ["dash", "fo", "end", "pad", "pad"]
+    assert small.backend_tokenizer.encode("— fo").ids == [5, 2, 3, 4, 4]
 
 
 def test_what_a_chat_template_writes_stays() -> None:
