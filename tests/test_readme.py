@@ -32,7 +32,7 @@ from helpers import arguments, forget_criterion
 from hub_server import run_with_hub, serving
 from models import prune_randomly, tiny
 from script_cases import EXAMPLES
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_prune.cli
 from hf_prune import condense
@@ -73,6 +73,7 @@ TINY = {
     "hf-prune benchmark": "--repeats=1",
     "hf-prune latency": "--repeats=1 --batch-size=1 --length=8",
     "hf-prune card": "--repeats=1",
+    "hf-prune vocabulary": "--min-count=9",
 }
 
 
@@ -173,7 +174,7 @@ def sandbox(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def provide(call: list[str], sandbox: Path) -> None:
     """Put pruned and condensed models where a command reads what one before it has left."""
-    written = call[3] if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency") else None
+    written = call[3] if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency", "vocabulary") else None
     for before, word in pairwise(call):
         if word.startswith("runs/") and before not in ("--output_dir", "--output", "--results") and word != written:
             target = sandbox / word
@@ -262,6 +263,9 @@ def ingredients(sandbox: Path) -> dict[str, Any]:
         "model": model,
         "args": arguments(sandbox / "out", num_train_epochs=2, per_device_train_batch_size=2),
         "data": data,
+        "tokenizer": AutoTokenizer.from_pretrained(sandbox / "start"),
+        "texts": [row["sentence"] for row in quickstart.make_rows(2, seed=3)],
+        "other_texts": [row["sentence"] for row in quickstart.make_rows(8, seed=4)],
         "accelerator": Accelerator(cpu=True),
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": torch.utils.data.DataLoader(data.with_format("torch"), batch_size=4),
