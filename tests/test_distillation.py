@@ -610,6 +610,16 @@ def test_a_teacher_that_does_not_fit(overrides: dict[str, Any], settings: Distil
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("head", ["sequence-classification", "masked-lm"])
+def test_a_teacher_that_reads_other_ids(head: str, tmp_path: Path) -> None:
+    """The vocabulary of one of them was cut; larger vocabularies that only have more rows are no error."""
+    entry = {"version": 1, "layers": {}, "original": {"vocab_size": 120}}
+    with pytest.raises(ValueError, match=r"teacher: has 120 tokens, the student 99, and one vocabulary was cut"):
+        DistillationTrainer(tiny_bert(head, hf_prune=entry), arguments(tmp_path), teacher=tiny_bert(head, 1, vocab_size=120))
+    DistillationTrainer(tiny_bert(), arguments(tmp_path), teacher=tiny_bert(seed=1, vocab_size=120))
+    DistillationTrainer(tiny_bert(hf_prune=entry), arguments(tmp_path), teacher=tiny_bert(seed=1, hf_prune=entry))
+
+
 def test_the_student_cannot_be_its_own_teacher(tmp_path: Path) -> None:
     student = tiny_bert()
     with pytest.raises(ValueError, match=r"teacher: must be another model than the student; pass a copy"):

@@ -374,18 +374,19 @@ def test_positions_that_are_counted_from_the_padding_stay() -> None:
 
 def test_ordinary_tokens_of_template_padding_and_normalizer_stay() -> None:
     """Which no list of special tokens names."""
-    names = ["<unk>", "ba", "re", "mi", "fo", "end", "pad", "dash", "tu"]
+    names = ["<unk>", "ba", "re", "mi", "fo", "end", "pad", "dash", "tu", "mid"]
     backend = Tokenizer(kinds.WordLevel(vocab_of(*names), unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.normalizer = normalizers.Replace("—", "dash")
-    backend.post_processor = processors.Sequence(
-        [processors.TemplateProcessing(single="$A end", special_tokens=[("end", names.index("end"))])]
-    )
+    special = [(name, names.index(name)) for name in ("mid", "end")]
+    template = processors.TemplateProcessing(single="$A end", pair="$A mid $B end", special_tokens=special)
+    backend.post_processor = processors.Sequence([template])
     backend.enable_padding(pad_id=names.index("pad"), pad_token="pad", length=5)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     model = tiny("bert", "bare", vocab_size=len(names), pad_token_id=0)
     _, small, ids = prune_vocabulary(model, tokenizer, ["ba fo"])
-    assert ids.tolist() == [0, 1, -1, -1, 2, 3, 4, 5, -1]
+    assert ids.tolist() == [0, 1, -1, -1, 2, 3, 4, 5, -1, 6]
+    assert small.backend_tokenizer.encode("ba", "fo").ids == [1, 6, 2, 3, 4]
     assert small.backend_tokenizer.encode("— fo").tokens == ["dash", "fo", "end", "pad", "pad"]
     assert small.backend_tokenizer.encode("— fo").ids == [5, 2, 3, 4, 4]
 

@@ -52,7 +52,8 @@ def trained_llama3() -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=begin)
     named = dict(zip(("bos_token", "eos_token"), special))
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, pad_token="<|eot_id|>", **named)
-    made.chat_template = "{% for m in messages %}{{ '<|begin_of_text|>' + m['role'] + ': Zqxw!' }}{{ m['content'] }}{% endfor %}"
+    said = " ".join(word for text in CORPUS[:3] for word in text.split() if word.isalnum())
+    made.chat_template = f"{{% for m in messages %}}{{{{ m['role'] + ': {said}' }}}}{{{{ m['content'] }}}}{{% endfor %}}"
     return made
 
 

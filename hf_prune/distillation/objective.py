@@ -236,13 +236,24 @@ def _check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     if without_peft(teacher) is student:
         raise ValueError("teacher: must be another model than the student; pass a copy (copy.deepcopy(model)).")
     own, other = student.config, without_peft(teacher).config
+    ours, theirs = (getattr(config.get_text_config(), "vocab_size", None) for config in (own, other))
+    if ours != theirs and (_lacks_tokens(own) or _lacks_tokens(other)):
+        raise ValueError(
+            f"teacher: has {theirs} tokens, the student {ours}, and one vocabulary was cut, so they would read other ids; "
+            "cut both with the same texts (prune_vocabulary)."
+        )
     if is_language_model(student):
         return
     if own.num_labels != other.num_labels:
         raise ValueError(f"teacher: has num_labels={other.num_labels}, the student {own.num_labels}; they must be equal.")
-    ours, theirs = own.label2id or {}, other.label2id or {}
-    if ours != theirs and ours.keys() == theirs.keys():
-        raise ValueError(f"teacher: has label2id={theirs}, the student {ours}; their order must be equal.")
+    labels, others = own.label2id or {}, other.label2id or {}
+    if labels != others and labels.keys() == others.keys():
+        raise ValueError(f"teacher: has label2id={others}, the student {labels}; their order must be equal.")
+
+
+def _lacks_tokens(config: Any) -> bool:
+    """Whether the vocabulary of a model was cut."""
+    return "vocab_size" in ((getattr(config, "hf_prune", None) or {}).get("original") or {})
 
 
 def _mapped_layers(settings: DistillationConfig, student: dict[str, int], teacher: dict[str, int]) -> dict[str, Pairs]:
