@@ -32,6 +32,7 @@ import hf_prune
 from hf_prune import ConfigError, condense, prune_vocabulary, vocabulary_report
 from hf_prune.condense import needs_hf_prune
 from hf_prune.files import read_object
+from hf_prune.measure.latency import compare
 from hf_prune.measure.sparsity import original_blocks, stock_twin, total_sparsity
 from hf_prune.shrink import vocabulary as shrink_vocabulary
 from hf_prune.shrink.vocabulary import plan_vocabulary
@@ -531,6 +532,15 @@ def test_prune_takes_a_model_that_lacks_tokens_alone() -> None:
         hf_prune.prune(model, config, batches)
 
 
+def test_a_model_is_timed_beside_one_of_more_tokens() -> None:
+    model, tokenizer = case("byte-level BPE, GPT-2")
+    dense = copy.deepcopy(model)
+    prune_vocabulary(model, tokenizer, TEXTS)
+    for other in (None, dense):
+        found = compare(model, other, rows=2, tokens=30, repeats=1)
+        assert found.dense.parameters == dense.num_parameters() > found.model.parameters == model.num_parameters()
+
+
 def test_a_text_model_inside_another_one(tmp_path: Path) -> None:
     """Whose family has no architecture spec, and whose vocabulary is in the config of a part."""
     tokenizer = case("words")[1]
@@ -783,6 +793,9 @@ def test_a_vocabulary_is_cut_twice(cli: CommandLine, home: Path) -> None:
     small = AutoModelForSequenceClassification.from_pretrained(home / "twice")
     assert small.config.hf_prune["original"] == {"vocab_size": 242, "hidden_dim": 40}
     assert len(ids) == 242 > made["tokens_before"] > made["tokens"]
+    card = (home / "twice" / "README.md").read_text()
+    assert f"{made['tokens']} of 242 tokens" in card
+    assert "and then condensed" in card
 
 
 def test_command_refuses_what_it_cannot_do(cli: CommandLine, home: Path) -> None:
