@@ -315,7 +315,8 @@ def test_tokens_stay_by_count_and_by_name() -> None:
 
 def test_ids_in_configs_stay_and_are_renumbered() -> None:
     model, tokenizer = case("byte-level BPE, BART")
-    far = [index for index in range(300, 420) if plan_vocabulary(model, tokenizer, TEXTS).ids[index] < 0]
+    leaving = plan_vocabulary(model, tokenizer, TEXTS).ids < 0
+    far = [index for index in reversed(range(len(tokenizer))) if leaving[index]]  # from the end, so that their numbers change
     size = model.config.vocab_size
     padded_row = size - 1  # no token's, but a config may name it
     settings: dict[str, Any] = {
@@ -341,7 +342,7 @@ def test_ids_in_configs_stay_and_are_renumbered() -> None:
     def new(value: Any) -> Any:
         return [new(each) for each in value] if isinstance(value, list) else value if value is None else int(ids[value])
 
-    assert min(int(ids[index]) for index in [*far[:13], padded_row]) >= 0
+    assert all(0 <= ids[index] < index for index in [*far[:13], padded_row])
     changed = model.generation_config
     for name in ("eos_token_id", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
         assert getattr(changed, name) == new(settings[name]), name
@@ -390,6 +391,15 @@ def test_ordinary_tokens_of_template_padding_and_normalizer_stay() -> None:
     assert small.backend_tokenizer.encode("ba", "fo").ids == [1, 6, 2, 3, 4]
     assert small.backend_tokenizer.encode("— fo").tokens == ["dash", "fo", "end", "pad", "pad"]
     assert small.backend_tokenizer.encode("— fo").ids == [5, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE, GPT-2", "BPE with byte fallback, Llama 2"])
+def test_bytes_stay(kind: str) -> None:
+    model, tokenizer = case(kind)
+    small = prune_vocabulary(model, tokenizer, ["ba re"])[1]
+    text = "Ωmega ≈ 日本 🙂\x01"
+    assert small.decode(small(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+    assert "Ωmega ≈ 日本 🙂\x01" in small.decode(small(text)["input_ids"])
 
 
 def test_what_a_chat_template_writes_stays() -> None:
@@ -816,16 +826,15 @@ def test_command_refuses_what_it_cannot_do(cli: CommandLine, home: Path) -> None
 
 
 def test_a_language_model_reads_whole_texts(cli: CommandLine, home: Path) -> None:
-    """Lines end with tokens, too, which text files are otherwise split at."""
-    model, tokenizer = case("byte-level BPE, GPT-2")
-    tokenizer.add_tokens("ba\n")
-    model.save_pretrained(home / "gpt2")
+    """Empty lines are tokens, too, which text files are otherwise split at."""
+    tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(["\n\n\n".join(CORPUS)], 420)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    tiny("gpt2", "causal-lm", vocab_size=len(tokenizer)).save_pretrained(home / "gpt2")
     tokenizer.save_pretrained(home / "gpt2")
-    (home / "text.txt").write_text("\n\n".join(made_up(200, seed=1)))
+    (home / "text.txt").write_text("\n\n\n".join(made_up(200, seed=1)))
     made = cli.json("vocabulary", home / "gpt2", home / "out", "--data", home / "text.txt", "--min-count", 2)
     assert made["held_back"]["unknown"] == 0
-    small = AutoTokenizer.from_pretrained(home / "out")
-    assert len(small("\n\n")["input_ids"]) == len(tokenizer("\n\n")["input_ids"])
+    assert len(AutoTokenizer.from_pretrained(home / "out")("\n\n")["input_ids"]) == 1
     assert read_object(home / "out" / "pruning_facts.json")["vocabulary"]["min_count"] == 2
     assert not (home / "out" / "merges.txt").exists()
 
