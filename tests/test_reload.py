@@ -394,7 +394,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     ),
     "original size unknown": (
         {**entry({}), "original": {"intermediate": 4}},
-        "config.hf_prune['original'] has an unknown key 'intermediate'; allowed: intermediate_size, vocab_size. Did you mean",
+        "config.hf_prune['original'] has an unknown key 'intermediate'; allowed: hidden_size, intermediate_size, ",
     ),
     "original size of zero": (
         {**entry({}), "original": {"intermediate_size": 0}},

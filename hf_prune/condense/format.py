@@ -15,7 +15,9 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
 
 - A layer's name is relative to the base model, so that it is the same under every task head.
 - Inside a layer, a block is named after the module that splits its heads, or after the projection that computes its neurons.
-- Sizes are named as in transformers' `per_layer_config`, the same in every family, and are between 0 and the stock size.
+- Sizes are named as in transformers' `per_layer_config`, the same in every family, and are between 0 and the stock size. Where the
+  hidden size became smaller and the width of a head follows from it, the config says how many heads of the old width that makes;
+  a block may have more of them, up to the number under `original`.
 - `num_key_value_heads` accompanies `num_attention_heads` in families that may have fewer of them; it divides that number.
 - `heads` lists the remaining heads of the stock model, if the layers share a position bias with an entry for each head.
 - `output_bias: true` means that the block's output projection has a bias, unlike in the stock model.
@@ -23,9 +25,9 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
 - `removed_layers`, beside `layers` and only if there are any, lists the removed layers of the stock model by the path of their
   list (`{"layers": [3, 7]}`). The config's number of layers (and `layer_types`) and the indices in the names under `layers` are
   those of the remaining layers.
-- `original`, only if all layers agreed and the stock config itself was changed (`stock.py`), has the values of its attributes in
-  the model that pruning started from (`{"intermediate_size": 3072}`). It is informative: no size is read from it. A model that
-  lacks tokens (`hf_prune.prune_vocabulary`) has its `vocab_size` there, and need not have anything else.
+- `original`, only if the stock config itself was changed (all layers agreed, see `stock.py`; the hidden size became smaller; tokens
+  went, see `hf_prune.prune_vocabulary`), has the values of its attributes in the model that pruning started from
+  (`{"intermediate_size": 3072}`). It is informative: no size is read from it.
 
 A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
 
@@ -44,13 +46,16 @@ from typing import Any
 from ..model import Block
 
 
-def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> list[tuple[Block, dict[str, Any]]]:
+def read_sizes(
+    entry: Any, stock: list[Block], absent: Collection[str] = (), heads: Collection[str] = ()
+) -> list[tuple[Block, dict[str, Any]]]:
     """The blocks that an entry names, each with its sizes, checked against the blocks of the stock model.
 
     Args:
         entry: the value of `config.hf_prune`.
         stock: the blocks of the model.
         absent: lists of layers that this model does not have; entries about them are ignored.
+        heads: the config attributes of the number of heads that the hidden size can change, see `ArchitectureSpec.heads`.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -69,11 +74,13 @@ def read_sizes(entry: Any, stock: list[Block], absent: Collection[str] = ()) -> 
         layers = {name: parts for name, parts in layers.items() if str(name).rpartition(".")[0] not in absent}
     check_keys(f"{where}['layers']", layers, known)
 
+    original = entry.get("original", {})
+    most = max((original[name] for name in heads if name in original), default=0)
     found: list[tuple[Block, dict[str, Any]]] = []
     for layer, parts in layers.items():
         check_keys(f"{where}['layers'][{layer!r}]", parts, known[layer])
         for key, sizes in parts.items():
-            check_sizes(f"{where}['layers'][{layer!r}][{key!r}]", sizes, known[layer][key])
+            check_sizes(f"{where}['layers'][{layer!r}][{key!r}]", sizes, known[layer][key], most)
             found.append((known[layer][key], sizes))
     return found
 
@@ -109,8 +116,14 @@ def check_original(original: Any, attributes: Collection[str]) -> None:
             )
 
 
-def check_sizes(field: str, sizes: Any, block: Block) -> None:
+def check_sizes(field: str, sizes: Any, block: Block, most_heads: int = 0) -> None:
     """Check the sizes of one block.
+
+    Args:
+        field: what errors call them.
+        sizes: the sizes.
+        block: the block of the stock model.
+        most_heads: how many heads there may be even if the stock model has fewer.
 
     Raises:
         ValueError: they do not fit this kind of block, or exceed its stock size.
@@ -119,7 +132,7 @@ def check_sizes(field: str, sizes: Any, block: Block) -> None:
     own = block.own_units
     check_keys(field, sizes, (*stock, *(["heads"] if own is not None else []), "output_bias"))
     for name, limit in stock.items():
-        size = sizes.get(name)
+        size, limit = sizes.get(name), max(limit, most_heads if name == "num_attention_heads" else 0)
         if type(size) is not int or not 0 <= size <= limit:
             raise ValueError(
                 f"{field}[{name!r}] is {reprlib.repr(size)}; allowed: a whole number from 0 to {limit}, the stock size."

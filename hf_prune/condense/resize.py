@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..model import ArchitectureSpec, AttentionSpec, Block, Projection, blocks
-from ..model.blocks import Adapted, adapted, has_bias, layer_lists, out_features
+from ..model.blocks import Adapted, adapted, has_bias, hidden_size_name, layer_lists, out_features
 from .format import check_original, check_removed, read_sizes
 
 #: `(parameter, dim, indices)` → slices of the parameter along a dimension.
@@ -33,15 +33,24 @@ def shrink(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """
     entry = model.config.hf_prune
     lists = {path: layer_lists(model, path) for path in spec.layers}
-    found = read_sizes(entry, blocks(model, spec), [path for path, found in lists.items() if not found])
-    check_original(entry.get("original", {}), [attribute for widths in spec.widths for attribute in widths.values()])
+    if isinstance(entry, dict):
+        check_original(entry.get("original", {}), own_sizes(model.config, spec))
+    found = read_sizes(entry, blocks(model, spec), [path for path, found in lists.items() if not found], spec.heads)
     check_removed(entry.get("removed_layers", {}), {path: sum(map(len, found.values())) for path, found in lists.items()})
     for block, sizes in found:
         if sizes.get("output_bias"):
             add_bias(block.output.layer)
         stock = block.sizes
         if any(sizes[name] != size for name, size in stock.items()):
-            keep_units(block, *(torch.arange(sizes[name], device="cpu") for name in stock), own_heads=sizes.get("heads"))
+            # of more heads than the stock model has, the weights are still to come, too
+            kept = (torch.arange(sizes[name], device="cpu") % size for name, size in stock.items())
+            keep_units(block, *kept, own_heads=sizes.get("heads"))
+
+
+def own_sizes(config: Any, spec: ArchitectureSpec) -> list[str]:
+    """The attributes of a family's config that hold sizes which hf_prune changes."""
+    widths = [attribute for each in spec.widths for attribute in each.values()]
+    return [hidden_size_name(config), *widths, *spec.heads, *spec.as_hidden]
 
 
 def keep_units(

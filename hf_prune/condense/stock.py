@@ -64,10 +64,13 @@ def sizes_in_config(model: Any, its_blocks: list[Block], spec: ArchitectureSpec)
     listed: dict[str, Any] = model.config.hf_prune["layers"]
     changed = {name for parts in listed.values() for sizes in parts.values() for name in sizes}
     found: dict[str, tuple[int, Block]] = {}
-    for path, widths in zip(spec.layers, spec.widths or ({},) * len(spec.layers)):
+    nothing: tuple[dict[str, str], ...] = ({},) * len(spec.layers)
+    for path, widths, heads in zip(spec.layers, spec.widths or nothing, spec.heads or ("",) * len(spec.layers)):
         lists = layer_lists(model, path)
         for block in its_blocks:
             sizes = {name: size for name, size in block.sizes.items() if name in changed}
+            if heads and sizes.get("num_attention_heads") == getattr(model.config, heads):  # after the hidden size became smaller
+                del sizes["num_attention_heads"]
             if not sizes or block.layer.rpartition(".")[0] not in lists:
                 continue
             where = f"{block.layer}.{block.key}"

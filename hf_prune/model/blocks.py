@@ -322,6 +322,12 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
 
 # --------------------------------------------------------------------------------------------------------------- hidden states
 
+
+def hidden_size_name(config: Any) -> str:
+    """What a family's config calls the hidden size."""
+    return str(config.attribute_map.get("hidden_size", "hidden_size"))
+
+
 #: What layers call the hidden states that go into them, where they are named.
 HIDDEN = "hidden_states"
 

@@ -89,6 +89,9 @@ class ArchitectureSpec:
         widths: for each of `layers`, name of a size in `config.hf_prune` → the config attribute that holds it for all blocks alike;
             `head_dim` beside `num_attention_heads` if the width of a head is independent of their number. A model whose sizes these
             attributes can express is an ordinary one. Default: none.
+        heads: for each of `layers`, the config attribute that holds the number of heads, if the width of a head is the hidden size
+            over that number. Default: the width is independent of the hidden size.
+        as_hidden: config attributes that equal the hidden size in models that have no projection between the two.
     """
 
     model_types: tuple[str, ...]
@@ -99,3 +102,5 @@ class ArchitectureSpec:
     pre_norm: bool = False
     pre_norm_when: Mapping[str, Any] = field(default_factory=dict)
     widths: tuple[Mapping[str, str], ...] = ()
+    heads: tuple[str, ...] = ()
+    as_hidden: tuple[str, ...] = ()

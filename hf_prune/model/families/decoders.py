@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 from .encoder_decoders import BART
-from .fragments import HEADS, NEURONS, attention, packed
+from .fragments import HEADS, NEURONS, OWN_HEADS, attention, packed
 
 
 def _gpt2_attention(module: str, parts: tuple[Part, ...], optional: bool = False) -> AttentionSpec:
@@ -35,6 +35,7 @@ GPT2 = ArchitectureSpec(
     pre_norm=True,
     pre_norm_when={"scale_attn_by_inverse_layer_idx": False},
     widths=({"intermediate_size": "n_inner"},),
+    heads=("n_head",),
 )
 
 OPT = replace(
@@ -46,6 +47,8 @@ OPT = replace(
     pre_norm=True,
     pre_norm_when={"do_layer_norm_before": True},
     widths=({"intermediate_size": "ffn_dim"},),
+    heads=OWN_HEADS,
+    as_hidden=("word_embed_proj_dim",),
 )
 
 LLAMA = ArchitectureSpec(

@@ -14,6 +14,7 @@ BART = ArchitectureSpec(
     feed_forwards=(FeedForwardSpec(up=Part("fc1"), down=Part("fc2"), activation="activation_fn"),),
     depths=("encoder_layers", "decoder_layers"),
     widths=({"intermediate_size": "encoder_ffn_dim"}, {"intermediate_size": "decoder_ffn_dim"}),
+    heads=("encoder_attention_heads", "decoder_attention_heads"),
 )
 
 WHISPER = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..spec import ArchitectureSpec, FeedForwardSpec, Part
-from .fragments import BERT_FFN, NEURONS, attention, bert_like, packed
+from .fragments import BERT_FFN, NEURONS, OWN_HEADS, attention, bert_like, packed
 
 BERT = ArchitectureSpec(
     model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
@@ -15,6 +15,8 @@ BERT = ArchitectureSpec(
     feed_forwards=(BERT_FFN,),
     depths=("num_hidden_layers",),
     widths=(NEURONS,),
+    heads=OWN_HEADS,
+    as_hidden=("embedding_size",),
 )
 
 DISTILBERT = ArchitectureSpec(
@@ -31,6 +33,7 @@ DISTILBERT = ArchitectureSpec(
     feed_forwards=(FeedForwardSpec(up=Part("ffn.lin1"), down=Part("ffn.lin2"), activation="ffn.activation"),),
     depths=("num_hidden_layers",),
     widths=({"intermediate_size": "hidden_dim"},),
+    heads=("n_heads",),
 )
 
 #: The layers of a group are a single layer that is applied several times.
@@ -40,6 +43,7 @@ ALBERT = ArchitectureSpec(
     attentions=(bert_like("attention", "query key value dense", after=("output_dropout",), residual_norm="LayerNorm"),),
     feed_forwards=(FeedForwardSpec(up=Part("ffn"), down=Part("ffn_output"), activation="activation"),),
     widths=(NEURONS,),
+    heads=OWN_HEADS,
 )
 
 #: The encoder computes one position bias, for all of its heads, that every layer adds to its attention scores.
@@ -50,6 +54,7 @@ MPNET = ArchitectureSpec(
     feed_forwards=(BERT_FFN,),
     depths=("num_hidden_layers",),
     widths=(NEURONS,),
+    heads=OWN_HEADS,
 )
 
 DEBERTA = ArchitectureSpec(
@@ -66,6 +71,8 @@ DEBERTA = ArchitectureSpec(
     feed_forwards=(BERT_FFN,),
     depths=("num_hidden_layers",),
     widths=(NEURONS,),
+    heads=OWN_HEADS,
+    as_hidden=("pooler_hidden_size", "embedding_size"),
 )
 
 _query, _key, _value = packed("attn.Wqkv", 3)
@@ -79,4 +86,5 @@ MODERNBERT = ArchitectureSpec(
     depths=("num_hidden_layers",),
     pre_norm=True,
     widths=(NEURONS,),
+    heads=OWN_HEADS,
 )

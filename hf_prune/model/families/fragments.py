@@ -10,6 +10,8 @@ from ..spec import AttentionSpec, FeedForwardSpec, Part
 NEURONS = {"intermediate_size": "intermediate_size"}
 #: The same, for families whose config has a separate head width.
 HEADS = {"num_attention_heads": "num_attention_heads", "head_dim": "head_dim"}
+#: The config attribute from which, with the hidden size, the width of a head follows in most families without a separate one.
+OWN_HEADS = ("num_attention_heads",)
 
 
 def attention(module: str, names: str, **settings: Any) -> AttentionSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..spec import ArchitectureSpec, FeedForwardSpec, Part
-from .fragments import HEADS, NEURONS, attention, bart_like
+from .fragments import HEADS, NEURONS, OWN_HEADS, attention, bart_like
 
 VIT = ArchitectureSpec(
     model_types=("vit", "deit"),
@@ -30,4 +30,5 @@ WAV2VEC2 = ArchitectureSpec(
     pre_norm=True,
     pre_norm_when={"do_stable_layer_norm": True, "adapter_attn_dim": None, "use_weighted_layer_sum": False},
     widths=(NEURONS,),
+    heads=OWN_HEADS,
 )
