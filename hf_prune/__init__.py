@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .settings.config import PruningConfig, PruningRule
     from .settings.errors import ConfigError
     from .shrink.depth import shrink_depth
+    from .shrink.hidden import shrink_hidden
     from .shrink.vocabulary import prune_vocabulary
     from .shrink.vocabulary_report import VocabularyReport, vocabulary_report
     from .training.callback import PruningCallback
@@ -68,6 +69,7 @@ __all__ = [
     "prune_vocabulary",
     "push_to_hub",
     "shrink_depth",
+    "shrink_hidden",
     "sparsity_report",
     "to_sparse",
     "vocabulary_report",
@@ -110,6 +112,7 @@ _HOMES = {
     ),
     "settings.errors": ("ConfigError",),
     "shrink.depth": ("shrink_depth",),
+    "shrink.hidden": ("shrink_hidden",),
     "shrink.vocabulary": ("prune_vocabulary",),
     "shrink.vocabulary_report": ("VocabularyReport", "vocabulary_report"),
     "training.callback": ("PruningCallback",),

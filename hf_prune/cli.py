@@ -112,6 +112,8 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
         "condensed": is_condensed(model.config),
         "tokens": size,
         "original_tokens": size if size is None else stock_config(model.config).get_text_config().vocab_size,
+        "hidden_size": getattr(model.config, "hidden_size", None),
+        "original_hidden_size": getattr(stock_config(model.config), "hidden_size", None),
         "total_sparsity": total_sparsity(model),
         "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "parameters_after_condense": report.parameters - saved,
@@ -126,6 +128,8 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     table.add_row("zeros among the remaining weights", f"{report.sparsity:.2%}")
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("weights on disk", megabytes(facts["bytes_on_disk"]))
+    if facts["hidden_size"] != facts["original_hidden_size"]:
+        table.add_row("hidden size", f"{facts['hidden_size']} of {facts['original_hidden_size']}")
     if facts["tokens"] != facts["original_tokens"]:
         table.add_row("tokens", f"{facts['tokens']:,} of {facts['original_tokens']:,}")
     table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")

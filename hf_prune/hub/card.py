@@ -206,6 +206,7 @@ def model_card(
         load=_loader(stock, library),
         condensed=condensed,
         tokens=_tokens(stock.config),
+        hidden_size=(stock.config.hidden_size, twin.config.hidden_size) if hasattr(stock.config, "hidden_size") else None,
         vocabulary=_vocabulary_row(facts.vocabulary),
         needs_hf_prune=needs_hf_prune(stock.config),
         remote_code=any(auto_classes(stock.config.model_type)),

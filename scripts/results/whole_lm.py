@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hf_prune import PruningConfig, PruningRule, condense, prune, shrink_depth
+from hf_prune import PruningConfig, PruningRule, condense, prune, shrink_depth, shrink_hidden
 from hf_prune.measure.perplexity import perplexity
 from hf_prune.shrink.depth import CRITERIA
 
@@ -35,6 +35,13 @@ def fewer_layers(share: float, criterion: str, model: Any, batches: Batches) -> 
     """Take a share of the layers away."""
     number = model.config.num_hidden_layers
     shrink_depth(model, number - round(share * number), batches, criterion=criterion)
+
+
+def narrower(share: float, method: str, model: Any, batches: Batches) -> None:
+    """Take a share of the hidden size away, to the closest that the number of heads divides."""
+    config = model.config
+    size = round((1 - share) * config.hidden_size / config.num_attention_heads) * config.num_attention_heads
+    shrink_hidden(model, size, None if method == "by weights" else batches, rotate=method == "rotated")
 
 
 def fewer_units(share: float, model: Any, batches: Batches) -> None:
@@ -49,6 +56,9 @@ def cells() -> dict[str, Callable[[Any, Batches], None] | None]:
     found: dict[str, Callable[[Any, Batches], None] | None] = {"dense": None}
     for share in (0.1, 0.2):
         found |= {f"layers {share:.0%}/{criterion}": partial(fewer_layers, share, criterion) for criterion in CRITERIA}
+        found |= {
+            f"hidden {share:.0%}/{method}": partial(narrower, share, method) for method in ("by weights", "channels", "rotated")
+        }
         found[f"units {share:.0%}/default"] = partial(fewer_units, share)
     return found
 
