@@ -531,6 +531,25 @@ def test_with_condensing_in_either_order(vocabulary_first: bool, tmp_path: Path)
         assert again.config.hf_prune == model.config.hf_prune
 
 
+@pytest.mark.parametrize("vocabulary_first", [True, False])
+@pytest.mark.parametrize("kind", ["WordPiece, BERT", "Unigram, T5"])
+def test_with_a_smaller_hidden_size_in_either_order(kind: str, vocabulary_first: bool) -> None:
+    model, tokenizer = case(kind)
+    parameters, size = model.num_parameters(), model.config.vocab_size
+    loader = [batch_of(model, tokenizer, TEXTS[start : start + 4]) for start in range(0, 16, 4)]
+    if not vocabulary_first:
+        hf_prune.shrink_hidden(model, 24, loader)
+    before = copy.deepcopy(model)
+    ids = prune_vocabulary(model, tokenizer, TEXTS)[2]
+    new = [renumbered(batch, ids) for batch in loader]
+    assert (logits(model, new[0]) - of_kept(logits(before, loader[0]), ids)).abs().max() <= 1e-6
+    if vocabulary_first:
+        hf_prune.shrink_hidden(model, 24, new)
+    assert model.get_input_embeddings().weight.shape == (int((ids >= 0).sum()), 24)
+    assert model.config.hf_prune["original"]["vocab_size"] == size
+    assert stock_twin(model, "meta").num_parameters() == parameters
+
+
 def test_prune_takes_a_model_that_lacks_tokens_alone() -> None:
     model, tokenizer = case("WordPiece, DistilBERT")
     prune_vocabulary(model, tokenizer, TEXTS)
