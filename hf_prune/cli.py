@@ -83,6 +83,11 @@ TextColumns = Annotated[
         "--text-column", help="A column with text; give it twice for pairs. By default the only one, or those of usual names."
     ),
 ]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row. By default what model and tokenizer allow, at most 512.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
+Some = Annotated[
+    int | None, typer.Option(min=1, help="Rows to take, at random. By default enough for 32,768 tokens, at most 2,048.")
+]
 Best = Annotated[str | None, typer.Option(help="Where to compute. By default cuda where there is one, else cpu.")]
 Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")]
 Device = Annotated[str, typer.Option(help="Device to measure on, such as cpu or cuda.")]
@@ -161,13 +166,9 @@ def prune(
     criterion: Annotated[str | None, typer.Option(help="How units are scored. By default obs.")] = None,
     update: Annotated[str | None, typer.Option(help="What the weights that stay do. By default least_squares.")] = None,
     text_column: TextColumns = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row. By default what model and tokenizer allow, at most 512.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 16,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows to take, at random. By default enough for 32,768 tokens, at most 2,048.")
-    ] = None,
+    max_length: Length = None,
+    batch_size: Batch = 16,
+    rows: Some = None,
     device: Best = None,
     seed: Annotated[int, typer.Option(help="Of all that is chosen at random.")] = 0,
     condense: Annotated[bool, typer.Option(help="Cut out what was pruned, where that can be.")] = True,
@@ -265,6 +266,62 @@ def vocabulary(
         rows = rows_of_text(model, data, text_column or ())
         made = prune_vocabulary_to_folder(
             model, folder, out, rows, keep=keep or (), min_count=min_count, seed=seed, base_model=path, data=data.name
+        )
+    if as_json:
+        return emit({"path": str(out), **made.to_dict()})
+    show(made, *left_out(made.left_out), f"Written to {out}.")
+    return None
+
+
+@app.command()
+def shrink(
+    path: Model,
+    out: Out,
+    data: Data,
+    num_layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NUMBER", help="How many layers stay; of several lists LIST=NUMBER, such as encoder.block=4."),
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="How wide the hidden stream becomes.")] = None,
+    criterion: Annotated[
+        str, typer.Option(help="How layers are chosen: greedy_removal, removal, consecutive or block_influence.")
+    ] = "greedy_removal",
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Keep the principal directions of the hidden stream instead of channels.")
+    ] = False,
+    text_column: TextColumns = None,
+    max_length: Length = None,
+    batch_size: Batch = 16,
+    rows: Some = None,
+    device: Best = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take layers or channels of the hidden stream out of a model, judged by a file of unlabelled text, and save it with its card.
+
+    This changes what the model computes; train it afterwards."""
+    from .oneshot.data import calibration_batches, check_file, load_tokenizer
+    from .shrink.shape import shrink_to_folder
+
+    folder, device = local(path), device or best_device()
+    check_new_folder(out)
+    check_file(data)
+    check_device(device)
+    wanted = depth_of(num_layers or ())
+    model: Any = load(folder)
+    batches = calibration_batches(model, load_tokenizer(folder), data, text_column or (), max_length, batch_size, rows, seed)
+    with stderr.status("shrinking"):
+        made = shrink_to_folder(
+            model.to(device),
+            folder,
+            out,
+            batches,
+            num_layers=wanted,
+            hidden_size=hidden_size,
+            criterion=criterion,
+            rotate=rotate,
+            base_model=path,
+            settings={"data": data.name, "rows": sum(len(batch["input_ids"]) for batch in batches), "seed": seed},
         )
     if as_json:
         return emit({"path": str(out), **made.to_dict()})
@@ -527,6 +584,17 @@ def one_config(file: Path | None, targets: Mapping[str, float | None], **setting
     if file is not None:
         return PruningConfig.from_json_file(file)
     return PruningConfig.from_dict({"pattern": "head", **target, **given})
+
+
+def depth_of(given: Sequence[str]) -> int | dict[str, int] | None:
+    """The numbers of layers in options such as `4`, or `encoder.block=4` and `decoder.block=2`."""
+    found: dict[str, int] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if not number.isdecimal() or name in found or (len(given) > 1 and not name):
+            raise typer.BadParameter(f"{text!r} is no number of layers; give NUMBER, or LIST=NUMBER once for each list.")
+        found[name] = int(number)
+    return found.get("", found or None)
 
 
 def best_device() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import models
@@ -13,6 +14,7 @@ import torch
 from helpers import assert_equal, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from reloading import reload, save_expected
 from torch import Tensor, nn
 
 from hf_prune import ConfigError, Pruner, PruningConfig, condense, prune, shrink_depth
@@ -113,6 +115,19 @@ def test_every_family(family: str, tmp_path: Any) -> None:
             models.zero_units(block, [0, 1], "out")
     alive = original_blocks(loaded)
     assert original_blocks(condense(loaded)) == alive
+
+
+def test_without_hf_prune_they_are_stock_models(tmp_path: Path) -> None:
+    for family in sorted(set(models.FAMILIES) - {"albert"}):
+        model = models.tiny(family)
+        paths = [path for path in spec_for(model.config.model_type).layers if layer_lists(model, path)]
+        shrink_depth(model.eval(), dict.fromkeys(paths, 2), batches(model))
+        folder = tmp_path / "first" / f"{family}-{models.HEADS[models.classifier_of(family)].__name__}"
+        model.save_pretrained(folder)
+        save_expected(model, folder)
+    report = reload("stock", tmp_path / "first", tmp_path / "last")
+    assert len(report) == len(models.FAMILIES) - 1
+    assert {name: row["gap"] for name, row in report.items() if row["gap"]} == {}
 
 
 @pytest.mark.parametrize("family", sorted(models.GENERATORS))

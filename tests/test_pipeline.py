@@ -436,6 +436,7 @@ HEADS = {"pattern": "head", "criterion": "magnitude", "schedule": "constant"}
         ({"pruning": {**HEADS, "cooldown_epochs": 1}}, r"pruning.config.cooldown_epochs=1: .*cool-down \(8 steps\)"),
         ({"pruning": HEADS, "training": {"optim": "adamw_8bit"}}, r"training=.*'adamw_8bit'.*: cannot be used"),
         ({"num_layers": 3}, r"num_layers=3: must be a whole number from 1 to 2: encoder.layer has 3 layers"),
+        ({"hidden_size": 20}, r"hidden_size=20: must be a multiple of 8, the width of a head"),
         ({"num_layers": {"decoder": 1}}, r"num_layers='decoder': is no list of layers; there are encoder.layer"),
         (
             {"num_layers": 2, "distillation": {"alpha_hidden_layers": 1.0, "layer_map": [[2, 2]]}},
@@ -484,24 +485,28 @@ def shallow(folder: Path) -> Pipeline:
     stages = [
         Stage("fine-tune"),
         Stage("fewer layers", num_layers=2, distillation={**TEACH, "alpha_hidden_layers": 1.0}),
+        Stage("narrower", hidden_size=24, distillation={**TEACH, "alpha_hidden": 1.0}),
         Stage("heads", pruning=HEADS, distillation=TEACH),
     ]
     return pipeline(folder, Recipe(stages, metric="accuracy", training={"max_steps": 4}))
 
 
-def test_a_stage_with_fewer_layers(tmp_path: Path) -> None:
+def test_stages_that_shrink_the_whole_model(tmp_path: Path) -> None:
     """Those go that cost least; the teacher keeps them all, and all counts are relative to the model before."""
     result = shallow(tmp_path).run()
-    dense, shorter, smaller = result.rows
-    assert [len(row.heads) for row in result.rows] == [3, 2, 2]
-    assert shorter.sparsity == pytest.approx(1 / 3)
-    assert smaller.sparsity > shorter.sparsity
+    assert [len(row.heads) for row in result.rows] == [3, 2, 2, 2]
+    assert result.rows[1].sparsity == pytest.approx(1 / 3)
+    assert result.rows[2].sparsity == pytest.approx(1 - 2 / 3 * 24 / 32)
+    sizes = [(row.sparsity, -row.parameters) for row in result.rows]
+    assert sizes == sorted(set(sizes))
     start = loaded(tmp_path, "fine-tune")
     rows = [default_data_collator(ragged_rows(64))]
     expected = shrink_depth(start, 2, rows, calibration_rows=64).config.hf_prune
     assert loaded(tmp_path, "fewer layers").config.hf_prune == expected
     assert loaded(tmp_path, "heads").config.hf_prune["removed_layers"] == expected["removed_layers"]
-    assert dense.parameters > shorter.parameters > smaller.parameters
+    assert loaded(tmp_path, "heads").config.hidden_size == 24
+    again = shallow(tmp_path).run()
+    assert again.rows == result.rows
 
 
 @pytest.mark.slow

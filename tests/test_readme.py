@@ -74,6 +74,7 @@ TINY = {
     "hf-prune latency": "--repeats=1 --batch-size=1 --length=8",
     "hf-prune card": "--repeats=1",
     "hf-prune vocabulary": "--min-count=9",
+    "hf-prune shrink": "--hidden-size=16 --batch-size=2",
 }
 
 
@@ -174,7 +175,11 @@ def sandbox(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def provide(call: list[str], sandbox: Path) -> None:
     """Put pruned and condensed models where a command reads what one before it has left."""
-    written = call[3] if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency", "vocabulary") else None
+    written = (
+        call[3]
+        if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency", "vocabulary", "shrink")
+        else None
+    )
     for before, word in pairwise(call):
         if word.startswith("runs/") and before not in ("--output_dir", "--output", "--results") and word != written:
             target = sandbox / word

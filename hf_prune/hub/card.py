@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from ..compat import auto_classes
-from ..condense import condense_plan, is_condensed, needs_hf_prune, stock_config
+from ..condense import condense_plan, is_condensed, layer_counts, needs_hf_prune, stock_config
 from ..files import read_object, write_text
 from ..measure.latency import Comparison, Cost
 from ..measure.memory import megabytes
 from ..measure.plots import plot_family, plot_history, plot_kept, plot_latency
 from ..measure.sparsity import BlockSize, evaluated, original_blocks, sparsity_report, stock_twin, total_sparsity
-from ..model import SPECS
+from ..model import SPECS, spec_for
 from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import WHILE_TRAINING, WITHOUT_TRAINING, PruningConfig
@@ -154,6 +154,26 @@ class CardFacts:
             if getattr(self, name) is None and isinstance(known, str):
                 setattr(self, name, known)
 
+    def of_child(self, base_model: str | None, **changes: Any) -> CardFacts:
+        """The facts of a model that was made from this one without training.
+
+        What was measured of this one counts as measured before; what lies beside it stays there.
+
+        Args:
+            base_model: id (or path, which is no base model) of this one.
+            changes: further fields.
+        """
+        own: dict[str, Any] = {
+            "model_name": None,
+            "base_model": without_folders(base_model) or self.base_model,
+            "metrics_before": self.metrics_before or self.metrics,
+            "metrics": {},
+            "history": [],
+            "comparison": None,
+            "family": {},
+        }
+        return replace(self, **own | changes)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `pruning_facts.json` into a folder, which is made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -205,8 +225,8 @@ def model_card(
         class_name=type(stock).__name__,
         load=_loader(stock, library),
         condensed=condensed,
+        shape=_shape_rows(stock.config),
         tokens=_tokens(stock.config),
-        hidden_size=(stock.config.hidden_size, twin.config.hidden_size) if hasattr(stock.config, "hidden_size") else None,
         vocabulary=_vocabulary_row(facts.vocabulary),
         needs_hf_prune=needs_hf_prune(stock.config),
         remote_code=any(auto_classes(stock.config.model_type)),
@@ -444,6 +464,20 @@ def _tokens(config: Any) -> tuple[int, int] | None:
     stock = stock_config(config)
     now, before = (getattr(one.get_text_config(), "vocab_size", None) for one in (config, stock))
     return None if now == before else (now, before)  # type: ignore[return-value]
+
+
+def _shape_rows(config: Any) -> list[tuple[str, int, int]]:
+    """What the whole model has less of, how much it has, and how much it had."""
+    entry = getattr(config, "hf_prune", None)
+    if not isinstance(entry, dict):
+        return []
+    before = stock_config(config)
+    width, wider = (getattr(one, "hidden_size", 0) for one in (config, before))
+    rows = [("hidden size", width, wider)] if width != wider else []
+    counts = layer_counts(spec_for(config.model_type)) if entry.get("removed_layers") else {}
+    for path in entry.get("removed_layers", {}):
+        rows.append((f"layers in {path}", getattr(config, counts[path]), getattr(before, counts[path])))
+    return rows
 
 
 def _vocabulary_row(vocabulary: Mapping[str, Any]) -> str | None:

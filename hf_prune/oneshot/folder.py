@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
@@ -16,7 +16,7 @@ from ..condense import condense, condense_plan, nothing_to_cut
 from ..condense.verify import all_outputs, tolerance
 from ..files import new_folder
 from ..hub import CardFacts, write_made_from
-from ..hub.card import budget_facts, without_folders
+from ..hub.card import budget_facts
 from ..measure.sparsity import BlockSize, original_blocks, total_sparsity
 from ..measure.tables import as_text
 from ..model import find_blocks
@@ -130,18 +130,8 @@ def prune_to_folder(
             condense(model)
         error = "none measured" if report.held_out_error is None else f"{report.held_out_error:.4g}"
         listed = {"rows": rows, "seed": seed, "held-out error": error, "seconds": f"{report.seconds:.0f}"}
-        facts = replace(
-            facts,
-            model_name=None,
-            base_model=without_folders(base_model) or facts.base_model,
-            metrics_before=facts.metrics_before or facts.metrics,  # they were the dense model's
-            metrics={},
-            history=[],
-            comparison=None,
-            calibration={**(settings or {}), **listed},
-            budget=budget_facts(config, next(iter(report.budget.values()), None)),
-            family={},
-        )
+        predicted = next(iter(report.budget.values()), None)
+        facts = facts.of_child(base_model, calibration={**(settings or {}), **listed}, budget=budget_facts(config, predicted))
         left = write_made_from(model, source, folder, config, facts)
         difference = reloading_difference(model, folder)
     return PrunedFolder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import new_folder
 from ..hub import CardFacts, write_made_from
-from ..hub.card import without_folders
 from ..hub.files import IDS_NAME
 from ..measure.tables import as_text
 from ..oneshot.data import load_tokenizer, read_file, text_columns
@@ -142,16 +141,8 @@ def prune_vocabulary_to_folder(
             raise ValueError(f"data={data}: its texts need all {len(plan.ids)} tokens, so nothing was written.")
         _, small, ids = apply_vocabulary(model, tokenizer, chosen, plan)
         report = vocabulary_report(tokenizer, small, held)
-        facts = replace(
-            facts,
-            model_name=None,
-            base_model=facts.base_model or without_folders(base_model),
-            metrics_before=facts.metrics_before or facts.metrics,
-            metrics={},
-            comparison=None,  # it and the metrics were measured on the other model, and the family lies beside it
-            family={},
-            vocabulary={"data": data, "min_count": min_count, **report.to_dict()},
-        )
+        described = {"data": data, "min_count": min_count, **report.to_dict()}
+        facts = facts.of_child(base_model, vocabulary=described)
         left = write_made_from(model, source, folder, config, facts, small)
         np.save(folder / IDS_NAME, since_original(source, ids).numpy())
         difference = reloading_difference(model, folder)

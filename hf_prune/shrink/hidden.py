@@ -77,7 +77,7 @@ def shrink_hidden(
         raise ConfigError("model", type(model).__name__, "must be a transformers PreTrainedModel; pass the one inside.")
     check_changeable(model)
     spec = spec_for(model.config.model_type)
-    _check_size(model, spec, size)
+    check_size(model, size)
     pre_norm = bool(depths(model, spec))
     if rotate and dataloader is None:
         raise ConfigError("rotate", True, "needs a dataloader: the principal directions are those of data.")
@@ -109,9 +109,13 @@ def shrink_hidden(
     return model
 
 
-def _check_size(model: PreTrainedModel, spec: ArchitectureSpec, size: int) -> None:
-    """Raise unless a model can have this hidden size, naming the closest that it can have."""
-    now: int = getattr(model.config, hidden_size_name(model.config))
+def check_size(model: PreTrainedModel, size: int) -> None:
+    """Raise unless a model can have this hidden size.
+
+    Raises:
+        ConfigError: it cannot; names the closest that it can have.
+    """
+    spec, now = spec_for(model.config.model_type), getattr(model.config, hidden_size_name(model.config))
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < now:
         raise ConfigError("size", size, f"must be a whole number from 1 to {now - 1}; the hidden size is {now}.")
     width = head_size(blocks(model, spec))

@@ -46,6 +46,7 @@ from ..settings.checks import check_share, check_type, check_types, dataclass_fr
 from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import ConfigError, closest, within
 from ..shrink.depth import check_depth, drop_layers, remove_first, shrink_depth
+from ..shrink.hidden import shrink_hidden
 from .callback import PruningCallback
 from .stage import dropouts, make_trainer, pruning_callback, set_dropout, train
 
@@ -65,6 +66,7 @@ class Stage:
         pruning: fields of a [`PruningConfig`]; nothing is pruned without it.
         distillation: fields of a [`DistillationConfig`]; the teacher is the recipe's dense model.
         num_layers: how many layers stay, before the stage trains; see [`shrink_depth`]. Training rows say which.
+        hidden_size: how wide the hidden stream becomes, before the stage trains; see [`shrink_hidden`].
         dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
         recover: after block pruning by role (pattern `"auto"`), restore all weights of every head (or neuron) that still has some
             blocks: `"before"` restores the values from before the stage, for the whole model; `"trained"` keeps the trained ones.
@@ -83,6 +85,7 @@ class Stage:
     pruning: dict[str, Any] | None = None
     distillation: dict[str, Any] | None = None
     num_layers: int | dict[str, int] | None = None
+    hidden_size: int | None = None
     dropout: float | None = None
     recover: str | None = None
     neurons_per_head: float | None = None
@@ -109,7 +112,7 @@ class Stage:
     @property
     def shrinks(self) -> bool:
         """Whether the model is smaller after it."""
-        return self.pruning is not None or self.num_layers is not None
+        return any(part is not None for part in (self.pruning, self.num_layers, self.hidden_size))
 
     def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
         """The stage's pruning config; under `neurons_per_head` one rule for each block's neurons. `sparsity`: block → share."""
@@ -338,7 +341,11 @@ class Pipeline:
         """
         if stage.num_layers is not None:
             remove_first(model, check_depth(model, stage.num_layers))
-            with _refused("num_layers", stage.num_layers):
+        if stage.hidden_size is not None:
+            with within("hidden_"):
+                shrink_hidden(model, stage.hidden_size)
+        if stage.num_layers is not None or stage.hidden_size is not None:
+            with _refused("train_dataset", len(self.train_dataset)):
                 calibration(model, self._calibration(model, args), None, 0.0, labels=False, seed=args.seed)
 
     def _check_data(self, start: Path) -> None:
@@ -370,6 +377,8 @@ class Pipeline:
         model = self._load(before, stage.dropout)
         if stage.num_layers is not None:
             shrink_depth(model, stage.num_layers, self._calibration(model, args), seed=args.seed)
+        if stage.hidden_size is not None:
+            shrink_hidden(model, stage.hidden_size, self._calibration(model, args))
         config = self._pruning(stage, model)
         callbacks = [] if config is None else [PruningCallback(config)]
         trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))

@@ -1,0 +1,138 @@
+"""From a model's folder to that of one with fewer layers or a smaller hidden size: shrink, save with its card, reload, compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..files import new_folder
+from ..hub import CardFacts, write_made_from
+from ..measure.tables import as_text
+from ..oneshot.calibration import calibration
+from ..oneshot.driver import still
+from ..oneshot.folder import reloading_difference
+from ..oneshot.sensitivity import divergence, predictions
+from ..oneshot.walk import Rows
+from ..settings.config import CONFIG_NAME, PruningConfig
+from ..settings.errors import ConfigError
+from .depth import check_depth, shrink_depth
+from .hidden import check_size, shrink_hidden
+
+#: One batch of so many is held out: nothing is chosen by it.
+_HELD_OUT = 10
+
+
+@dataclass(frozen=True)
+class ShrunkFolder:
+    """What was written. Prints as a table.
+
+    Attributes:
+        parameters_before, parameters: of the model.
+        removed_layers: indices of the layers that are gone since the original model, by the name of their list.
+        hidden_size_before, hidden_size: width of the hidden stream.
+        held_out_error: how far the predictions are from those before, on rows that nothing was chosen by; see `PruneReport`.
+        difference: the most by which an output of the reloaded model differs from that of the model in memory.
+        left_out: file beside the old model → why it was left behind.
+    """
+
+    parameters_before: int
+    parameters: int
+    removed_layers: Mapping[str, list[int]]
+    hidden_size_before: int
+    hidden_size: int
+    held_out_error: float | None
+    difference: float
+    left_out: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        table = Table("", "", title="a smaller model", show_header=False)
+        table.add_row("parameters", f"{self.parameters_before:,} → {self.parameters:,}")
+        for path, indices in self.removed_layers.items():
+            table.add_row(f"gone from {path}", ", ".join(map(str, indices)))
+        table.add_row("hidden size", f"{self.hidden_size_before} → {self.hidden_size}")
+        if self.held_out_error is not None:
+            table.add_row("held-out error", f"{self.held_out_error:.4g}")
+        table.add_row("difference after reloading", f"{self.difference:.1e}")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def shrink_to_folder(
+    model: PreTrainedModel,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    num_layers: int | dict[str, int] | None = None,
+    hidden_size: int | None = None,
+    criterion: str = "greedy_removal",
+    rotate: bool = False,
+    base_model: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> ShrunkFolder:
+    """Shrink a model in place, layers first, and save it beside the one that it was loaded from; all or nothing on disk.
+
+    Args:
+        model: as `source` has it.
+        source: its folder. Tokenizer and all else that belongs to a model come along.
+        out: the folder to write.
+        batches: calibration rows, as the model's forward takes them; one batch of ten is held out.
+        num_layers, criterion: see [`shrink_depth`].
+        hidden_size, rotate: see [`shrink_hidden`].
+        base_model: what the card says the model was made from.
+        settings: what else the card lists.
+
+    Raises:
+        ConfigError: nothing is asked for, or see [`shrink_depth`] and [`shrink_hidden`].
+        RuntimeError: the reloaded model computes something else.
+        ValueError: there is something at `out`, or something in `source` cannot be read.
+    """
+    if num_layers is None and hidden_size is None:
+        raise ConfigError("num_layers", None, "must be given, or hidden_size.")
+    if num_layers is not None:
+        check_depth(model, num_layers)
+    if hidden_size is not None:
+        check_size(model, hidden_size)
+    rows = calibration(model, batches, sum(len(next(iter(batch.values()))) for batch in batches), 0.0, labels=False, seed=0)
+    held_out = Rows(rows.batches[::_HELD_OUT], [~part for part in rows.held_out[::_HELD_OUT]])
+    facts, before = CardFacts.load(source), (model.num_parameters(), model.config.hidden_size)
+    config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
+    chosen = [batch for index, batch in enumerate(batches) if index % _HELD_OUT] or batches
+    with new_folder(out) as folder:
+        with still(model), torch.no_grad():
+            dense = predictions(model, held_out)
+        if num_layers is not None:
+            shrink_depth(model, num_layers, chosen, criterion=criterion)
+        if hidden_size is not None:
+            shrink_hidden(model, hidden_size, chosen, rotate=rotate)
+        with still(model), torch.no_grad():
+            error = divergence(model, held_out, dense)
+        listed = {} if error is None else {"held-out error": f"{error:.4g}"}
+        facts = facts.of_child(base_model, calibration={**(settings or {}), **listed})
+        left = write_made_from(model, source, folder, config, facts)
+        difference = reloading_difference(model, folder)
+    entry = getattr(model.config, "hf_prune", None) or {}
+    return ShrunkFolder(
+        parameters_before=before[0],
+        parameters=model.num_parameters(),
+        removed_layers=entry.get("removed_layers", {}),
+        hidden_size_before=before[1],
+        hidden_size=model.config.hidden_size,
+        held_out_error=error,
+        difference=difference,
+        left_out=left,
+    )
