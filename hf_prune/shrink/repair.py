@@ -145,9 +145,8 @@ def _steps(modules: Sequence[nn.Module], forward: Callable[[], object]) -> list[
 
 
 def _repair_layers(both: _Both, name: str) -> None:
-    """Repair one list of layers after the other's output, layer by layer."""
-    path = name
-    chains = [layer_lists(model, path)[name] for model in (both.dense, both.small)]
+    """Repair a list of layers, by its name, layer by layer."""
+    chains = [layer_lists(model, name)[name] for model in (both.dense, both.small)]
     streams = [Stream(), Stream()]
     calls = [
         record(model, both.rows.batches, list(chain), stream)
