@@ -87,7 +87,10 @@ def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe with a few steps a stage, and scores that move fast enough for them."""
     for stage in recipe["stages"]:
         stage["training"] = {**stage.get("training", {}), "max_steps": 12, "save_strategy": "no", "per_device_train_batch_size": 2}
+        if "hidden_size" in stage:
+            stage["hidden_size"] = 16
         if pruning := stage.get("pruning"):
+            pruning |= {"target_parameters": 0.9} if "target_parameters" in pruning else {}
             pruning["score_learning_rate"] = 1.0
             pruning |= {name: 0.1 for name in pruning if name.endswith("_epochs")}
             pruning |= {"updates": 3} if "updates" in pruning else {"frequency": 1}

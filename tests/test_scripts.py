@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,20 @@ def test_a_script_needs_nothing_beside_it(script: str) -> None:
     for node in ast.walk(ast.parse((SCRIPTS / f"{script}.py").read_text())):
         modules = [each.name for each in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
         assert not beside & set(modules), ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path for path in SCRIPTS.rglob("*.py") if "parse_args" in path.read_text()), ids=lambda path: path.stem
+)
+def test_a_script_says_what_it_can_be_told(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    assert "usage:" in capsys.readouterr().out.lower()
 
 
 def test_dense_csv(start: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,23 @@ def measure(options: argparse.Namespace, settings: dict[str, Any], texts: dict[s
     return {"perplexity": perplexity(model, texts["test"].flatten(), options.length).perplexity, **found}
 
 
+def parser_of(description: str | None, cells: Iterable[str], rows: int, output: Path) -> argparse.ArgumentParser:
+    """A parser of what scripts that measure a language model cell by cell are told."""
+    names = list(cells)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder with a causal language model and its tokenizer")
+    parser.add_argument("--gguf_file", help="the file in that folder, if it is a GGUF file")
+    parser.add_argument("--data_dir", type=Path, required=True, help="a folder with valid.txt and test.txt")
+    parser.add_argument(
+        "--cells", nargs="+", choices=names, metavar="CELL", default=names, help=", ".join(names).replace("%", "%%")
+    )
+    parser.add_argument("--rows", type=int, default=rows, help="calibration windows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--windows", type=int, help="windows of the test set to evaluate; by default all")
+    parser.add_argument("--output", type=Path, default=output)
+    return parser
+
+
 def windows(options: argparse.Namespace) -> dict[str, Tensor]:
     """Calibration windows of `valid`, at random, and those of `test` to evaluate; each `[windows, length]`."""
     tokenizer = AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf_file)
@@ -124,16 +141,8 @@ def table(results: dict[str, dict[str, Any]], windows: int) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure what the options ask for; return all results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder with a causal language model and its tokenizer")
-    parser.add_argument("--gguf_file", help="the file in that folder, if it is a GGUF file")
-    parser.add_argument("--data_dir", type=Path, required=True, help="a folder with valid.txt and test.txt")
-    parser.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", default=list(cells()), help=", ".join(cells()))
-    parser.add_argument("--rows", type=int, default=32, help="calibration windows")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser = parser_of(__doc__, cells(), 32, Path("oneshot_lm.json"))
     parser.add_argument("--layers", type=int, help="take only so many layers of the model")
-    parser.add_argument("--windows", type=int, help="windows of the test set to evaluate; by default all")
-    parser.add_argument("--output", type=Path, default=Path("oneshot_lm.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     texts = windows(options)

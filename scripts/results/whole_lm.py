@@ -19,7 +19,7 @@ from typing import Any
 
 import rich
 import torch
-from oneshot_lm import windows
+from oneshot_lm import parser_of, windows
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -90,15 +90,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure what the options ask for; return all results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder with a causal language model and its tokenizer")
-    parser.add_argument("--gguf_file", help="the file in that folder, if it is a GGUF file")
-    parser.add_argument("--data_dir", type=Path, required=True, help="a folder with valid.txt and test.txt")
-    parser.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", default=list(cells()), help=", ".join(cells()))
-    parser.add_argument("--rows", type=int, default=16, help="calibration windows")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--windows", type=int, help="windows of the test set to evaluate; by default all")
-    parser.add_argument("--output", type=Path, default=Path("whole_lm.json"))
+    parser = parser_of(__doc__, cells(), 16, Path("whole_lm.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     texts = windows(options)
