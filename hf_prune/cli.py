@@ -256,7 +256,7 @@ def vocabulary(
 
     One row of ten is held back: the tokens are chosen from the others, and what becomes of the words of these is reported."""
     from .oneshot.data import check_file
-    from .shrink.folder import prune_vocabulary_to_folder, rows_of_text
+    from .shrink.vocabulary_folder import prune_vocabulary_to_folder, rows_of_text
 
     folder = local(path)
     check_new_folder(out)
@@ -301,7 +301,7 @@ def shrink(
 
     This changes what the model computes; train it afterwards."""
     from .oneshot.data import calibration_batches, check_file, load_tokenizer
-    from .shrink.shape import shrink_to_folder
+    from .shrink.folder import shrink_to_folder
 
     folder, device = local(path), device or best_device()
     check_new_folder(out)

@@ -1,55 +1,54 @@
-"""From a model's folder to that of one with a smaller vocabulary: choose, cut, save with tokenizer and card, reload, compare."""
+"""From a model's folder to that of one with fewer layers or a smaller hidden size: shrink, save with its card, reload, compare."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..files import new_folder
 from ..hub import CardFacts, write_made_from
-from ..hub.files import IDS_NAME
 from ..measure.tables import as_text
-from ..oneshot.data import load_tokenizer, read_file, text_columns
+from ..oneshot.calibration import calibration
+from ..oneshot.driver import still
 from ..oneshot.folder import reloading_difference
+from ..oneshot.sensitivity import divergence, predictions
+from ..oneshot.walk import Rows
 from ..settings.config import CONFIG_NAME, PruningConfig
 from ..settings.errors import ConfigError
-from .vocabulary import apply_vocabulary, encoded, plan_vocabulary
-from .vocabulary_report import VocabularyReport, vocabulary_report
+from .depth import check_depth, shrink_depth
+from .hidden import check_size, shrink_hidden
 
-#: One row of so many is held back.
-_HELD_BACK = 10
-#: Lines of a text for a language model that make a row.
-_LINES = 8
+#: One batch of so many is held out: nothing is chosen by it.
+_HELD_OUT = 10
 
 
 @dataclass(frozen=True)
-class PrunedVocabulary:
+class ShrunkFolder:
     """What was written. Prints as a table.
 
     Attributes:
-        tokens_before, tokens: of the model.
         parameters_before, parameters: of the model.
-        stays: why → how many tokens stay for it; see [`VocabularyPlan`].
-        held_back: what became of the rows that the tokens were not chosen from.
+        removed_layers: indices of the layers that are gone since the original model, by the name of their list.
+        hidden_size_before, hidden_size: width of the hidden stream.
+        held_out_error: how far the predictions are from those before, on rows that nothing was chosen by; see `PruneReport`.
         difference: the most by which an output of the reloaded model differs from that of the model in memory.
         left_out: file beside the old model → why it was left behind.
     """
 
-    tokens_before: int
-    tokens: int
     parameters_before: int
     parameters: int
-    stays: Mapping[str, int]
-    held_back: VocabularyReport
+    removed_layers: Mapping[str, list[int]]
+    hidden_size_before: int
+    hidden_size: int
+    held_out_error: float | None
     difference: float
     left_out: Mapping[str, str]
 
@@ -58,16 +57,13 @@ class PrunedVocabulary:
         return asdict(self)
 
     def __rich__(self) -> Table:
-        share = self.tokens / self.tokens_before
-        table = Table("", "", title=f"{self.tokens:,} of {self.tokens_before:,} tokens stay ({share:.2%})", show_header=False)
+        table = Table("", "", title="a smaller model", show_header=False)
         table.add_row("parameters", f"{self.parameters_before:,} → {self.parameters:,}")
-        for reason, number in self.stays.items():
-            if number:
-                table.add_row(f"stay: {reason}", f"{number:,}")
-        held = self.held_back
-        table.add_row(f"{held.texts:,} texts held back: become other tokens", f"{held.changed:.2%}")
-        table.add_row("their unknown tokens", f"{held.unknown_before:.2%} → {held.unknown:.2%}")
-        table.add_row("their number of tokens", f"{held.lengthening:+.2%}")
+        for path, indices in self.removed_layers.items():
+            table.add_row(f"gone from {path}", ", ".join(map(str, indices)))
+        table.add_row("hidden size", f"{self.hidden_size_before} → {self.hidden_size}")
+        if self.held_out_error is not None:
+            table.add_row("held-out error", f"{self.held_out_error:.4g}")
         table.add_row("difference after reloading", f"{self.difference:.1e}")
         return table
 
@@ -75,100 +71,68 @@ class PrunedVocabulary:
         return as_text(self.__rich__())
 
 
-def rows_of_text(model: PreTrainedModel, file: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[list[str]]:
-    """The rows of a file, each with the texts of its columns; a `.txt` for a causal language model is cut into rows of lines.
-
-    Args:
-        model: what reads them.
-        file: see [`read_file`].
-        columns: those with text; see [`text_columns`].
-
-    Raises:
-        ConfigError: the file cannot be read, or has too few rows with text.
-    """
-    whole = model.can_generate() and not model.config.is_encoder_decoder
-    data = read_file(file, whole=whole)
-    names = text_columns(data, columns, most=max(len(columns), 2))
-    rows = [[row[name] for name in names if row[name] and row[name].strip()] for row in data.select_columns(list(names))]
-    if whole and Path(file).suffix.lower() == ".txt":
-        lines = [line for (text,) in rows for line in text.splitlines(keepends=True)]
-        rows = [["".join(lines[start : start + _LINES])] for start in range(0, len(lines), _LINES)]
-    rows = [row for row in rows if row]
-    if len(rows) < _HELD_BACK:
-        allowed = f"has {len(rows)} rows with text; it must have at least {_HELD_BACK}, of which one in {_HELD_BACK} is held back."
-        raise ConfigError("data", os.fspath(file), allowed)
-    return rows
-
-
-def prune_vocabulary_to_folder(
+def shrink_to_folder(
     model: PreTrainedModel,
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    rows: Sequence[Sequence[str]],
+    batches: Sequence[Mapping[str, Tensor]],
     *,
-    keep: Iterable[str] = (),
-    min_count: int = 1,
-    seed: int = 0,
+    num_layers: int | dict[str, int] | None = None,
+    hidden_size: int | None = None,
+    criterion: str = "greedy_removal",
+    rotate: bool = False,
     base_model: str | None = None,
-    data: str | None = None,
-) -> PrunedVocabulary:
-    """Cut a model's vocabulary in place, and save it beside the one that it was loaded from; all or nothing on disk.
+    settings: Mapping[str, Any] | None = None,
+) -> ShrunkFolder:
+    """Shrink a model in place, layers first, and save it beside the one that it was loaded from; all or nothing on disk.
 
     Args:
         model: as `source` has it.
-        source: its folder, with its tokenizer. All else that belongs to a model comes along.
-        out: the folder to write. `vocabulary_ids.npy` in it has the new id of each token of the original model, -1 for those that
-            left, `[original size]`.
-        rows: texts, row by row. One row of ten, at random, is held back: the tokens are chosen from the others, and the report is
-            of these.
-        keep, min_count: see [`prune_vocabulary`].
-        seed: of the choice of rows.
+        source: its folder. Tokenizer and all else that belongs to a model come along.
+        out: the folder to write.
+        batches: calibration rows, as the model's forward takes them; one batch of ten is held out.
+        num_layers, criterion: see [`shrink_depth`].
+        hidden_size, rotate: see [`shrink_hidden`].
         base_model: what the card says the model was made from.
-        data: what the card says the texts are.
+        settings: what else the card lists.
 
     Raises:
-        ConfigError, RuntimeError: see [`prune_vocabulary`].
-        ValueError: every token stays, there is something at `out`, or something in `source` cannot be read.
+        ConfigError: nothing is asked for, or see [`shrink_depth`] and [`shrink_hidden`].
+        RuntimeError: the reloaded model computes something else.
+        ValueError: there is something at `out`, or something in `source` cannot be read.
     """
-    tokenizer, facts, before = load_tokenizer(source), CardFacts.load(source), model.num_parameters()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    number = len(rows) // _HELD_BACK
-    held, chosen = ([text for index in part for text in rows[index]] for part in (order[:number], order[number:]))
+    if num_layers is None and hidden_size is None:
+        raise ConfigError("num_layers", None, "must be given, or hidden_size.")
+    if num_layers is not None:
+        check_depth(model, num_layers)
+    if hidden_size is not None:
+        check_size(model, hidden_size)
+    rows = calibration(model, batches, sum(len(next(iter(batch.values()))) for batch in batches), 0.0, labels=False, seed=0)
+    held_out = Rows(rows.batches[::_HELD_OUT], [~part for part in rows.held_out[::_HELD_OUT]])
+    facts, before = CardFacts.load(source), (model.num_parameters(), model.config.hidden_size)
     config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
+    chosen = [batch for index, batch in enumerate(batches) if index % _HELD_OUT] or batches
     with new_folder(out) as folder:
-        plan = plan_vocabulary(model, tokenizer, chosen, keep=keep, min_count=min_count)
-        if len(plan.kept) == len(plan.ids):
-            raise ValueError(f"data={data}: its texts need all {len(plan.ids)} tokens, so nothing was written.")
-        _, small, ids = apply_vocabulary(model, tokenizer, chosen, plan)
-        report = vocabulary_report(tokenizer, small, held)
-        described = {"data": data, "min_count": min_count, **report.to_dict()}
-        facts = facts.of_child(base_model, vocabulary=described)
-        left = write_made_from(model, source, folder, config, facts, small)
-        np.save(folder / IDS_NAME, since_original(source, ids).numpy())
+        with still(model), torch.no_grad():
+            dense = predictions(model, held_out)
+        if num_layers is not None:
+            shrink_depth(model, num_layers, chosen, criterion=criterion)
+        if hidden_size is not None:
+            shrink_hidden(model, hidden_size, chosen, rotate=rotate)
+        with still(model), torch.no_grad():
+            error = divergence(model, held_out, dense)
+        listed = {} if error is None else {"held-out error": f"{error:.4g}"}
+        facts = facts.of_child(base_model, calibration={**(settings or {}), **listed})
+        left = write_made_from(model, source, folder, config, facts)
         difference = reloading_difference(model, folder)
-        check_reloaded(small, folder, [*held, *chosen][:1000])
-    return PrunedVocabulary(
-        tokens_before=len(plan.ids),
-        tokens=len(plan.kept),
-        parameters_before=before,
+    entry = getattr(model.config, "hf_prune", None) or {}
+    return ShrunkFolder(
+        parameters_before=before[0],
         parameters=model.num_parameters(),
-        stays=plan.stays,
-        held_back=report,
+        removed_layers=entry.get("removed_layers", {}),
+        hidden_size_before=before[1],
+        hidden_size=model.config.hidden_size,
+        held_out_error=error,
         difference=difference,
         left_out=left,
     )
-
-
-def since_original(source: str | os.PathLike[str], ids: Tensor) -> Tensor:
-    """The new ids of the tokens of the original model, whose vocabulary may have been cut before, `[original size]`."""
-    if not Path(source, IDS_NAME).is_file():
-        return ids
-    earlier = torch.from_numpy(np.load(Path(source, IDS_NAME)))
-    return torch.where(earlier < 0, earlier, ids[earlier.clamp(min=0)])
-
-
-def check_reloaded(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], texts: Sequence[str]) -> None:
-    """Raise unless a saved tokenizer, loaded again, does the same as the one in memory."""
-    both = (encoded(one, texts) for one in (tokenizer, load_tokenizer(folder)))
-    if any(one.ids != other.ids for here, there in zip(*both) for one, other in zip(here, there)):
-        raise RuntimeError(f"the {type(tokenizer).__name__} makes other tokens when it is loaded again; nothing was written.")
