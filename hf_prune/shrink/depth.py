@@ -41,7 +41,6 @@ def shrink_depth(
     *,
     criterion: str = "greedy_removal",
     calibration_rows: int | None = None,
-    seed: int = 0,
 ) -> Any:
     """Remove layers from a model in place, all or nothing; `config.hf_prune` remembers which.
 
@@ -58,8 +57,7 @@ def shrink_depth(
             `"consecutive"`: neighbours, those that cost least together (as Gromov et al. 2024, https://arxiv.org/abs/2403.17887,
             by the predictions instead of the angle); `"block_influence"`: those that turn the hidden stream least, in one pass
             (ShortGPT, Men et al. 2024, https://arxiv.org/abs/2403.03853, eq. 1).
-        calibration_rows: how many rows to take, see [`prune`]. Every trial runs on a few of them.
-        seed: of what is drawn.
+        calibration_rows: how many rows to take, see [`prune`]. Every trial runs on the first few of them.
 
     Returns:
         The same model object.
@@ -72,7 +70,7 @@ def shrink_depth(
     if criterion not in CRITERIA:
         raise ConfigError("criterion", criterion, f"must be one of {', '.join(CRITERIA)}.", closest(criterion, CRITERIA))
     wanted = check_depth(whole, num_layers)
-    rows = calibration(whole, dataloader, calibration_rows, 0.0, labels=False, seed=seed)
+    rows = calibration(whole, dataloader, calibration_rows, 0.0, labels=False, seed=0)
     removed: dict[str, list[int]] = {}
     with all_or_nothing(whole):
         own_configs(whole)

@@ -376,7 +376,7 @@ class Pipeline:
         set_seed(args.seed)
         model = self._load(before, stage.dropout)
         if stage.num_layers is not None:
-            shrink_depth(model, stage.num_layers, self._calibration(model, args), seed=args.seed)
+            shrink_depth(model, stage.num_layers, self._calibration(model, args))
         if stage.hidden_size is not None:
             shrink_hidden(model, stage.hidden_size, self._calibration(model, args))
         config = self._pruning(stage, model)

@@ -45,7 +45,7 @@ def measure(folder: str, task: str, glue: Path, name: str, seed: int) -> dict[st
     what, _, method = name.partition("/")
     number, started = int(what.split()[-1]), time.process_time()
     if what.startswith("layers"):
-        shrink_depth(model, number, calibration, criterion=method, seed=seed)
+        shrink_depth(model, number, calibration, criterion=method)
     else:
         shrink_hidden(model, number, None if method == "by weights" else calibration)
     metric, seconds = TASKS[task][1], time.process_time() - started
