@@ -182,7 +182,9 @@ def _expression(value: Any, indent: str = "") -> str:
     """A spec, or a value in one, as source text without what is default, in lines of 120 characters where it can be."""
     if dataclasses.is_dataclass(value):
         named = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
+        makes = {each.name: each.default_factory for each in dataclasses.fields(value)}
         defaults = {each.name: each.default for each in dataclasses.fields(value)}
+        defaults |= {name: make() for name, make in makes.items() if make is not dataclasses.MISSING}
         start, items, end = f"{type(value).__name__}(", [(f"{name}=", own) for name, own in named if own != defaults[name]], ")"
     elif isinstance(value, tuple) and value:
         start, items, end = "(", [("", item) for item in value], ",)"
@@ -191,8 +193,14 @@ def _expression(value: Any, indent: str = "") -> str:
     line = start + ", ".join(name + _expression(item) for name, item in items) + end
     if len(indent) + len(line) <= 120:
         return line
-    inner = f"{indent}    "
-    return start + "".join(f"\n{inner}{name}{_expression(item, inner)}," for name, item in items) + f"\n{indent}{end[-1]}"
+    inner, rows = f"{indent}    ", [""]
+    for name, item in items:
+        text = f"{name}{_expression(item, inner)},"
+        if "\n" in rows[-1] + text or len(inner) + len(rows[-1]) + 1 + len(text) > 120:
+            rows.append(text)
+        else:
+            rows[-1] = f"{rows[-1]} {text}".strip()
+    return start + "".join(f"\n{inner}{row}" for row in rows if row) + f"\n{indent}{end[-1]}"
 
 
 def _definitions(source: str, imports: dict[str, str]) -> dict[str, str]:
