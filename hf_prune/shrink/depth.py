@@ -7,7 +7,8 @@ biases. So layers leave between two runs, never as masks, and the model is anoth
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ from ..condense import condense_plan
 from ..condense.format import after_condensing
 from ..condense.layers import can_do_without, layer_counts, outline, removable, remove_layers
 from ..condense.snapshot import all_or_nothing, own_configs, unchanged
-from ..model import spec_for
-from ..model.blocks import hidden_into, hidden_of, layer_lists
+from ..model import find_blocks, spec_for
+from ..model.blocks import body_prefix, layer_lists
 from ..model.changeable import check_changeable
+from ..model.targets import projection_target
 from ..model.wrappers import transformers_model
 from ..oneshot.calibration import calibration
 from ..oneshot.driver import still
 from ..oneshot.sensitivity import divergence, predictions
 from ..oneshot.trials import absences, greedy_absences, probe_of
 from ..oneshot.walk import Rows
+from ..pruning.statistics import Activations
 from ..settings.errors import ConfigError, closest
 
 #: How layers are chosen.
@@ -181,7 +184,7 @@ def _chosen(model: PreTrainedModel, path: str, number: int, rows: Rows, criterio
     if criterion == "consecutive":
         least: range = min(runs, key=loss)
         return list(least)
-    costs = absences(indices, loss) if criterion == "removal" else dict(enumerate(_influences(model, layers, rows)))
+    costs = absences(indices, loss) if criterion == "removal" else dict(enumerate(_influences(model, path, rows)))
     gone: list[int] = []
     for index in sorted(indices, key=lambda index: costs[index]):
         if len(gone) < number and can_do_without(outlines, [*gone, index]):
@@ -189,29 +192,18 @@ def _chosen(model: PreTrainedModel, path: str, number: int, rows: Rows, criterio
     return sorted(gone)
 
 
-def _influences(model: PreTrainedModel, layers: Sequence[nn.Module], rows: Rows) -> list[float]:
-    """1 − the mean cosine of what goes into each layer and what comes out, over tokens."""
-    sums, tokens = [0.0] * len(layers), [0] * len(layers)
-    handles = []
-    place = 0
-
-    def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before, after = hidden_into(args, kwargs), hidden_of(output)
-        cosines = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-        counted, _ = rows.tokens(place, cosines.shape)
-        sums[index] += float(cosines[counted].sum())
-        tokens[index] += int(counted.sum())
-
-    for index, layer in enumerate(layers):
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int = index) -> None:
-            note(index, args, kwargs, output)
-
-        handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+def _influences(model: PreTrainedModel, path: str, rows: Rows) -> list[float]:
+    """1 − the mean cosine of what goes into each layer of a list and what comes out, over tokens."""
+    some = projection_target(find_blocks(model)[0].output)
+    names = [
+        f"{body_prefix(model)}{name}.{index}" for name, layers in layer_lists(model, path).items() for index in range(len(layers))
+    ]
+    targets = [replace(some, name=name, module_name=name) for name in names]
+    seen = Activations(model, {"cosines": targets})
     try:
-        for place, batch in enumerate(rows.batches):  # noqa: B007  (the hooks read it)
-            model(**batch)
+        with seen.calibrating():
+            for batch in rows.batches:
+                model(**batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    return [1 - total / max(count, 1) for total, count in zip(sums, tokens)]
+        seen.detach()
+    return [1 - float(seen.mean("cosines", target)) for target in targets]

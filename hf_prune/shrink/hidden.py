@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..condense.layers import depths
@@ -21,6 +20,7 @@ from ..model.blocks import hidden_size_name
 from ..model.changeable import check_changeable
 from ..model.residual import Member, head_size, members, resized, twin
 from ..oneshot.calibration import calibration
+from ..oneshot.driver import still
 from ..settings.errors import ConfigError
 from .basis import Basis, principal, strongest
 from .look import Seen, by_weights, importance, look
@@ -88,7 +88,7 @@ def shrink_hidden(
         raise ConfigError("rotate", True, allowed)
     found = members(model, spec)
     rows = None if dataloader is None else calibration(model, dataloader, None, 0.0, labels=False, seed=0)
-    with _evaluating(model):
+    with still(model):
         seen = None if rows is None else look(model, found, rows, moments=rotate)
         config = _config(model, spec, size)
         if rows is not None and seen is not None and rotate:
@@ -226,15 +226,3 @@ def _write_config(model: PreTrainedModel, config: Any, spec: ArchitectureSpec) -
             if hasattr(config, name) and (own is model.config or hasattr(own, name)):
                 setattr(own, name, getattr(config, name))
     model.config.hf_prune = config.hf_prune
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, module by module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
