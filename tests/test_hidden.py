@@ -257,7 +257,7 @@ def test_rotated_and_cut(family: str, head: str, tmp_path: Path, caplog: pytest.
     assert not any(seen.values()), seen
     assert gap(again, outputs(model)) == 0
     if head != "bare":
-        assert error(model, wanted) < 1.0
+        assert error(model, wanted) < 0.95
     if family in ("gpt2", "opt") and tied:
         assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
         assert "lm_head is tied to the embeddings no more, and has 2,376 parameters of its own." in caplog.text

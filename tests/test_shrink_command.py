@@ -81,7 +81,7 @@ def test_every_list_of_layers(cli: CommandLine, home: Path, tmp_path: Path) -> N
     [
         ((), 1, "num_layers=None: must be given, or hidden_size."),
         (("--num-layers", 3), 1, "num_layers=3: must be a whole number from 1 to 2"),
-        (("--hidden-size", 20), 1, "size=20: must be a multiple of 8"),
+        (("--hidden-size", 20), 1, "hidden_size=20: must be a multiple of 8"),
         (("--num-layers", "two"), 2, "'two' is no number of layers"),
         (("--num-layers", 2, "--num-layers", 1), 2, "is no number of layers; give NUMBER, or LIST=NUMBER once for each list"),
         (("--num-layers", 2, "--criterion", "greedy"), 1, "criterion='greedy': must be one of"),

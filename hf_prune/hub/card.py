@@ -160,7 +160,7 @@ class CardFacts:
         What was measured of this one counts as measured before; what lies beside it stays there.
 
         Args:
-            base_model: id (or path, which is no base model) of this one.
+            base_model: id (or path, of which the last part is kept) of this one.
             changes: further fields.
         """
         own: dict[str, Any] = {

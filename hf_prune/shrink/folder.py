@@ -22,7 +22,7 @@ from ..oneshot.folder import reloading_difference
 from ..oneshot.sensitivity import divergence, predictions
 from ..oneshot.walk import Rows
 from ..settings.config import CONFIG_NAME, PruningConfig
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, within
 from .depth import check_depth, shrink_depth
 from .hidden import check_size, shrink_hidden
 
@@ -90,7 +90,7 @@ def shrink_to_folder(
         model: as `source` has it.
         source: its folder. Tokenizer and all else that belongs to a model come along.
         out: the folder to write.
-        batches: calibration rows, as the model's forward takes them; one batch of ten is held out.
+        batches: calibration rows, as the model's forward takes them; one batch of ten is held out, if there are several.
         num_layers, criterion: see [`shrink_depth`].
         hidden_size, rotate: see [`shrink_hidden`].
         base_model: what the card says the model was made from.
@@ -106,19 +106,20 @@ def shrink_to_folder(
     if num_layers is not None:
         check_depth(model, num_layers)
     if hidden_size is not None:
-        check_size(model, hidden_size)
+        with within("hidden_"):
+            check_size(model, hidden_size)
     rows = calibration(model, batches, sum(len(next(iter(batch.values()))) for batch in batches), 0.0, labels=False, seed=0)
-    held_out = Rows(rows.batches[::_HELD_OUT], [~part for part in rows.held_out[::_HELD_OUT]])
+    chosen = [batch for index, batch in enumerate(batches) if index % _HELD_OUT]
+    held_out = Rows(rows.batches[::_HELD_OUT], [~part for part in rows.held_out[::_HELD_OUT]]) if chosen else Rows([], [])
     facts, before = CardFacts.load(source), (model.num_parameters(), model.config.hidden_size)
     config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
-    chosen = [batch for index, batch in enumerate(batches) if index % _HELD_OUT] or batches
     with new_folder(out) as folder:
         with still(model), torch.no_grad():
             dense = predictions(model, held_out)
         if num_layers is not None:
-            shrink_depth(model, num_layers, chosen, criterion=criterion)
+            shrink_depth(model, num_layers, chosen or batches, criterion=criterion)
         if hidden_size is not None:
-            shrink_hidden(model, hidden_size, chosen, rotate=rotate)
+            shrink_hidden(model, hidden_size, chosen or batches, rotate=rotate)
         with still(model), torch.no_grad():
             error = divergence(model, held_out, dense)
         listed = {} if error is None else {"held-out error": f"{error:.4g}"}
