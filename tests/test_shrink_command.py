@@ -73,6 +73,9 @@ def test_every_list_of_layers(cli: CommandLine, home: Path, tmp_path: Path) -> N
     columns = ("--text-column", "text", "--text-column", "summary")
     printed = cli("shrink", home / "t5", tmp_path / "out", "--data", home / "pairs.jsonl", *numbers, *columns)
     assert "gone from decoder.block" in printed
+    assert "held-out error" in printed
+    common = ("--data", home / "pairs.jsonl", *numbers, *columns, "--batch-size", 64)  # all rows are one batch
+    assert cli.json("shrink", home / "t5", tmp_path / "whole", *common)["held_out_error"] is None
     assert "Written to" in printed
 
 
