@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -21,15 +20,12 @@ from torch.nn.utils import prune
 from transformers import PreTrainedModel
 
 from hf_prune import Pruner, PruningConfig, PruningRule, cli, condense, condense_plan
-from hf_prune.condense import stock_config
+from hf_prune.condense import cutting, stock_config
 from hf_prune.condense.plan import plan_block, regroup
 from hf_prune.model import ArchitectureSpec, FeedForwardSpec, Part, blocks, find_blocks
 from hf_prune.model.targets import weight_target
 from hf_prune.shrink.depth import drop_layers
 from hf_prune.training.recipe import Stage
-
-#: The room itself: `hf_prune.condense` is the function of that name.
-condensing = importlib.import_module("hf_prune.condense")
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -340,12 +336,12 @@ def test_failed_verification_leaves_the_model_untouched(fault: str, monkeypatch:
     classes = [type(module) for module in model.modules()]
     state, config = state_of(model), model.config.to_dict()
     if fault == "fold":
-        fold = condensing.fold
-        monkeypatch.setattr(condensing, "fold", lambda plan: None if plan.block.layer.endswith("2") else fold(plan))
+        fold = cutting.fold
+        monkeypatch.setattr(cutting, "fold", lambda plan: None if plan.block.layer.endswith("2") else fold(plan))
     else:
-        keep = condensing.keep_units
+        keep = cutting.keep_units
         monkeypatch.setattr(
-            condensing, "keep_units", lambda block, units, *_, **__: keep(block, (units + 1) % 4 if len(units) == 3 else units)
+            cutting, "keep_units", lambda block, units, *_, **__: keep(block, (units + 1) % 4 if len(units) == 3 else units)
         )
     with pytest.raises(RuntimeError, match=r"differs from the masked one by \d.*; allowed: 1.00e-05"):
         condense(model)
@@ -419,8 +415,8 @@ def test_gated_neurons_go_only_when_constant(activation: nn.Module) -> None:
         plan = plan_block(block, 1)
         inputs = torch.randn(5, 4)
         before = down(activation(gate(inputs)) * up(inputs))
-        condensing.fold(plan)
-        condensing.keep_units(plan.block, plan.kept)
+        cutting.fold(plan)
+        cutting.keep_units(plan.block, plan.kept)
         after = down(activation(gate(inputs)) * up(inputs))
     silu = isinstance(activation, nn.SiLU)  # 0 at 0, so that neuron 3 is a product with zero
     assert plan.dead.nonzero().flatten().tolist() == ([1, 3, 5, 6] if silu else [1, 5, 6])
@@ -660,8 +656,8 @@ def test_failed_verification_brings_layers_back(monkeypatch: pytest.MonkeyPatch)
     models.prune_randomly(model)
     gone = models.empty_layers(model, {1, 3})
     state, config = state_of(model), model.config.to_dict()
-    remove = condensing.remove_layers
-    monkeypatch.setattr(condensing, "remove_layers", lambda model, spec, removed: remove(model, spec, {"encoder.block": [1, 2]}))
+    remove = cutting.remove_layers
+    monkeypatch.setattr(cutting, "remove_layers", lambda model, spec, removed: remove(model, spec, {"encoder.block": [1, 2]}))
     with pytest.raises(RuntimeError, match="model was restored"):
         condense(model)
     monkeypatch.undo()

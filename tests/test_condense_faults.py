@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import condense
-from hf_prune.condense import resize, verify, wide
+from hf_prune.condense import cutting, resize, verify, wide
 from hf_prune.condense.layers import layer_counts
 from hf_prune.condense.plan import BlockPlan, CondensePlan, plan_block
 from hf_prune.condense.snapshot import Snapshot, return_memory
@@ -41,14 +41,14 @@ Fault = Callable[[Patch], None]
 
 def after_cutting(patch: Patch, change: Callable[[Block], None]) -> None:
     """Do something to each block that has been cut and has something left."""
-    keep = condensing.keep_units
+    keep = cutting.keep_units
 
     def faulty(block: Block, units: Tensor, groups: Tensor, **named: Any) -> None:
         keep(block, units, groups, **named)
         if len(units):
             change(block)
 
-    patch.setattr(condensing, "keep_units", faulty)
+    patch.setattr(cutting, "keep_units", faulty)
 
 
 def replaced(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
@@ -59,7 +59,7 @@ def replaced(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
 
 def wrong_head(patch: Patch) -> None:
     """A dead unit stays in the place of a living one."""
-    keep = condensing.keep_units
+    keep = cutting.keep_units
 
     def faulty(block: Block, units: Tensor, groups: Tensor, **named: Any) -> None:
         dead = sorted(set(range(block.num_units)) - set(units.tolist()))
@@ -67,7 +67,7 @@ def wrong_head(patch: Patch) -> None:
             units = groups = torch.tensor(sorted([*units.tolist()[1:], dead[0]]))
         keep(block, units, groups, **named)
 
-    patch.setattr(condensing, "keep_units", faulty)
+    patch.setattr(cutting, "keep_units", faulty)
 
 
 def shifted_rows(patch: Patch) -> None:
@@ -110,18 +110,18 @@ def forgotten_input_bias(patch: Patch) -> None:
 
 def forgotten_fold(patch: Patch) -> None:
     """What dead units add is not put into the output bias."""
-    patch.setattr(condensing, "fold", lambda plan: None)
+    patch.setattr(cutting, "fold", lambda plan: None)
 
 
 def folded_twice(patch: Patch) -> None:
-    fold = condensing.fold
+    fold = cutting.fold
 
     def faulty(plan: BlockPlan) -> None:
         fold(plan)
         if plan.shift.any():
             replaced(plan.block.output.layer, "bias", lambda bias: bias + plan.shift.to(bias))
 
-    patch.setattr(condensing, "fold", faulty)
+    patch.setattr(cutting, "fold", faulty)
 
 
 def stale_sizes(patch: Patch) -> None:
@@ -157,31 +157,31 @@ def wrong_residual(patch: Patch) -> None:
 
 
 def swapped_layers(patch: Patch) -> None:
-    remove = condensing.remove_layers
+    remove = cutting.remove_layers
 
     def faulty(model: PreTrainedModel, spec: Any, removed: dict[str, list[int]]) -> None:
         remove(model, spec, removed)
         layers = next(iter(resize.layer_lists(model, spec.layers[0]).values()))
         layers[0], layers[1] = layers[1], layers[0]
 
-    patch.setattr(condensing, "remove_layers", faulty)
+    patch.setattr(cutting, "remove_layers", faulty)
 
 
 def stale_depth(patch: Patch) -> None:
     """The config goes on counting layers that are gone."""
-    remove = condensing.remove_layers
+    remove = cutting.remove_layers
 
     def faulty(model: PreTrainedModel, spec: Any, removed: dict[str, list[int]]) -> None:
         remove(model, spec, removed)
         for path in removed:
             setattr(model.config, layer_counts(spec)[path], getattr(model.config, layer_counts(spec)[path]) + 1)
 
-    patch.setattr(condensing, "remove_layers", faulty)
+    patch.setattr(cutting, "remove_layers", faulty)
 
 
 def stale_layer_numbers(patch: Patch) -> None:
     """Modules keep the numbers of the layers that they were in, under which a cache has their keys and values."""
-    remove = condensing.remove_layers
+    remove = cutting.remove_layers
 
     def faulty(model: PreTrainedModel, spec: Any, removed: dict[str, list[int]]) -> None:
         numbers = {module: module.layer_idx for module in model.modules() if hasattr(module, "layer_idx")}
@@ -189,14 +189,14 @@ def stale_layer_numbers(patch: Patch) -> None:
         for module, number in numbers.items():
             resize.set_attribute(module, "layer_idx", number)
 
-    patch.setattr(condensing, "remove_layers", faulty)
+    patch.setattr(cutting, "remove_layers", faulty)
 
 
 def wrong_layer(patch: Patch) -> None:
     """The layer before the empty one goes."""
-    remove = condensing.remove_layers
+    remove = cutting.remove_layers
     patch.setattr(
-        condensing,
+        cutting,
         "remove_layers",
         lambda model, spec, removed: remove(model, spec, {path: [index - 1 for index in gone] for path, gone in removed.items()}),
     )
@@ -221,14 +221,14 @@ def said_sizes(patch: Patch) -> None:
 
 def bias_of_another_dtype(patch: Patch) -> None:
     """A bias that was folded into stays in the dtype in which it was added up."""
-    fold = condensing.fold
+    fold = cutting.fold
 
     def faulty(plan: BlockPlan) -> None:
         fold(plan)
         if plan.shift.any():
             replaced(plan.block.output.layer, "bias", lambda bias: bias.double())
 
-    patch.setattr(condensing, "fold", faulty)
+    patch.setattr(cutting, "fold", faulty)
 
 
 def masked(family: str) -> PreTrainedModel:
@@ -399,7 +399,7 @@ def test_holes_in_memory_are_returned_while_a_model_is_cut(monkeypatch: pytest.M
     return_memory()
     assert before - resident() > 12 << 20
     returned: list[None] = []
-    monkeypatch.setattr(condensing, "return_memory", lambda: returned.append(None))
+    monkeypatch.setattr(cutting, "return_memory", lambda: returned.append(None))
     model = masked("bert")
     blocks = [plan for plan in condensing.condense_plan(model).changed if plan.dead.any()]
     condense(model)

@@ -1,9 +1,9 @@
 """Condensing: turn a model with dead heads and neurons into a smaller model that computes the same.
 
-`plan.py` finds what is dead from the zeros in the weights, `resize.py` removes it, `layers.py` removes whole layers, `format.py`
-defines how the config records it, and `verify.py` checks that the outputs are unchanged; `snapshot.py` undoes failed changes.
-`stock.py` writes the sizes into the family's own config fields if possible, and `refusal.py` makes stock code refuse the checkpoint
-if not.
+`plan.py` finds what is dead from the zeros in the weights, `cutting.py` carries it out: `resize.py` removes units, `layers.py`
+whole layers. `format.py` defines how the config records it, and `verify.py` checks that the outputs are unchanged; `snapshot.py`
+undoes failed changes. `stock.py` writes the sizes into the family's own config fields if possible, and `refusal.py` makes stock
+code refuse the checkpoint if not.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import logging
 from typing import TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..model import spec_for
 from ..model.attached import is_attached
-from ..model.lora import zeros_held
 from ..model.wrappers import bare_model, transformers_model
-from .layers import layer_counts, remove_layers
+from .cutting import cut
+from .layers import layer_counts
 from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
-from .resize import add_bias, keep_units, shrink
-from .snapshot import all_or_nothing, own_configs, return_memory
+from .resize import shrink
+from .snapshot import all_or_nothing, own_configs
 from .stock import is_condensed, stock_config, write_sizes
 from .verify import compare, observe, sample_batch
 
@@ -105,14 +104,7 @@ def condense(model: Model, verify: bool = True, pad_to_multiple_of: int | None =
     with all_or_nothing(whole) as snapshot:
         before = observe(body) if verify else None
         own_configs(whole)
-        with zeros_held([adapter for block in plan.changed for adapter in block.adapters]):
-            for block in plan.changed:
-                fold(block)
-                if block.dead.any():
-                    keep_units(block.block, block.kept, block.groups, own_heads=block.heads, select=snapshot.select)
-                    return_memory()
-        remove_layers(body, spec_for(body.config.model_type), plan.removed)
-        body.config.hf_prune = plan.entry(getattr(body.config, "hf_prune", None))
+        cut(body, plan, snapshot.select)
         _say_sizes(body, uniform)
         if before is not None:
             compare(before, observe(body, before), body.dtype, plan.removed)
@@ -141,14 +133,3 @@ def nothing_to_cut(model: PreTrainedModel, pad_to_multiple_of: int | None) -> st
         f"There is nothing to cut out: no head, neuron or layer of this {type(model).__name__} is dead. Zeros of other patterns, "
         "such as 2:4 or 1x1, stay in place; see `to_sparse` for what can run them."
     )
-
-
-@torch.no_grad()
-def fold(plan: BlockPlan) -> None:
-    """Add the constant contribution of dead units to the output bias, in float32 at least."""
-    if plan.shift.any():
-        output = plan.block.output.layer
-        add_bias(output)
-        bias = output.bias
-        shifted = (bias.to(plan.shift.dtype) + plan.shift).to(bias.dtype)
-        output.bias = nn.Parameter(shifted, requires_grad=bias.requires_grad)
