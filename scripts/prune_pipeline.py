@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rich
-from run_glue import DataTrainingArguments, load_task
+from run_glue import DataTrainingArguments, load_task, training_texts
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_prune.training.arguments import ModelArguments
@@ -46,9 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> PipelineResult:
         recipe = recipe.without_distillation()
     task = load_task(model_args, data_args, {"train", "validation"})
     set_seed(training_args.seed)  # weights of a new classifier are random
+    model = model_args.load(task.load)
+    if recipe.vocabulary is not None:
+        model, tokenizer, _ = recipe.prepare(model, task.tokenizer, training_texts(data_args))
+        task = load_task(model_args, data_args, {"train", "validation"}, tokenizer)
     result = Pipeline(
         recipe=recipe,
-        model=model_args.load(task.load),
+        model=model,
         args=training_args,
         train_dataset=task.data["train"],
         eval_dataset=task.splits("validation")[""],

@@ -271,14 +271,26 @@ def load_classifier(names: list[str] | None, path: str | Path, **kwargs: Any) ->
     return model
 
 
-def load_task(model_args: ModelArguments, data_args: DataTrainingArguments, kinds: set[str]) -> Task:
-    """Load and tokenize the splits of these kinds.
+def training_texts(data_args: DataTrainingArguments) -> list[str]:
+    """The texts of the training rows."""
+    raw = load_raw_datasets(data_args.task_name, data_args.files())
+    rows = data_args.select(raw, {"train"})["train"]
+    return [text for column in text_columns(data_args.task_name, rows) if column is not None for text in rows[column]]
+
+
+def load_task(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    kinds: set[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Task:
+    """Load and tokenize the splits of these kinds, by default with the model's own tokenizer.
 
     Raises:
         ValueError: the data does not fit the arguments.
     """
     start, task = model_args.model_name_or_path, data_args.task_name
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer, **model_args.remote)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_args.tokenizer, **model_args.remote)
     raw = load_raw_datasets(task, data_args.files())
     example = next(iter(raw.values()))
     names = in_model_order(label_names(task, example), AutoConfig.from_pretrained(start, **model_args.remote))

@@ -31,7 +31,7 @@ from hf_prune import ConfigError, PruningConfig, condense, condense_plan
 from hf_prune.model import find_blocks
 from hf_prune.pruning import recover
 from hf_prune.shrink.depth import drop_layers, shrink_depth
-from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, described, neuron_sparsity
+from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, Vocabulary, described, neuron_sparsity
 from hf_prune.training.stage import set_dropout
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -396,6 +396,9 @@ def test_bad_recipes(change: dict[str, Any], message: str) -> None:
         ({"stages": None}, "stages=None: must be a list."),
         ({"stages": [], "metric": ["f1"]}, r"metric=\['f1'\]: must be a text."),
         ({"stages": [], "training": None}, "training=None: must be an object."),
+        ({"stages": [], "vocabulary": {"min_counts": 2}}, "vocabulary.min_counts=2: .*Did you mean 'min_count'"),
+        ({"stages": [], "vocabulary": {"min_count": 0}}, "vocabulary.min_count=0: must be a whole number, 1 or more."),
+        ({"stages": [], "vocabulary": {"keep": "[MASK]"}}, r"vocabulary.keep='\[MASK\]': must be a list."),
         ({"stages": [{}]}, r"stages\[0\].name=None: must be given in each Stage."),
     ],
 )
@@ -462,6 +465,14 @@ def test_layers_that_cannot_go_are_refused_before_the_first_stage(tmp_path: Path
     plan = Recipe([Stage("first"), Stage("bad", pruning=HEADS, drop_layers=True)], metric="accuracy")
     message = r"stages\[1\].drop_layers: model_type='albert': .* cannot be counted one by one, .* those of bart, bert, .* can"
     refused(tmp_path, plan, message, tiny("albert", "sequence-classification"))
+
+
+def test_a_vocabulary_that_nobody_cut_is_refused_before_the_first_stage(tmp_path: Path) -> None:
+    """Data come tokenized, and the texts are not there any more."""
+    message = "vocabulary=.*: is cut before anything is tokenized; pass model and tokenizer that recipe.prepare"
+    with pytest.raises(ConfigError, match=message):
+        pipeline(tmp_path, Recipe([Stage("fine-tune")], vocabulary=Vocabulary())).run()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_metric_that_is_not_there_is_refused_before_the_first_stage(tmp_path: Path) -> None:

@@ -11,15 +11,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import prune_pipeline
 import pytest
 import quickstart
 import run_glue
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import hf_prune
-from hf_prune import PruningConfig
+from hf_prune import ConfigError, PruningConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -218,6 +219,35 @@ def test_pipeline_with_a_recipe(start: Path, tmp_path: Path, capsys: pytest.Capt
     assert sum(rows[1]["heads"]) == sum(rows[0]["heads"]) / 2
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "02-heads")
     assert again.num_parameters() == rows[1]["parameters"] < rows[0]["parameters"]
+
+
+def test_a_recipe_that_cuts_the_vocabulary_first(start: Path, tmp_path: Path) -> None:
+    """Then all stages, the teacher too, have the tokens of the training texts; the same job continues, other tokens are refused."""
+    stages = [{"name": "heads", "pruning": {"pattern": "head", "warmup_steps": 0}, "distillation": {}}]
+    whole = AutoTokenizer.from_pretrained(start)
+    needed = {token for row in ROWS[:4] for token in whole.tokenize(str(row["sentence"]))}
+    kept, *_ = sorted(token for token in whole.get_vocab() if token.isalpha() and len(token) > 3 and token not in needed)
+    recipe = {"metric": "accuracy", "training": {"max_steps": 2}, "stages": stages, "vocabulary": {"keep": [kept]}}
+    given = {name: value for name, value in job(start, tmp_path, "jsonl").items() if name not in ("max_steps", "save_steps")}
+    given["max_train_samples"] = 4
+
+    def run(**changes: Any) -> list[dict[str, Any]]:
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe | changes))
+        prune_pipeline.main([f"--recipe={tmp_path / 'recipe.json'}", *flags(given)])
+        return json.loads((tmp_path / "out" / "pipeline_results.json").read_text())["rows"]
+
+    rows = run()
+    folders = [tmp_path / "out" / name for name in ("00-start", "01-heads")]
+    for folder, row in zip(folders, rows):
+        model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert len(tokenizer) == model.config.vocab_size < len(whole) == model.config.hf_prune["original"]["vocab_size"]
+        assert needed | {kept} <= tokenizer.get_vocab().keys()
+        assert model.num_parameters() == row["parameters"]
+    assert run() == rows
+    with pytest.raises(ConfigError, match=f"vocabulary: keep='{kept}x': .* Did you mean"):
+        run(vocabulary={"keep": [kept + "x"]})
+    with pytest.raises(ConfigError, match="model='BertForSequenceClassification': is not the one that this recipe started from"):
+        run(vocabulary=None)
 
 
 def test_quickstart_task_needs_word_order() -> None:

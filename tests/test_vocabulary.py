@@ -550,11 +550,14 @@ def test_with_a_smaller_hidden_size_in_either_order(kind: str, vocabulary_first:
     assert stock_twin(model, "meta").num_parameters() == parameters
 
 
-def test_prune_takes_a_model_that_lacks_tokens_alone() -> None:
+def test_prune_takes_a_model_that_lacks_all_but_heads_and_neurons() -> None:
+    """What a smaller model should still equal is there: the one before."""
     model, tokenizer = case("WordPiece, DistilBERT")
     prune_vocabulary(model, tokenizer, TEXTS)
     config = hf_prune.PruningConfig(pattern="neuron", target_sparsity=0.5)
     batches = [models.ragged_batch(model, rows=4, seed=seed) for seed in range(4)]
+    hf_prune.shrink_hidden(model, model.config.dim // 2, batches)
+    hf_prune.shrink_depth(model, model.config.n_layers - 1, batches)
     assert hf_prune.prune(model, config, batches).sparsity == pytest.approx(0.5, abs=0.05)
     condense(model)
     with pytest.raises(ConfigError, match="condensed already"):

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..condense import dead_units, stock_config
+from ..condense import dead_units, is_condensed, stock_config
 from ..condense.format import present_name
 from ..model import Block, find_blocks
 from ..model.families import SPECS
@@ -189,6 +189,18 @@ def original_blocks(model: Any) -> tuple[BlockSize, ...]:
         left = 0 if now is None else alive[now, block.key]
         sizes.append(BlockSize(block.name, f"{block.unit}s", block.num_units, left))
     return tuple(sizes)
+
+
+def lacks_units(model: PreTrainedModel) -> bool:
+    """Whether layers of a model have fewer heads or neurons than when pruning started; layers, channels and tokens aside."""
+    if not is_condensed(model.config):
+        return False
+    now = {(block.layer, block.key): block.num_units for block in find_blocks(model)}
+    for block in find_blocks(stock_twin(model, "meta")):
+        layer = present_name(model.config.hf_prune, block.layer)
+        if layer is not None and now[layer, block.key] < block.num_units:
+            return True
+    return False
 
 
 def total_sparsity(model: Any) -> float:

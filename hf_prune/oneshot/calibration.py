@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
-from ..condense import is_condensed
+from ..measure.sparsity import lacks_units
 from ..model.changeable import check_changeable
 from ..model.positions import longest_row
 from ..settings.config import DECLARED, WITHOUT_TRAINING, PruningConfig
@@ -45,10 +45,10 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise unless `prune()` can take a model.
 
     Raises:
-        ConfigError: it is condensed already, or see [`check_changeable`].
+        ConfigError: it lacks heads or neurons already, or see [`check_changeable`].
     """
     check_changeable(model)
-    if is_condensed(model.config):
+    if lacks_units(model):  # the model that it should still equal is not there
         allowed = "is condensed already; prune the model before it was condensed, or train this one."
         raise ConfigError("model", type(model).__name__, allowed)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 import torch
 from datasets import Dataset
 from rich.table import Table
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
@@ -47,6 +48,7 @@ from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import ConfigError, closest, within
 from ..shrink.depth import check_depth, drop_layers, remove_first, shrink_depth
 from ..shrink.hidden import shrink_hidden
+from ..shrink.vocabulary import prune_vocabulary
 from .callback import PruningCallback
 from .stage import dropouts, make_trainer, pruning_callback, set_dropout, train
 
@@ -123,6 +125,27 @@ class Stage:
 
 
 @dataclass
+class Vocabulary:
+    """Which tokens stay, before anything is tokenized; see [`prune_vocabulary`].
+
+    Args:
+        min_count: how often the training texts have a token that stays.
+        keep: tokens that stay in any case.
+
+    Raises:
+        ConfigError: a field is invalid.
+    """
+
+    min_count: int = 1
+    keep: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.min_count < 1:
+            raise ConfigError("min_count", self.min_count, "must be a whole number, 1 or more.")
+
+
+@dataclass
 class Recipe:
     """Stages that run one after the other.
 
@@ -130,6 +153,7 @@ class Recipe:
         stages: the stages, in order.
         metric: the metric of the table, without `eval_`.
         training: fields of `TrainingArguments` for all stages.
+        vocabulary: fields of a [`Vocabulary`], for [`Recipe.prepare`]; all tokens stay without it.
 
     Raises:
         ConfigError: a field is invalid; the message names stage and field.
@@ -138,8 +162,13 @@ class Recipe:
     stages: list[Stage]
     metric: str = "loss"
     training: dict[str, Any] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
+        given: Any = self.vocabulary
+        if isinstance(given, dict):
+            with within("vocabulary."):
+                self.vocabulary = dataclass_from_dict(Vocabulary, given)
         check_types(self)
         _check_training(self.training)
         stages = []
@@ -167,6 +196,32 @@ class Recipe:
             if name not in known:
                 raise ConfigError("stages", name, f"must be one of {', '.join(known)}.", closest(name, known))
         return replace(self, stages=[stage for stage in self.stages if stage.name in names])
+
+    def prepare(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor | None]:
+        """The model and the tokenizer that the recipe starts from; with it the data are tokenized.
+
+        The model still computes the same for what the texts are made of, so as a teacher it reads what its students read.
+
+        Args:
+            model: the model; its vocabulary is cut in place.
+            tokenizer: its tokenizer.
+            texts: the training texts.
+
+        Returns:
+            The model; its tokenizer; and the new id of each old token, -1 for those that left, or None if the recipe leaves all.
+
+        Raises:
+            ConfigError: the texts need all tokens, or see [`prune_vocabulary`].
+        """
+        if self.vocabulary is None:
+            return model, tokenizer, None
+        with within("vocabulary: "):
+            model, tokenizer, ids = prune_vocabulary(model, tokenizer, texts, **asdict(self.vocabulary))
+            if not bool((ids < 0).any()):
+                raise ConfigError("min_count", self.vocabulary.min_count, f"leaves all {len(ids)} tokens; the texts need them.")
+        return model, tokenizer, ids
 
     def without_distillation(self) -> Recipe:
         """The recipe with only the task loss, as a baseline."""
@@ -265,6 +320,7 @@ class Pipeline:
                 were run with different settings, a different model or different data.
             ValueError: a result in the folder cannot be read; names the file.
         """
+        self._check_vocabulary()
         dense = folder = self.begin()
         self._check_data(folder)
         for index, stage in enumerate(self.recipe.stages):
@@ -347,6 +403,19 @@ class Pipeline:
         if stage.num_layers is not None or stage.hidden_size is not None:
             with _refused("train_dataset", len(self.train_dataset)):
                 calibration(model, self._calibration(model, args), None, 0.0, labels=False, seed=args.seed)
+
+    def _check_vocabulary(self) -> None:
+        """Raise unless the model's vocabulary is as small as the recipe wants it: data come tokenized.
+
+        Raises:
+            ConfigError: it was not cut.
+        """
+        original = (getattr(self.model.config, "hf_prune", None) or {}).get("original", {})
+        if self.recipe.vocabulary is not None and "vocab_size" not in original:
+            allowed = (
+                "is cut before anything is tokenized; pass model and tokenizer that recipe.prepare(model, tokenizer, texts) gives."
+            )
+            raise ConfigError("vocabulary", self.recipe.vocabulary, allowed)
 
     def _check_data(self, start: Path) -> None:
         """Raise unless the datasets are those that the recipe started with, as far as [`described`] can tell.
