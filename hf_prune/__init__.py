@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TeacherLogitsCollator,
         add_teacher_logits,
     )
+    from .export import ExportReport, export_model
     from .hub import CardFacts, ModelCardCallback, model_card, push_to_hub
     from .measure.latency_table import LatencyTable, latency_table
     from .measure.sparse import to_sparse
@@ -46,6 +47,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationConfig",
     "DistillationTrainer",
+    "ExportReport",
     "LatencyTable",
     "ModelCardCallback",
     "PruneReport",
@@ -61,6 +63,7 @@ __all__ = [
     "condense",
     "condense_plan",
     "convert_v4_pruned_heads",
+    "export_model",
     "last_complete_checkpoint",
     "latency_table",
     "model_card",
@@ -90,6 +93,7 @@ _HOMES = {
         "TeacherLogitsCollator",
         "add_teacher_logits",
     ),
+    "export": ("ExportReport", "export_model"),
     "hub": (
         "CardFacts",
         "ModelCardCallback",

@@ -1,4 +1,4 @@
-"""`hf-prune`: look at, prune, shrink, measure, describe and publish pruned models from the command line.
+"""`hf-prune`: look at, prune, shrink, measure, export, describe and publish pruned models from the command line.
 
 Every command takes a folder or a Hub id of a model with any task head, and prints a table, or with `--json` a single JSON object on
 stdout. Exit codes: 0 success, 1 failure, 2 wrong usage.
@@ -323,6 +323,53 @@ def shrink(
             base_model=path,
             settings={"data": data.name, "rows": sum(len(batch["input_ids"]) for batch in batches), "seed": seed},
         )
+    if as_json:
+        return emit({"path": str(out), **made.to_dict()})
+    show(made, *left_out(made.left_out), f"Written to {out}.")
+    return None
+
+
+@app.command()
+def export(
+    path: Model,
+    out: Out,
+    format: Annotated[str, typer.Option(help="What to write: onnx.")] = "onnx",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="What weights and activations become. onnx: int8, with scales from --data, or int8-dynamic. By default float32.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text of the task, for scales and to compare on: .txt, .csv, .json or .jsonl."),
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators. By default what the exporter recommends.")] = None,
+    text_column: TextColumns = None,
+    max_length: Length = None,
+    batch_size: Batch = 16,
+    rows: Some = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a model for another runtime, and compare it there with PyTorch; a file that computes something else is not kept."""
+    from .export import check_export, export_model
+    from .oneshot.data import calibration_batches, check_file, load_tokenizer
+
+    check_export(format, quantize, data is not None, opset)
+    folder = local(path)
+    check_new_folder(out)
+    if data is not None:
+        check_file(data)
+    model: Any = load(folder)
+    batches = (
+        []
+        if data is None
+        else calibration_batches(model, load_tokenizer(folder), data, text_column or (), max_length, batch_size, rows, seed)
+    )
+    with stderr.status("exporting and comparing outputs"):
+        made = export_model(model, folder, out, format, quantize=quantize, batches=batches, opset=opset)
     if as_json:
         return emit({"path": str(out), **made.to_dict()})
     show(made, *left_out(made.left_out), f"Written to {out}.")

@@ -1,18 +1,27 @@
-"""Condensed models leave Python: ONNX, torch.export and torch.compile give what the model gives."""
+"""Models leave Python: files for other runtimes, torch.export and torch.compile give what the model gives."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
+from card_cases import halved
+from command_line import CommandLine
+from reloading import save_tokenizer
 from torch import Tensor
-from torch.export import Dim
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from hf_prune import condense
+from hf_prune import condense, export_model
+from hf_prune.export import compare
+from hf_prune.settings.errors import ConfigError
 
 #: Family → task head. One encoder, one decoder, one of both; the rest is slow.
 CASES = {"bert": "sequence-classification", "llama": "causal-lm", "t5": "seq2seq-lm"}
@@ -22,9 +31,9 @@ ALL = [
 ]
 
 
-def condensed(family: str, head: str) -> PreTrainedModel:
+def condensed(family: str, head: str, **config: Any) -> PreTrainedModel:
     """Uneven sizes, nothing left in the first layer of each list but what its biases add."""
-    model = models.tiny(family, head, use_cache=False)  # a cache in the output cannot be exported, of stock models neither
+    model = models.tiny(family, head, **config)
     models.prune_randomly(model)
     models.empty_layers(model, {0})
     return condense(model, verify=False)
@@ -41,41 +50,204 @@ def separate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in batch.items()}
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A condensed classifier with its tokenizer and the data of its task, and what it becomes in ONNX."""
+    folder = tmp_path_factory.mktemp("home")
+    model = condense(halved(how="out"))
+    model.save_pretrained(folder / "small")
+    save_tokenizer(folder / "small")
+    (folder / "small" / "notes.txt").write_text("mine")
+    words = ("one", "two", "three", "four", "five")
+    rows = [{"sentence": " ".join(words[(place * step) % 5] for step in range(2 + place % 6))} for place in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    export_model(model, folder / "small", folder / "onnx")
+    return folder
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- ONNX
+
+
 @pytest.mark.parametrize(("family", "head"), ALL)
 def test_onnx(family: str, head: str, tmp_path: Path) -> None:
+    """Compared by the library on batches of three shapes, and here on one more, as ONNX Runtime's users run it."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     model = condensed(family, head)
-    if family.startswith(("t5", "mistral")):
-        model.set_attn_implementation(
-            "eager"
-        )  # the stock models too: the exporter fails for T5's sdpa, and Mistral's comes out wrong
-    batch = separate(models.ragged_batch(model))
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (), str(path), kwargs=batch, dynamo=True, output_names=["first"], verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    given = session.run(["first"], {put.name: batch[put.name].numpy() for put in session.get_inputs()})[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (tmp_path / "source").mkdir()
+    made = export_model(model, tmp_path / "source", tmp_path / "out")
+    assert made.agreement.difference <= 1e-5
+    assert not model.training
+    assert model.config.use_cache if hasattr(model.config, "use_cache") else True
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    session = onnxruntime.InferenceSession(tmp_path / "out" / made.file, providers=["CPUExecutionProvider"])
+    model.set_attn_implementation("eager")
+    batch = models.ragged_batch(model, 7, 12)
+    given = session.run(None, {put.name: batch[put.name].numpy() for put in session.get_inputs()})[0]
     assert float((torch.from_numpy(given) - first(model, batch)).abs().max()) <= 1e-5
 
 
-def test_onnx_takes_batches_of_any_size(tmp_path: Path) -> None:
+def test_a_folder_has_what_others_look_for(home: Path) -> None:
+    """The layout of optimum and Transformers.js; a tokenizer and a file are all that is needed."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = condensed("bert", "sequence-classification")
-    batch = models.ragged_batch(model)
-    path, any_size = tmp_path / "model.onnx", {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    shapes: dict[str, Any] = dict.fromkeys(batch, any_size)
-    torch.onnx.export(model, (), str(path), kwargs=batch, dynamo=True, dynamic_shapes=shapes, output_names=["first"], verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for rows, tokens in ((4, 11), (2, 5), (7, 20)):
-        other = models.ragged_batch(model, rows, tokens)
-        given = session.run(["first"], {name: value.numpy() for name, value in other.items()})[0]
-        assert float((torch.from_numpy(given) - first(model, other)).abs().max()) <= 1e-5
+    assert names_in(home / "onnx") == {"config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json", "notes.txt"}
+    config = json.loads((home / "onnx" / "config.json").read_text())
+    assert not config.keys() & {"hf_prune", "auto_map", "transformers_weights"}
+    assert AutoConfig.from_pretrained(home / "onnx").id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    session = onnxruntime.InferenceSession(home / "onnx" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [entry.shape for entry in session.get_inputs()] == [["batch", "sequence"]] * 2  # the tokenizer gives no segments
+    assert [entry.name for entry in session.get_outputs()] == ["logits"]
+    tokenizer = AutoTokenizer.from_pretrained(home / "onnx")
+    encoded = dict(tokenizer(["two three five", "one"], padding=True, return_tensors="np"))
+    logits = session.run(["logits"], {entry.name: encoded[entry.name].astype(np.int64) for entry in session.get_inputs()})[0]
+    assert logits.shape == (2, 2)
+    assert str(home) not in (home / "onnx" / "onnx" / "model.onnx").read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize("quantize", ["int8", pytest.param("int8-dynamic", marks=pytest.mark.slow)])
+def test_onnx_in_int8(quantize: str, cli: CommandLine, home: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    made = cli.json(
+        "export", home / "small", tmp_path / "out", "--quantize", quantize, "--data", home / "rows.jsonl", "--batch-size", 2
+    )
+    found = made["agreement"]
+    assert found["rows"] == (4 if quantize == "int8" else 40)  # scales are chosen by the others
+    assert 1e-4 < found["error"] < found["bound"] == 0.3
+    assert 0.5 <= found["same"] <= 1
+    assert made["bytes"] == (tmp_path / "out" / "onnx" / "model.onnx").stat().st_size
+    kinds = {node.op_type for node in onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph.node}
+    assert ("DynamicQuantizeLinear" in kinds) == (quantize == "int8-dynamic")
+    assert "DequantizeLinear" in kinds
+
+
+def test_what_differs_is_not_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("bert", num_hidden_layers=1)
+    monkeypatch.setattr(compare, "EXACT", 1e-12)
+    with pytest.raises(compare.ExportError, match=r"computes something else: its outputs differ by \d\.\d+e-\d\d; allowed: 1e-12"):
+        export_model(model, home / "small", tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_model_that_gives_nan_is_refused(home: Path, tmp_path: Path) -> None:
+    model = models.tiny("bert", num_hidden_layers=1)
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="gives NaN or infinity in logits"):
+        export_model(model, home / "small", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def full(*args: object) -> None:
+    raise OSError("No space left on device")
+
+
+def killed(self: object, path: Path) -> None:
+    Path(path).write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("owner", "name", "ends"), [(shutil, "copyfile", full), (torch.onnx.ONNXProgram, "save", killed)])
+def test_a_folder_is_written_whole_or_not_at_all(
+    owner: object, name: str, ends: Callable[..., None], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, ends)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        export_model(models.tiny("bert", num_hidden_layers=1), home / "small", tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_the_exporters_reason_is_one_sentence(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("bert", num_hidden_layers=1)
+    stock = type(model).forward
+
+    def forward(self: PreTrainedModel, input_ids: Tensor | None = None, **others: Any) -> Any:
+        output = stock(self, input_ids=input_ids, **others)
+        if float(output.logits.sum()) > 1e9:  # what no graph can say
+            raise ValueError("too much")
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(
+        compare.ExportError, match=r"^torch\.onnx does not export BertForSequenceClassification: .+; nothing was"
+    ) as error:
+        export_model(model, home / "small", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--format", "onx"), "format='onx': must be one of onnx"),
+        (("--format", "onx"), "Did you mean 'onnx'?"),
+        (("--quantize", "int4"), "quantize='int4': must be one of int8, int8-dynamic for onnx. Did you mean 'int8'?"),
+        (("--quantize", "int8"), "finds its scales by calibration rows; give data, or take 'int8-dynamic'"),
+        (("--opset", 9), "opset=9: must be from 18 to"),
+        (("--opset", 99), "opset=99: must be from 18 to"),
+        (("--data", "rows.xml"), "data='rows.xml': must end in .txt, .csv, .json, .jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(
+    options: tuple[object, ...], message: str, cli: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{")  # an error of its own, were it read
+    cli("export", tmp_path, tmp_path / "out", *options, code=1)
+    assert message in " ".join(cli.err.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+
+
+def test_a_folder_that_is_there_is_not_written_over(cli: CommandLine, home: Path) -> None:
+    cli("export", home / "small", home / "small", code=1)
+    assert "small: is not empty" in " ".join(cli.err.split())
+
+
+def test_a_runtime_that_is_not_installed_is_named(
+    cli: CommandLine, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    cli("export", home / "small", tmp_path / "out", code=1)
+    assert "format='onnx': needs onnxruntime; `pip install hf-prune[onnx]`" in " ".join(cli.err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_rows_and_no_tokenizer(cli: CommandLine, home: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("")
+    data = ("--quantize", "int8", "--data")
+    cli("export", home / "small", tmp_path / "out", *data, few, code=1)
+    assert "few.jsonl" in " ".join(cli.err.split())
+    few.write_text('{"sentence": "one"}\n')
+    cli("export", home / "small", tmp_path / "out", *data, few, code=1)
+    assert "has 1 rows; it must have at least 8" in " ".join(cli.err.split())
+    bare = Path(shutil.copytree(home / "small", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
+    cli("export", bare, tmp_path / "out", *data, home / "rows.jsonl", code=1)
+    assert "has no tokenizer" in " ".join(cli.err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_adapters_is_refused(home: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = models.tiny("bert")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
+    with pytest.raises(ConfigError, match="has adapters; merge them first"):
+        export_model(model, home / "small", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- torch's own exports
 
 
 @pytest.mark.parametrize(("family", "head"), ALL)
 def test_torch_export(family: str, head: str) -> None:
-    model = condensed(family, head)
+    model = condensed(family, head, use_cache=False)  # a cache in the output cannot be exported, of stock models neither
     batch = separate(models.ragged_batch(model))
     with torch.no_grad():
         given = torch.export.export(model, (), kwargs=batch).module()(**batch)
@@ -85,7 +257,7 @@ def test_torch_export(family: str, head: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "head"), ALL)
 def test_torch_compile(family: str, head: str, backend: str) -> None:
-    model = condensed(family, head)
+    model = condensed(family, head, use_cache=False)
     batch = models.ragged_batch(model)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)

@@ -180,7 +180,7 @@ def provide(call: list[str], sandbox: Path) -> None:
     """Put pruned and condensed models where a command reads what one before it has left."""
     written = (
         call[3]
-        if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency", "vocabulary", "shrink")
+        if call[0] == "hf-prune" and call[1] in ("prune", "condense", "convert", "latency", "vocabulary", "shrink", "export")
         else None
     )
     for before, word in pairwise(call):

@@ -1,0 +1,168 @@
+"""ONNX, by `torch.onnx`'s exporter, run and quantized by ONNX Runtime.
+
+The file is `onnx/model.onnx`, with tokenizer and config beside the folder: where optimum, Transformers.js, sentence-transformers
+and text-embeddings-inference look for it. Batch and length may have any size.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..settings.errors import ConfigError
+from .compare import ExportError, Run, one_sentence
+from .inputs import any_size, outputs_of
+
+FILE = "onnx/model.onnx"
+#: The oldest opset that the exporter writes.
+OLDEST_OPSET = 18
+#: What computes with a weight, and is quantized.
+_QUANTIZED = ["MatMul", "Gemm", "Gather"]
+
+
+def check_opset(opset: int | None) -> None:
+    """Raise unless an opset can be written.
+
+    Raises:
+        ConfigError: it is older than the exporter writes, or newer than onnx knows.
+    """
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+        raise ConfigError("opset", opset, f"must be from {OLDEST_OPSET} to {newest}.")
+
+
+def write(model: PreTrainedModel, batch: dict[str, Tensor], file: Path, opset: int | None = None) -> None:
+    """Write a model, as it is (see `inputs.as_exported`), with batch and length of any size.
+
+    Args:
+        model: the model.
+        batch: the inputs that the file takes, of any values, more than one row and token.
+        file: the file to write; its folder is made.
+        opset: the version of ONNX's operators; by default what the exporter recommends.
+
+    Raises:
+        ExportError: the exporter does not take the model; gives its reason.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    names = list(outputs_of(model, batch))
+    with one_sentence(f"torch.onnx does not export {type(model).__name__}"), _quietly():
+        program: Any = torch.onnx.export(
+            model,
+            (),
+            kwargs=batch,
+            dynamo=True,
+            dynamic_shapes=any_size(batch),
+            output_names=names,
+            opset_version=opset,
+            verbose=False,
+        )
+    ClearMetadataAndDocStringPass()(program.model)  # the lines of code that an operator came from, with their paths
+    written = program.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise ConfigError("opset", opset, f"cannot express {type(model).__name__}; the exporter wrote opset {written}.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    program.save(file)
+
+
+def quantize(file: Path, how: str, batches: Sequence[Mapping[str, Tensor]] = ()) -> None:
+    """Let a file's matrix products and embeddings be in int8.
+
+    Args:
+        file: what [`write`] wrote; it is replaced.
+        how: `"int8-dynamic"`: the scale of activations is found for each batch; or `"int8"`: it is found once, from `batches`.
+        batches: calibration rows.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    with one_sentence("ONNX Runtime's quantizer does not take the model"), _quietly():
+        model: Any = onnx.load(file)
+        del model.graph.value_info[:]  # the exporter's shapes, which are in the way of the quantizer's own
+        common: dict[str, Any] = {
+            "op_types_to_quantize": _QUANTIZED,
+            "per_channel": True,
+            "weight_type": quantization.QuantType.QInt8,
+        }
+        if how == "int8-dynamic":
+            quantization.quantize_dynamic(model, file, **common)
+        else:
+            quantization.quantize_static(
+                model,
+                file,
+                _reader(file, batches),
+                activation_type=quantization.QuantType.QUInt8,
+                extra_options={"MatMulConstBOnly": True},  # not of queries with keys: that is slower and less exact
+                **common,
+            )
+
+
+def _reader(file: Path, batches: Sequence[Mapping[str, Tensor]]) -> Any:
+    """Batches as the quantizer reads them."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    names = [entry.name for entry in _session(file).get_inputs()]
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rows: Iterator[Any] = iter([{name: batch[name].numpy() for name in names} for batch in batches])
+
+        def get_next(self) -> Any:
+            return next(self.rows, None)
+
+    return Reader()
+
+
+def open_file(file: Path, threads: int = 0) -> Run:
+    """A file in ONNX Runtime, on the CPU; 0 threads: as many as it likes.
+
+    Raises:
+        ExportError: it does not load.
+    """
+    with one_sentence(f"ONNX Runtime does not load {file.name}"):
+        session = _session(file, threads)
+    inputs, outputs = ([entry.name for entry in entries] for entries in (session.get_inputs(), session.get_outputs()))
+
+    def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if lacking := [name for name in inputs if name not in batch]:
+            raise ExportError(f"the file wants {', '.join(lacking)}, which the batch does not have.")
+        with one_sentence("ONNX Runtime does not run the file"):
+            given = session.run(outputs, {name: batch[name].cpu().numpy() for name in inputs})
+        return {name: torch.from_numpy(value) for name, value in zip(outputs, given)}
+
+    return run
+
+
+def _session(file: Path, threads: int = 0) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings of exporters and quantizers: what comes of them is compared with PyTorch."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)
