@@ -41,7 +41,8 @@ def gradient_gap(model: PreTrainedModel) -> float:
         if block.units_per_group == 1:
             models.zero_units(block, [2, 3], "in")
     plan = condense_plan(copy.deepcopy(model))
-    batch = {**models.ragged_batch(model), "labels": torch.tensor([0, 1, 1, 0])}
+    batch = models.ragged_batch(model)
+    batch["labels"] = batch["input_ids"] if "ForCausalLM" in type(model).__name__ else torch.tensor([0, 1, 1, 0])
     model(**batch).loss.backward()
     masked = gradients(model)
     condense(model)
@@ -49,20 +50,18 @@ def gradient_gap(model: PreTrainedModel) -> float:
     model(**batch).loss.backward()
     condensed = gradients(model)
 
-    kept: dict[str, list[Tensor]] = {}
+    kept: dict[str, Tensor] = {}
     for block in plan.blocks:
         features = (~block.dead_features).nonzero().flatten()
-        shared = block.block.features(block.groups)
-        for part in sorted(block.block.inputs, key=lambda part: part.part.index):
-            for name in ("weight", "bias"):
-                kept.setdefault(f"{part.name}.{name}", []).append(part.rows[features if part is block.block.inputs[0] else shared])
+        for part, outputs in block.block.outputs_of(block.kept, block.groups):
+            kept |= {f"{part.name}.weight": outputs, f"{part.name}.bias": outputs}
         masked[f"{block.block.output.name}.weight"] = masked[f"{block.block.output.name}.weight"][:, features]
         table = f"{block.block.name}.{getattr(block.block.spec, 'position_table', '')}.weight"
         if table in masked and not model.config.hf_prune["layers"]:  # an ordinary T5, whose position bias is cut along
             masked[table] = masked[table][:, block.heads]
     gaps = []
     for name, gradient in condensed.items():
-        wanted = masked[name][torch.cat(kept[name])] if name in kept else masked[name]
+        wanted = masked[name][kept[name]] if name in kept else masked[name]
         gaps.append(float((gradient - wanted).abs().max()) / max(1.0, float(wanted.abs().max())))
     return max(gaps)
 

@@ -2,6 +2,7 @@
 
 import gc
 
+import models
 import pytest
 import torch
 from command_line import CommandLine
@@ -13,6 +14,14 @@ torch.set_num_threads(1)
 # The machines that run the tests vary in speed, so examples are few and have no deadline.
 settings.register_profile("default", max_examples=40, deadline=None)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that runs for every family is slow for those that differ only in their record."""
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("family") in models.MORE_FAMILIES:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

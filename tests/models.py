@@ -113,6 +113,48 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: transformers.GemmaConfig(**_llama_like(num_key_value_heads=1)),
 }
 
+
+def _grouped(**changes: Any) -> dict[str, Any]:
+    """Four query heads in two groups; the width of a head follows from the hidden size."""
+    return _bert_like(**_special()) | {"num_key_value_heads": 2} | changes
+
+
+def _falcon(**changes: Any) -> transformers.FalconConfig:
+    return transformers.FalconConfig(**_bert_like(**_special()) | {"ffn_hidden_size": 40, "bias": True} | changes)
+
+
+#: The other families and variants. They run in the same tests, which are slow for them, see `conftest.py`.
+MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "phi3": lambda: transformers.Phi3Config(**_grouped()),
+    "phi": lambda: transformers.PhiConfig(**_grouped(partial_rotary_factor=0.5)),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_bert_like(**_special())),
+    "gpt_neox-serial": lambda: transformers.GPTNeoXConfig(**_bert_like(**_special()), use_parallel_residual=False),
+    "falcon": lambda: _falcon(),
+    "falcon-multihead": lambda: _falcon(multi_query=False),
+    "falcon-grouped": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "gptj": lambda: transformers.GPTJConfig(
+        n_embd=32, n_layer=3, n_head=4, n_inner=40, n_positions=40, rotary_dim=4, vocab_size=99, **_special()
+    ),
+    "granite": lambda: transformers.GraniteConfig(**_grouped(residual_multiplier=0.7, attention_multiplier=0.3)),
+    "cohere": lambda: transformers.CohereConfig(**_grouped()),
+    "smollm3": lambda: transformers.SmolLM3Config(**_grouped(no_rope_layer_interval=2)),
+    "starcoder2": lambda: transformers.Starcoder2Config(**_grouped()),
+    "helium": lambda: transformers.HeliumConfig(**_grouped(head_dim=8)),
+    "glm": lambda: transformers.GlmConfig(**_llama_like()),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(
+        n_embd=32, n_layer=3, n_head=4, n_inner=40, n_positions=40, vocab_size=99, **_special()
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **_bert_like(**_special()) | {"num_layers": 3, "num_heads": 4},
+        attention_types=[[["global", "local", "global"], 1]],
+        window_size=4,
+    ),
+    "stablelm": lambda: transformers.StableLmConfig(**_grouped(use_qkv_bias=True)),
+}
+
+#: All of them.
+EVERY_FAMILY = FAMILIES | MORE_FAMILIES
+
 #: Task head → Auto class.
 HEADS: dict[str, type] = {
     "bare": transformers.AutoModel,
@@ -133,14 +175,14 @@ HEADS: dict[str, type] = {
 
 def heads_of(family: str) -> list[str]:
     """The task heads, of those in `HEADS`, that a family has."""
-    config = type(FAMILIES[family]())
+    config = type(EVERY_FAMILY[family]())
     return [head for head, auto in HEADS.items() if config in auto._model_mapping]
 
 
 def classifier_of(family: str) -> str:
-    """The task head that classifies what the family reads."""
-    kinds = ("sequence-classification", "image-classification", "audio-classification")
-    return next(head for head in heads_of(family) if head in kinds)
+    """The task head that classifies what the family reads, or that it has instead."""
+    kinds = ("sequence-classification", "image-classification", "audio-classification", *HEADS)
+    return next(head for head in kinds if head in heads_of(family) and head != "bare")
 
 
 #: The families that generate, each with the head that does.
@@ -156,6 +198,7 @@ GENERATORS: dict[str, str] = {
     "qwen2": "causal-lm",
     "qwen3": "causal-lm",
     "gemma": "causal-lm",
+    **dict.fromkeys(MORE_FAMILIES, "causal-lm"),
 }
 
 #: The families whose layers only add to what they are given, with the path of each list of layers.
@@ -166,11 +209,16 @@ PRE_NORM = {
     "wav2vec2-stable": ("encoder.layers",),
     "gpt2": ("h",),
     "opt": ("decoder.layers",),
+    **dict.fromkeys(
+        ("phi3", "phi", "gpt_neox", "gpt_neox-serial", "granite", "cohere", "smollm3", "starcoder2", "helium", "glm", "stablelm"),
+        ("layers",),
+    ),
+    **dict.fromkeys(("falcon", "falcon-multihead", "falcon-grouped", "gptj", "gpt_bigcode"), ("h",)),
 }
 
 
 #: Every family with every task head that it has.
-MATRIX: list[tuple[str, str]] = [(family, head) for family in FAMILIES for head in heads_of(family)]
+MATRIX: list[tuple[str, str]] = [(family, head) for family in EVERY_FAMILY for head in heads_of(family)]
 
 
 def tiny(family: str = "bert", head: str | None = None, seed: int = 0, **config: object) -> PreTrainedModel:
@@ -183,7 +231,7 @@ def tiny(family: str = "bert", head: str | None = None, seed: int = 0, **config:
         config: changes to the family's config.
     """
     torch.manual_seed(seed)
-    settings = FAMILIES[family]()
+    settings = EVERY_FAMILY[family]()
     settings.update(config)
     return randomize(HEADS[head or classifier_of(family)].from_config(settings)).eval()
 

@@ -130,7 +130,7 @@ def test_a_spec_that_leaves_something_out_is_found_out(toy: ArchitectureSpec) ->
     assert model.layers[0].attention.q.weight.shape == (16, 16)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_specs_find_every_block(family: str) -> None:
     found = find_blocks(models.tiny(family, "bare"))
     layers = {block.layer for block in found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import models
@@ -52,7 +53,7 @@ def check_condensed_equals_masked(family: str, head: str, seed: int) -> None:
         assert gap(before[attention][: 1 if removed else None], after[: 1 if removed else None]) <= 1e-5
 
 
-@pytest.mark.parametrize(("family", "head"), [(family, models.heads_of(family)[-1]) for family in models.FAMILIES])
+@pytest.mark.parametrize(("family", "head"), [(family, models.heads_of(family)[-1]) for family in models.EVERY_FAMILY])
 def test_condensed_equals_masked(family: str, head: str) -> None:
     check_condensed_equals_masked(family, head, seed=0)
 
@@ -64,7 +65,7 @@ def test_condensed_equals_masked_everywhere(family: str, head: str, seed: int) -
     check_condensed_equals_masked(family, head, seed)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_modules_stay_true_to_their_size(family: str) -> None:
     model = models.tiny(family)
     parameters = model.num_parameters()
@@ -80,8 +81,8 @@ def test_modules_stay_true_to_their_size(family: str) -> None:
     for block in find_blocks(model):
         if block.kind == "attention":
             width = len(block.roles["query"].rows)
-            wanted = {"heads": width // 8, "width": width, "groups": block.units_per_group}
-            assert all(getattr(block.module, name) == wanted[meaning] for name, meaning in block.spec.sizes.items())
+            wanted = {"heads": width // 8, "width": width, "groups": block.units_per_group, "key_value_heads": block.num_groups}
+            assert all(attrgetter(name)(block.module) == wanted[meaning] for name, meaning in block.spec.sizes.items())
             assert wanted["width"] == weight_target("", block.output.module).shape[1]
 
 
@@ -110,7 +111,7 @@ def test_zeroed_by_hand() -> None:
     assert (model.config.num_attention_heads, model.config.intermediate_size) == (4, 40)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_what_only_looks_dead_stays(family: str) -> None:
     model = models.tiny(family)
     attention, ffn = find_blocks(model)[:2]
@@ -133,7 +134,7 @@ def test_what_only_looks_dead_stays(family: str) -> None:
     assert all(parameter is state[name][0] for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_gradients_of_survivors_are_equal(family: str) -> None:
     assert gradient_gap(models.tiny(family)) <= 1e-5
 
@@ -513,11 +514,13 @@ def test_padding_is_none_unless_it_is_asked_for() -> None:
 
 def five_layers(family: str, head: str | None = None) -> PreTrainedModel:
     """A tiny model with five layers in each list."""
-    config = models.FAMILIES[family]()
+    config = models.EVERY_FAMILY[family]()
     names = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
     changes: dict[str, object] = {name: 5 for name in names if hasattr(config, name)}
     if getattr(config, "layer_types", None):
         changes["layer_types"] = (config.layer_types * 2)[:5]
+    if getattr(config, "no_rope_layers", None):
+        changes["no_rope_layers"] = (config.no_rope_layers * 2)[:5]
     return models.tiny(family, head, **changes)
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune import condense
-from hf_prune.condense import cutting, resize, verify, wide
+from hf_prune.condense import cutting, forwards, resize, verify, wide
 from hf_prune.condense.layers import layer_counts
 from hf_prune.condense.plan import BlockPlan, CondensePlan, plan_block
 from hf_prune.condense.snapshot import Snapshot, return_memory
@@ -147,13 +147,13 @@ def wrong_constant(patch: Patch) -> None:
 
 def wrong_residual(patch: Patch) -> None:
     """An attention block that has no head left passes on what it was given, which its layer adds once more."""
-    forward = resize.NoHeads.forward
+    forward = forwards.NoHeads.forward
 
-    def faulty(self: resize.NoHeads, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+    def faulty(self: forwards.NoHeads, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
         output, weights = forward(self, hidden_states, *others, **named)
         return output + hidden_states, weights
 
-    patch.setattr(resize.NoHeads, "forward", faulty)
+    patch.setattr(forwards.NoHeads, "forward", faulty)
 
 
 def swapped_layers(patch: Patch) -> None:
@@ -423,7 +423,7 @@ def test_no_second_model_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_widened_as_it_is_read_a_model_computes_as_in_float64(family: str, dtype: torch.dtype) -> None:
     model = models.tiny(family).to(dtype)
     seen = condensing.observe(model)

@@ -211,7 +211,7 @@ def test_drop_layers_leaves_a_shared_config_alone() -> None:
     assert (student.config.num_hidden_layers, teacher.config.num_hidden_layers) == (2, 3)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_condensed_models_are_pickled_and_keep_no_hooks(family: str) -> None:
     model = models.tiny(family)
     models.prune_randomly(model)

@@ -86,7 +86,7 @@ def test_the_layers_that_cost_least_go(criterion: str, number: int) -> None:
         assert model(**rows[0]).logits.equal(expected(**rows[0]).logits)
 
 
-@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@pytest.mark.parametrize("family", sorted(models.EVERY_FAMILY))
 def test_every_family(family: str, tmp_path: Any) -> None:
     """Layers go, the model trains, saves and loads as a stock one, remembers what it was, and generates."""
     model = models.tiny(family)

@@ -309,9 +309,9 @@ def test_push_uploads_the_modeling_file(
     assert uploaded >= {"config.json", "model.safetensors", f"{MODELING}.py"}
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.EVERY_FAMILY)
 def test_modeling_file_stands_alone(family: str, tmp_path: Path) -> None:
-    source = modeling_source(models.FAMILIES[family]().model_type)
+    source = modeling_source(models.EVERY_FAMILY[family]().model_type)
     file = tmp_path / f"{MODELING}.py"
     file.write_text(source)
     lint = subprocess.run(

@@ -92,11 +92,16 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
         own: Any = getattr(owner_of(model, path), "config", model.config)
         if own is not model.config:  # each stack of T5 has a copy of its own
             own.num_hidden_layers = len(layers)
-        if getattr(model.config, "layer_types", None) is not None:
-            types = list(enumerate(model.config.layer_types))
-            model.config.layer_types = [kind for index, kind in types if index not in indices]
+        for name in entries_by_layer(model.config):
+            entries = list(enumerate(getattr(model.config, name)))
+            setattr(model.config, name, [entry for index, entry in entries if index not in indices])
     if removed:
         name_decoder_depth(model.config, spec)
+
+
+def entries_by_layer(config: Any) -> list[str]:
+    """The config attributes that are lists with an entry for each layer."""
+    return [name for name in ("layer_types", "no_rope_layers") if getattr(config, name, None) is not None]
 
 
 def name_decoder_depth(config: Any, spec: ArchitectureSpec) -> None:

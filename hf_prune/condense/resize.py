@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..model import ArchitectureSpec, AttentionSpec, Block, Projection, blocks
+from ..model import ArchitectureSpec, Block, Projection, blocks
 from ..model.blocks import Adapted, adapted, has_bias, hidden_size_name, layer_lists, out_features
 from .format import check_original, check_removed, read_sizes
+from .forwards import NoHeads
 
 #: `(parameter, dim, indices)` → slices of the parameter along a dimension.
 Select = Callable[[Tensor, int, Tensor], Tensor]
@@ -77,9 +78,10 @@ def keep_units(
     features = block.features(units)
     keep_features(block.output, features, outputs=False, select=select)
     if block.module is not None:
-        sizes = {"heads": len(units), "width": len(features), "groups": max(len(units) // max(len(groups), 1), 1)}
+        sizes = {"heads": len(units), "width": len(features), "key_value_heads": len(groups)}
+        sizes["groups"] = max(len(units) // max(len(groups), 1), 1)
         for attribute, meaning in block.attributes.items():
-            set_attribute(block.module, attribute, sizes[meaning])
+            set_attribute(block.module, attribute.removeprefix("config."), sizes[meaning])
         adapt_forward(block, len(units))
         if own_heads is not None:
             set_attribute(block.module, "own_heads", own_heads)
@@ -88,9 +90,8 @@ def keep_units(
 def adapt_forward(block: Block, heads: int) -> None:
     """Give an attention module a `forward` that works with that many heads left, if the stock one would fail."""
     module = block.module
-    mixins: tuple[type, ...] = () if block.own_units is None else (OwnHeads,)
-    if heads == 0:
-        mixins += (NoHeads,)
+    named = {each.__name__: each for each in Adapted.__subclasses__()}
+    mixins = tuple(named[name] for name in block.spec.forwards) + ((NoHeads,) if heads == 0 else ())
     if mixins:
         set_attribute(module, "spec", block.spec)
         module.__class__ = adapted(getattr(module, "stock_class", module.__class__), mixins)
@@ -148,7 +149,7 @@ class NoInputs:
     def forward(self, input: Tensor) -> Tensor:
         module: Any = self
         shape = (*input.shape[:-1], out_features(module))
-        return module.bias.expand(shape) if has_bias(module) else input.new_zeros(shape)
+        return module.bias.expand(shape).clone() if has_bias(module) else input.new_zeros(shape)
 
 
 class NoInputsLinear(NoInputs, nn.Linear):
@@ -157,73 +158,3 @@ class NoInputsLinear(NoInputs, nn.Linear):
 
 class NoInputsConv1D(NoInputs, Conv1D):
     stock_class = Conv1D
-
-
-class NoHeads(Adapted):
-    """The `forward` of an attention module without heads: stock ones cannot infer the shape of a tensor without elements.
-
-    Returns an empty context, `[batch, tokens, 0]`, or, if the module applies the output projection itself, its result, `[batch,
-    tokens, hidden]`; and attention weights `[batch, 0, tokens, keys]` if eager attention would return them.
-    """
-
-    config: Any = None
-    layer_idx: int
-    spec: AttentionSpec
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        batch, tokens = hidden_states.shape[:2]
-        given = [kwargs.get(name) for name in ("encoder_hidden_states", "key_value_states")]
-        others = next((states for states in given if states is not None), None)
-        keys = tokens if others is None else others.shape[1]
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            keys = self.note_length(cache, hidden_states.new_zeros(batch, 1, keys, 1), crosses=others is not None)
-        output = hidden_states.new_zeros(batch, tokens, 0)
-        inside = f"{self.spec.module}."
-        if self.spec.output.path.startswith(inside):
-            for name in (self.spec.output.path.removeprefix(inside), *self.spec.after):
-                output = getattr(self, name)(output)
-        if self.spec.residual_norm:
-            output = getattr(self, self.spec.residual_norm)(hidden_states + output)
-        eager = self.config is None or self.config._attn_implementation == "eager"
-        return output, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
-
-    def note_length(self, cache: Any, states: Tensor, crosses: bool) -> int:
-        """Add as many positions to the cache as if there were a head, and return how many it has now.
-
-        The model reads the length of the past from the cache, which treats a layer without elements as empty.
-
-        Args:
-            cache: the model's cache, for self-attention or for both kinds.
-            states: a placeholder for keys and values, `[batch, 1, keys, 1]`.
-            crosses: whether this is cross-attention, whose keys are added once.
-        """
-        if not crosses:
-            return int(getattr(cache, "self_attention_cache", cache).update(states, states, self.layer_idx)[0].shape[2])
-        if hasattr(cache, "cross_attention_cache") and not cache.is_updated.get(self.layer_idx):
-            cache.cross_attention_cache.update(states, states, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
-        return states.shape[2]
-
-
-class OwnHeads(Adapted):
-    """The `forward` of an attention module that receives a position bias for every stock head and selects that of its own."""
-
-    own_heads: list[int]
-    spec: AttentionSpec
-
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Any = None, **kwargs: Any) -> Any:
-        stock: Any = super()
-        if position_bias is None and getattr(self, "has_relative_attention_bias", False):
-            position_bias = self.every_bias(hidden_states, mask, kwargs.get("past_key_values"))
-        own = None if position_bias is None else position_bias[:, self.own_heads]
-        output, *others = stock.forward(hidden_states, mask, position_bias=own, **kwargs)
-        return (output, position_bias, others[-1]) if self.spec.position_bias == "passed on" else (output, *others)
-
-    def every_bias(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> Any:
-        """The bias that T5's first layer computes for all heads of the stock model, `[1, heads, tokens, keys]`."""
-        module: Any = self
-        tokens = hidden_states.shape[1]
-        past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-        keys = past + tokens if mask is None else mask.shape[-1]
-        return module.compute_bias(tokens, keys, device=hidden_states.device, past_seen_tokens=past)

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model import ArchitectureSpec, Block, blocks, spec_for
 from ..model.blocks import Adapted, layer_lists, outlines
-from .layers import layer_counts, name_decoder_depth
+from .layers import entries_by_layer, layer_counts, name_decoder_depth
 
 
 def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> str:
@@ -160,8 +160,8 @@ def stock_config(config: PreTrainedConfig) -> Any:
     for path, indices in entry["removed_layers"].items():
         name = layer_counts(spec)[path]
         setattr(stock, name, getattr(stock, name) + len(indices))
-        if getattr(stock, "layer_types", None) is not None:
+        for entries in (getattr(stock, name) for name in entries_by_layer(stock)):
             for index in indices:
-                stock.layer_types.insert(index, stock.layer_types[max(index - 1, 0)])
+                entries.insert(index, entries[max(index - 1, 0)])
     name_decoder_depth(stock, spec)
     return stock

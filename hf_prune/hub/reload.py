@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from ..compat import auto_classes
 from ..condense import needs_hf_prune, shrink
 from ..condense.format import read_sizes
+from ..condense.forwards import NoHeads
 from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
 from ..files import write_text
 from ..model import ArchitectureSpec, blocks, spec_for
@@ -149,8 +150,8 @@ def modeling_source(model_type: str) -> str:
     """The self-contained modelling file of a family: what loading needs of the library's source, its spec, its model classes."""
     imports: dict[str, str] = {}
     known: dict[str, str] = {}
-    for module in (ArchitectureSpec.__module__, blocks.__module__, read_sizes.__module__, shrink.__module__, accept.__module__):
-        known |= _definitions(inspect.getsource(sys.modules[module]), imports)
+    for part in (ArchitectureSpec, blocks, read_sizes, NoHeads, shrink, accept):
+        known |= _definitions(inspect.getsource(sys.modules[part.__module__]), imports)
     spec = "SPEC = " + _expression(spec_for(model_type))
     definitions = _needed(spec + _MIXIN, known)
     imported: dict[str, list[str]] = {}
@@ -164,7 +165,7 @@ def modeling_source(model_type: str) -> str:
         _MIXIN,
         "\n".join(_CLASS.format(name=name) for name in classes if hasattr(transformers, name)),
     ]
-    return "\n\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _needed(source: str, known: dict[str, str]) -> list[str]:
@@ -179,7 +180,7 @@ def _needed(source: str, known: dict[str, str]) -> list[str]:
 
 
 def _expression(value: Any, indent: str = "") -> str:
-    """A spec, or a value in one, as source text without what is default, in lines of 120 characters where it can be."""
+    """A spec, or a value in one, as source text without what is default, in lines of 132 characters where it can be."""
     if dataclasses.is_dataclass(value):
         named = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
         makes = {each.name: each.default_factory for each in dataclasses.fields(value)}
@@ -191,12 +192,12 @@ def _expression(value: Any, indent: str = "") -> str:
     else:
         return repr(value)
     line = start + ", ".join(name + _expression(item) for name, item in items) + end
-    if len(indent) + len(line) <= 120:
+    if len(indent) + len(line) <= 132:
         return line
     inner, rows = f"{indent}    ", [""]
     for name, item in items:
         text = f"{name}{_expression(item, inner)},"
-        if "\n" in rows[-1] + text or len(inner) + len(rows[-1]) + 1 + len(text) > 120:
+        if "\n" in rows[-1] + text or len(inner) + len(rows[-1]) + 1 + len(text) > 132:
             rows.append(text)
         else:
             rows[-1] = f"{rows[-1]} {text}".strip()

@@ -172,11 +172,11 @@ class Block:
         modules: dict[nn.Module, list[tuple[Projection, Tensor]]] = {}
         for part in self.inputs:
             modules.setdefault(part.module, []).append((part, part.rows[own if part is self.inputs[0] else shared]))
-        found = []
+        found, shares = [], max(len(units) // max(len(groups), 1), 1)
         for packed in modules.values():
             outputs = torch.empty(sum(len(rows) for _, rows in packed), dtype=torch.long, device="cpu")
             for part, rows in packed:
-                outputs[_rows(part.part, len(outputs), self.unit_width)] = rows
+                outputs[_rows(part.part, len(outputs), self.unit_width, self.inputs[0].part, shares)] = rows
             found.append((packed[0][0], outputs))
         return found
 
@@ -207,24 +207,25 @@ def missing(root: Any, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if at_path(root, path) is None]
 
 
-def _projection(layer: nn.Module, layer_name: str, part: Part, width: int = 1) -> Projection:
+def _projection(layer: nn.Module, layer_name: str, part: Part, first: Part, width: int = 1, units_per_group: int = 1) -> Projection:
     module = at_path(layer, part.path)
     if module is None:
         raise ValueError(f"{layer_name} has no {part.path}, which the architecture spec of its family names.")
     inner = base_layer(module)
-    rows = _rows(part, out_features(inner), width)
+    rows = _rows(part, out_features(inner), width, first, units_per_group)
     start = int(rows[0]) if len(rows) else 0
     whole = torch.arange(start, start + len(rows), device="cpu")
     index = slice(start, start + len(rows)) if rows.equal(whole) else rows
     return Projection(f"{layer_name}.{part.path}", module, inner, part, rows, index)
 
 
-def _rows(part: Part, size: int, width: int) -> Tensor:
-    """A projection's rows among its module's `size` outputs, ascending, `[size / parts]`, if a unit has `width` of them."""
+def _rows(part: Part, size: int, width: int, first: Part, units_per_group: int) -> Tensor:
+    """A projection's rows among its module's `size` outputs, ascending, if a unit has `width` of them and a group has
+    `units_per_group` units in the `first` input, one in others."""
+    counts = [units_per_group if (part.path, index) == (first.path, first.index) else 1 for index in range(part.parts)]
+    own = slice(sum(counts[: part.index]), sum(counts[: part.index + 1]))
     rows = torch.arange(size, device="cpu")
-    if part.interleaved:
-        return rows.view(size // (part.parts * width), part.parts, width)[:, part.index].flatten()
-    return rows.view(part.parts, size // part.parts)[part.index]
+    return (rows.view(-1, sum(counts), width)[:, own] if part.interleaved else rows.view(sum(counts), -1)[own]).flatten()
 
 
 def body(model: Any) -> Any:
@@ -281,9 +282,12 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
             parts |= {part.path.rpartition(".")[2]: part for part in attention.extra if at_path(layer, part.path) is not None}
             parts["output"] = attention.output
             width = getattr(module, attention.head_size)
-            roles = {role: _projection(layer, full, part, width) for role, part in parts.items()}
+            known = {meaning: at_path(module, name) or 1 for name, meaning in attention.sizes.items()}
+            heads = known.get("heads", 1)
+            shares = known.get("groups") or heads // known.get("key_value_heads", heads) or 1
+            roles = {role: _projection(layer, full, part, attention.query, width, shares) for role, part in parts.items()}
             heads, groups = (len(roles[role].rows) // width for role in ("query", "value"))
-            grouped = "groups" in attention.sizes.values()
+            grouped = not {"groups", "key_value_heads"}.isdisjoint(attention.sizes.values())
             yield Block(
                 kind="attention",
                 unit="head",
@@ -303,7 +307,7 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
     for ffn in spec.feed_forwards:
         if at_path(layer, ffn.up.path) is not None:
             parts = {"up": ffn.up, **({"gate": ffn.gate} if ffn.gate else {}), "down": ffn.down}
-            roles = {role: _projection(layer, full, part) for role, part in parts.items()}
+            roles = {role: _projection(layer, full, part, ffn.up) for role, part in parts.items()}
             neurons = len(roles["up"].rows)
             yield Block(
                 kind="feed_forward",

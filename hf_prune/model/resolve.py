@@ -75,7 +75,7 @@ def _check_block(model: Any, layer: nn.Module, block: AttentionSpec | FeedForwar
         parts = [block.query, block.key, block.value, block.output]
         modules = [f"{block.module}.{name}" for name in (*block.after, block.residual_norm) if name]
         for attribute in (block.head_size, *block.sizes):
-            if not hasattr(module, attribute):
+            if at_path(module, attribute) is None:
                 raise _lacks(module, attribute, "an attribute", vars(module))
     if absent := missing(layer, (*(part.path for part in parts), *modules)):
         raise _lacks(model, absent[0], "a module of a layer", _below(layer))

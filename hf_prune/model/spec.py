@@ -9,10 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """One projection: a module path relative to the layer, and the index of the part if its outputs pack several equal `parts`.
+    """One projection: a module path relative to the layer, and the index of the part if its outputs pack several `parts`.
 
     `Part("attn.c_attn", 1, 3)` is the key in GPT-2's packed query-key-value projection: first all queries, then all keys, then all
-    values. If the parts are `interleaved`, as in GPT-NeoX, the query, key and value of each head are side by side.
+    values. If the parts are `interleaved`, as in GPT-NeoX, the query, key and value of each head are side by side. Parts are
+    equal, except that where several query heads share a key and value head the queries have as many times the rows of the keys:
+    those of all heads (Phi-3), or, interleaved, those of the heads of each key and value head (Falcon).
     """
 
     path: str
@@ -30,13 +32,16 @@ class AttentionSpec:
         query, key, value, output: its projections, paths relative to the layer.
         head_size: name of the attribute of `module` that holds the width of one head.
         sizes: attributes of `module` that depend on the number of heads: `"heads"` for the number itself, `"width"` for heads times
-            head size, `"groups"` for how many query heads share a key and value head.
+            head size, `"key_value_heads"` for the number of key and value heads, `"groups"` for how many query heads share one. A
+            projection that packs queries with fewer keys needs one of the last two. `"config.num_heads"` is what `module` reads
+            from its config in `forward`, and then needs `OwnConfig` among `forwards`.
         after: submodules of `module` that it applies to the result of its output projection, in this order.
         residual_norm: LayerNorm of `module` that it finally applies to that plus its own input, `""` for none.
         extra: optional further projections of `module` with rows for every head (DeBERTa's positions).
         position_bias: whether `forward` receives a bias with an entry for every head of the stock model: `"taken"`, `"passed on"`
             (also returned as the second output, for the next layer), or `""`.
         position_table: the embedding of `module` that this bias comes from, with a column for every head; `""` for one elsewhere.
+        forwards: the classes of `condense/forwards.py` that change what the `forward` of `module` does when heads are gone.
         optional: some models of the family have no such block (cross-attention).
     """
 
@@ -52,6 +57,7 @@ class AttentionSpec:
     extra: tuple[Part, ...] = ()
     position_bias: str = ""
     position_table: str = ""
+    forwards: tuple[str, ...] = ()
     optional: bool = False
 
 

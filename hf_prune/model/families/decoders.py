@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
 from .encoder_decoders import BART
-from .fragments import HEADS, NEURONS, OWN_HEADS, attention, packed
+from .fragments import HEADS, NEURONS, OWN_HEADS, attention, bart_like, feed_forward, packed, packed_attention
 
 
 def _gpt2_attention(module: str, parts: tuple[Part, ...], optional: bool = False) -> AttentionSpec:
@@ -51,8 +51,73 @@ OPT = replace(
     as_hidden=("word_embed_proj_dim",),
 )
 
+GPT_BIGCODE = replace(
+    GPT2,
+    model_types=("gpt_bigcode",),
+    attentions=(
+        packed_attention(
+            "attn",
+            "c_attn c_proj",
+            interleaved=True,
+            sizes={"num_heads": "heads", "embed_dim": "width", "kv_heads": "key_value_heads", "num_key_value_groups": "groups"},
+            after=("resid_dropout",),
+        ),
+    ),
+    pre_norm_when={},
+)
+
+GPTJ = replace(
+    GPT2,
+    model_types=("gptj",),
+    attentions=(
+        attention("attn", "q_proj k_proj v_proj out_proj", sizes={"num_attention_heads": "heads"}, after=("resid_dropout",)),
+    ),
+    feed_forwards=(feed_forward("mlp.fc_in mlp.fc_out", "mlp.act"),),
+    pre_norm_when={},
+)
+
+#: Local and global layers alternate by their numbers, so all stay.
+GPT_NEO = replace(
+    GPT2,
+    model_types=("gpt_neo",),
+    attentions=(bart_like("attn.attention", after=("resid_dropout",)),),
+    depths=(),
+    pre_norm=False,
+    widths=({"intermediate_size": "intermediate_size"},),
+    heads=("num_heads",),
+)
+
+GPT_NEOX = ArchitectureSpec(
+    model_types=("gpt_neox",),
+    layers=("layers",),
+    attentions=(packed_attention("attention", "query_key_value dense", interleaved=True, head_size="head_size"),),
+    feed_forwards=(feed_forward("mlp.dense_h_to_4h mlp.dense_4h_to_h", "mlp.act"),),
+    depths=("num_hidden_layers",),
+    pre_norm=True,
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
+)
+
+FALCON = ArchitectureSpec(
+    model_types=("falcon",),
+    layers=("h",),
+    attentions=(
+        packed_attention(
+            "self_attention",
+            "query_key_value dense",
+            interleaved=True,
+            sizes={"num_heads": "heads", "num_kv_heads": "key_value_heads"},
+        ),
+    ),
+    feed_forwards=(feed_forward("mlp.dense_h_to_4h mlp.dense_4h_to_h", "mlp.act"),),
+    depths=("num_hidden_layers",),
+    pre_norm=True,
+    widths=({"intermediate_size": "ffn_hidden_size"},),
+    heads=OWN_HEADS,
+)
+
 LLAMA = ArchitectureSpec(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma"),
+    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "cohere", "smollm3", "helium"),
     layers=("layers",),
     attentions=(attention("self_attn", "q_proj k_proj v_proj o_proj", sizes={"num_key_value_groups": "groups"}),),
     feed_forwards=(
@@ -61,4 +126,56 @@ LLAMA = ArchitectureSpec(
     depths=("num_hidden_layers",),
     pre_norm=True,
     widths=(NEURONS | HEADS | {"num_key_value_heads": "num_key_value_heads"},),
+)
+
+_gate, _up = packed("mlp.gate_up_proj", 2)
+
+GLM = replace(
+    LLAMA,
+    model_types=("glm",),
+    feed_forwards=(FeedForwardSpec(gate=_gate, up=_up, down=Part("mlp.down_proj"), activation="mlp.activation_fn"),),
+)
+
+PHI3 = replace(
+    GLM,
+    model_types=("phi3",),
+    attentions=(
+        packed_attention(
+            "self_attn",
+            "qkv_proj o_proj",
+            sizes={
+                "config.num_attention_heads": "heads",
+                "num_key_value_heads": "key_value_heads",
+                "num_key_value_groups": "groups",
+            },
+            forwards=("OwnConfig",),
+        ),
+    ),
+)
+
+PHI = replace(
+    LLAMA,
+    model_types=("phi",),
+    attentions=(attention("self_attn", "q_proj k_proj v_proj dense", sizes={"num_key_value_groups": "groups"}),),
+    feed_forwards=(feed_forward("mlp.fc1 mlp.fc2", "mlp.activation_fn"),),
+)
+
+STARCODER2 = replace(
+    LLAMA,
+    model_types=("starcoder2",),
+    feed_forwards=(feed_forward("mlp.c_fc mlp.c_proj", "mlp.act"),),
+)
+
+STABLELM = replace(
+    LLAMA,
+    model_types=("stablelm",),
+    attentions=(
+        attention(
+            "self_attn",
+            "q_proj k_proj v_proj o_proj",
+            sizes={"num_heads": "heads", "num_key_value_heads": "key_value_heads", "num_key_value_groups": "groups"},
+        ),
+    ),
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
 )

@@ -33,6 +33,7 @@ def _t5_attention(module: str, optional: bool = False) -> AttentionSpec:
         sizes={"n_heads": "heads", "inner_dim": "width"},
         position_bias="passed on",
         position_table="relative_attention_bias",
+        forwards=("OwnHeads",),
         optional=optional,
     )
 

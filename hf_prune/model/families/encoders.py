@@ -50,7 +50,7 @@ ALBERT = ArchitectureSpec(
 MPNET = ArchitectureSpec(
     model_types=("mpnet",),
     layers=("encoder.layer",),
-    attentions=(bert_like("attention.attn", "q k v o", position_bias="taken"),),
+    attentions=(bert_like("attention.attn", "q k v o", position_bias="taken", forwards=("OwnHeads",)),),
     feed_forwards=(BERT_FFN,),
     depths=("num_hidden_layers",),
     widths=(NEURONS,),

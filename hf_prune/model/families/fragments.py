@@ -20,9 +20,22 @@ def attention(module: str, names: str, **settings: Any) -> AttentionSpec:
     return AttentionSpec(module=module, **parts | settings)
 
 
-def packed(path: str, count: int) -> tuple[Part, ...]:
-    """The equal parts of a packed projection, one after the other."""
-    return tuple(Part(path, index, count) for index in range(count))
+def packed(path: str, count: int, interleaved: bool = False) -> tuple[Part, ...]:
+    """The parts of a packed projection, one after the other, or side by side for every head or group of heads."""
+    return tuple(Part(path, index, count, interleaved) for index in range(count))
+
+
+def packed_attention(module: str, names: str, interleaved: bool = False, **settings: Any) -> AttentionSpec:
+    """Attention with a packed query-key-value projection, then an output, of these `names` in `module`."""
+    inputs, output = (f"{module}.{name}" for name in names.split())
+    query, key, value = packed(inputs, 3, interleaved)
+    return AttentionSpec(module, query, key, value, Part(output), **settings)
+
+
+def feed_forward(names: str, activation: str) -> FeedForwardSpec:
+    """A plain feed-forward block with projections of these names, up and down."""
+    up, down = map(Part, names.split())
+    return FeedForwardSpec(up=up, down=down, activation=activation)
 
 
 def bert_like(module: str, names: str, **settings: Any) -> AttentionSpec:
