@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import prune_at_once
 from torch import Tensor, nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_prune import PruningConfig, PruningRule, condense
@@ -144,22 +144,9 @@ def test_specs_find_every_block(family: str) -> None:
 
 
 @pytest.fixture
-def neox() -> Iterator[PreTrainedModel]:
-    """A family with a record of the test's own, whose projection has query, key and value of each head side by side."""
-    query, key, value = (Part("attention.query_key_value", index, 3, interleaved=True) for index in range(3))
-    output, activation = Part("attention.dense"), "mlp.act"
-    register_architecture(
-        ArchitectureSpec(
-            model_types=("gpt_neox",),
-            layers=("layers",),
-            attentions=(AttentionSpec("attention", query, key, value, output, head_size="head_size"),),
-            feed_forwards=(FeedForwardSpec(Part("mlp.dense_h_to_4h"), Part("mlp.dense_4h_to_h"), activation),),
-        )
-    )
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 99}
-    torch.manual_seed(0)
-    yield models.randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=40, pad_token_id=0))).eval()
-    SPECS.pop("gpt_neox")
+def neox() -> PreTrainedModel:
+    """A model whose projection has query, key and value of each head side by side."""
+    return models.tiny("gpt_neox", "causal-lm")
 
 
 @pytest.mark.parametrize("pattern", ["head", "auto", "block"])
