@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .settings.config import PruningConfig, PruningRule
     from .settings.errors import ConfigError
     from .shrink.depth import shrink_depth
+    from .shrink.experts import shrink_experts
     from .shrink.hidden import shrink_hidden
     from .shrink.vocabulary import prune_vocabulary
     from .shrink.vocabulary_report import VocabularyReport, vocabulary_report
@@ -72,6 +73,7 @@ __all__ = [
     "prune_vocabulary",
     "push_to_hub",
     "shrink_depth",
+    "shrink_experts",
     "shrink_hidden",
     "sparsity_report",
     "to_sparse",
@@ -116,6 +118,7 @@ _HOMES = {
     ),
     "settings.errors": ("ConfigError",),
     "shrink.depth": ("shrink_depth",),
+    "shrink.experts": ("shrink_experts",),
     "shrink.hidden": ("shrink_hidden",),
     "shrink.vocabulary": ("prune_vocabulary",),
     "shrink.vocabulary_report": ("VocabularyReport", "vocabulary_report"),

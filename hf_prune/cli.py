@@ -101,7 +101,7 @@ def options(version: Version = False) -> None:
 @app.command()
 def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) -> None:
     """Report a model's sparsity and size, and what `condense` would do."""
-    from .condense import is_condensed, stock_config
+    from .condense import is_condensed, smaller
     from .measure.memory import megabytes
     from .measure.sparsity import original_blocks, total_sparsity
 
@@ -109,16 +109,12 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     model = load(folder)
     report, blocks = hf_prune.sparsity_report(model), original_blocks(model)
     saved = hf_prune.condense_plan(model, pad_to_multiple_of).parameters if blocks else 0
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
     facts = {
         "path": path,
         "class": type(model).__name__,
         "model_type": model.config.model_type,
         "condensed": is_condensed(model.config),
-        "tokens": size,
-        "original_tokens": size if size is None else stock_config(model.config).get_text_config().vocab_size,
-        "hidden_size": getattr(model.config, "hidden_size", None),
-        "original_hidden_size": getattr(stock_config(model.config), "hidden_size", None),
+        "smaller": {name: {"now": now, "before": before} for name, (now, before) in smaller(model.config).items()},
         "total_sparsity": total_sparsity(model),
         "bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "parameters_after_condense": report.parameters - saved,
@@ -133,10 +129,8 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     table.add_row("zeros among the remaining weights", f"{report.sparsity:.2%}")
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("weights on disk", megabytes(facts["bytes_on_disk"]))
-    if facts["hidden_size"] != facts["original_hidden_size"]:
-        table.add_row("hidden size", f"{facts['hidden_size']} of {facts['original_hidden_size']}")
-    if facts["tokens"] != facts["original_tokens"]:
-        table.add_row("tokens", f"{facts['tokens']:,} of {facts['original_tokens']:,}")
+    for name, sizes in facts["smaller"].items():
+        table.add_row(name, f"{sizes['now']:,} of {sizes['before']:,}")
     table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")
     for reason, names in report.left_out.items():
         table.add_row(f"not pruned: {', '.join(names)}", reason)
@@ -283,6 +277,7 @@ def shrink(
         typer.Option(metavar="NUMBER", help="How many layers stay; of several lists LIST=NUMBER, such as encoder.block=4."),
     ] = None,
     hidden_size: Annotated[int | None, typer.Option(min=1, help="How wide the hidden stream becomes.")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="How many experts stay in each layer.")] = None,
     criterion: Annotated[
         str, typer.Option(help="How layers are chosen: greedy_removal, removal, consecutive or block_influence.")
     ] = "greedy_removal",
@@ -297,7 +292,7 @@ def shrink(
     seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Take layers or channels of the hidden stream out of a model, judged by a file of unlabelled text, and save it with its card.
+    """Take layers, experts or channels of the hidden stream out of a model, judged by unlabelled text, and save it with its card.
 
     This changes what the model computes; train it afterwards."""
     from .oneshot.data import calibration_batches, check_file, load_tokenizer
@@ -318,6 +313,7 @@ def shrink(
             batches,
             num_layers=wanted,
             hidden_size=hidden_size,
+            num_experts=num_experts,
             criterion=criterion,
             rotate=rotate,
             base_model=path,

@@ -494,7 +494,7 @@ def test_card_and_report_say_the_size_before(tmp_path: Path, capsys: pytest.Capt
     run = CommandLine(capsys)
     assert "24 of 32" in run("inspect", tmp_path)
     facts = run.json("inspect", tmp_path)
-    assert (facts["hidden_size"], facts["original_hidden_size"]) == (24, 32)
+    assert facts["smaller"] == {"hidden size": {"now": 24, "before": 32}}
 
 
 # --------------------------------------------------------------------------------------------------------------------- refusals

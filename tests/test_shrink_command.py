@@ -9,9 +9,9 @@ import pytest
 import quickstart
 import torch
 from command_line import CommandLine
-from models import ragged_batch, tiny
+from models import ragged_batch, tiny, tiny_mixture
 from reloading import reload, save_expected
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_prune import CardFacts, shrink_depth
 from hf_prune.measure.sparsity import total_sparsity
@@ -42,7 +42,7 @@ def test_layers_and_channels_go(cli: CommandLine, home: Path, tmp_path: Path) ->
     made = cli.json("shrink", home / "bert", tmp_path / "out" / name, *common)
     model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name)
     assert made["parameters"] == model.num_parameters() < made["parameters_before"]
-    assert (model.config.hidden_size, made["hidden_size"], made["hidden_size_before"]) == (24, 24, 32)
+    assert (model.config.hidden_size, made["smaller"]["hidden size"]) == (24, [24, 32])
     assert made["removed_layers"] == model.config.hf_prune["removed_layers"]
     assert model.config.num_hidden_layers == 2
     assert made["held_out_error"] > 0
@@ -68,6 +68,23 @@ def test_layers_and_channels_go(cli: CommandLine, home: Path, tmp_path: Path) ->
     assert row["gap"] == 0
 
 
+def test_experts_go(cli: CommandLine, tmp_path: Path) -> None:
+    """Of a family that has no architecture spec, too."""
+    tiny_mixture("qwen2-moe", vocab_size=len(TOKENIZER)).save_pretrained(tmp_path / "whole")
+    TOKENIZER.save_pretrained(tmp_path / "whole")
+    text = ("--data", tmp_path / "text.txt", "--max-length", 8)
+    (tmp_path / "text.txt").write_text("\n".join(str(text) for text in SENTENCES))
+    made = cli.json("shrink", tmp_path / "whole", tmp_path / "out", *text, "--num-experts", 3)
+    assert made["smaller"] == {"experts in a layer": [3, 8]}
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_experts == 3
+    assert model.num_parameters() == made["parameters"] < made["parameters_before"]
+    assert "| experts in a layer | 3 of 8 |" in (tmp_path / "out" / "README.md").read_text()
+    assert "3 of 8" in cli("inspect", tmp_path / "out")
+    cli("shrink", tmp_path / "whole", tmp_path / "none", *text, "--num-experts", 1, code=1)
+    assert not (tmp_path / "none").exists()
+
+
 def test_every_list_of_layers(cli: CommandLine, home: Path, tmp_path: Path) -> None:
     numbers = ("--num-layers", "encoder.block=2", "--num-layers", "decoder.block=1")
     columns = ("--text-column", "text", "--text-column", "summary")
@@ -82,7 +99,7 @@ def test_every_list_of_layers(cli: CommandLine, home: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 1, "num_layers=None: must be given, or hidden_size."),
+        ((), 1, "num_layers=None: must be given, or hidden_size or num_experts."),
         (("--num-layers", 3), 1, "num_layers=3: must be a whole number from 1 to 2"),
         (("--hidden-size", 20), 1, "hidden_size=20: must be a multiple of 8"),
         (("--num-layers", "two"), 2, "'two' is no number of layers"),

@@ -803,9 +803,9 @@ def test_command_end_to_end(cli: CommandLine, home: Path) -> None:
         assert line in card, line
     assert "zeros in a checkpoint" not in card
     facts = cli.json("inspect", out)
-    assert (facts["tokens"], facts["original_tokens"], facts["condensed"]) == (made["tokens"], 242, False)
+    assert (facts["smaller"], facts["condensed"]) == ({"tokens": {"now": made["tokens"], "before": 242}}, False)
     assert f"{made['tokens']} of 242" in cli("inspect", out)
-    assert cli.json("inspect", home / "model")["original_tokens"] == 242
+    assert cli.json("inspect", home / "model")["smaller"] == {}
 
 
 def test_a_vocabulary_is_cut_twice(cli: CommandLine, home: Path) -> None:

@@ -23,7 +23,7 @@ from .plan import BlockPlan, CondensePlan, condense_plan, dead_units
 from .refusal import needs_hf_prune
 from .resize import shrink
 from .snapshot import all_or_nothing, own_configs
-from .stock import is_condensed, stock_config, write_sizes
+from .stock import is_condensed, smaller, stock_config, write_sizes
 from .verify import compare, observe, sample_batch
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "nothing_to_cut",
     "sample_batch",
     "shrink",
+    "smaller",
     "stock_config",
 ]
 

@@ -26,8 +26,8 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
   list (`{"layers": [3, 7]}`). The config's number of layers (and `layer_types`) and the indices in the names under `layers` are
   those of the remaining layers.
 - `original`, only if the stock config itself was changed (all layers agreed, see `stock.py`; the hidden size became smaller; tokens
-  went, see `hf_prune.prune_vocabulary`), has the values of its attributes in the model that pruning started from
-  (`{"intermediate_size": 3072}`). It is informative: no size is read from it.
+  or experts went), has the values of its attributes in the model that pruning started from (`{"intermediate_size": 3072}`). It is
+  informative: no size is read from it.
 
 A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
 
@@ -102,13 +102,17 @@ def check_removed(removed: Any, left: dict[str, int]) -> None:
             )
 
 
+#: The attributes of configs that say how many experts a layer has: one is a config's own, others may be its aliases.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 def check_original(original: Any, attributes: Collection[str]) -> None:
     """Check the entry's `original`, given the config attributes that hold sizes of blocks in this family.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
-    check_keys("config.hf_prune['original']", original, (*attributes, "vocab_size"))
+    check_keys("config.hf_prune['original']", original, (*attributes, "vocab_size", *EXPERTS))
     for name, size in original.items():
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model import ArchitectureSpec, Block, blocks, spec_for
 from ..model.blocks import Adapted, layer_lists, outlines
+from .format import EXPERTS
 from .layers import entries_by_layer, layer_counts, name_decoder_depth
 
 
@@ -146,6 +147,24 @@ def is_condensed(config: Any) -> bool:
     if not isinstance(entry, dict):
         return entry is not None
     return bool(entry.get("layers") or entry.get("removed_layers")) or set(entry.get("original", {})) != {"vocab_size"}
+
+
+def smaller(config: Any) -> dict[str, tuple[int, int]]:
+    """What a model has less of than the one that it was made from, heads and neurons aside: name → how much now, and before."""
+    entry = getattr(config, "hf_prune", None)
+    if not isinstance(entry, dict):
+        return {}
+    names = {"hidden size": "hidden_size"}
+    for name in EXPERTS:
+        if name in entry.get("original", {}):
+            names["experts in a layer"] = name
+    if gone := entry.get("removed_layers"):
+        counts = layer_counts(spec_for(config.model_type))
+        names |= {f"layers in {path}": counts[path] for path in gone}
+    before = stock_config(config)
+    found = {what: (getattr(config, name, 0), getattr(before, name, 0)) for what, name in names.items()}
+    found["tokens"] = tuple(getattr(one.get_text_config(), "vocab_size", 0) for one in (config, before))
+    return {what: sizes for what, sizes in found.items() if sizes[0] != sizes[1]}
 
 
 def stock_config(config: PreTrainedConfig) -> Any:

@@ -25,13 +25,13 @@ from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from ..compat import auto_classes
-from ..condense import condense_plan, is_condensed, layer_counts, needs_hf_prune, stock_config
+from ..condense import condense_plan, is_condensed, needs_hf_prune, smaller
 from ..files import read_object, write_text
 from ..measure.latency import Comparison, Cost
 from ..measure.memory import megabytes
 from ..measure.plots import plot_family, plot_history, plot_kept, plot_latency
 from ..measure.sparsity import BlockSize, evaluated, original_blocks, sparsity_report, stock_twin, total_sparsity
-from ..model import SPECS, spec_for
+from ..model import SPECS
 from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import WHILE_TRAINING, WITHOUT_TRAINING, PruningConfig
@@ -212,7 +212,7 @@ def model_card(
     facts = facts or CardFacts()
     report, twin = sparsity_report(model), stock_twin(stock, "meta")
     name = (repo_id or "").rpartition("/")[2] or facts.model_name or f"{stock.config.model_type}-pruned"
-    condensed = is_condensed(stock.config)
+    condensed, less = is_condensed(stock.config), smaller(stock.config)
     comparison = None if facts.comparison is None else Comparison.from_dict(facts.comparison)
     library = library or library_of(model)
     card: ModelCard = ModelCard.from_template(
@@ -225,8 +225,8 @@ def model_card(
         class_name=type(stock).__name__,
         load=_loader(stock, library),
         condensed=condensed,
-        shape=_shape_rows(stock.config),
-        tokens=_tokens(stock.config),
+        shape=[(name, *sizes) for name, sizes in less.items() if name != "tokens"],
+        tokens=less.get("tokens"),
         vocabulary=_vocabulary_row(facts.vocabulary),
         needs_hf_prune=needs_hf_prune(stock.config),
         remote_code=any(auto_classes(stock.config.model_type)),
@@ -332,7 +332,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts, name: str, library: 
         for metric, value in metrics.items()
         if task is not None and facts.dataset is not None
     ]
-    kinds = ["condensed"] * is_condensed(model.config) + ["smaller-vocabulary"] * bool(_tokens(model.config))
+    kinds = ["condensed"] * is_condensed(model.config) + ["smaller-vocabulary"] * ("tokens" in smaller(model.config))
     return ModelCardData(
         model_name=name,
         base_model=_repo_id(facts.base_model),
@@ -457,27 +457,6 @@ def _budget_row(budget: Mapping[str, Any]) -> dict[str, str] | None:
     share = " of what the dense model has" if cost != "speedup" and asked < 1 else ""
     became = [f"{name} {number(budget[name])}" for name in ("predicted", "measured") if budget.get(name) is not None]
     return {"name": cost, "words": "; ".join([f"asked for {asked:,.6g}{share}", *became])}
-
-
-def _tokens(config: Any) -> tuple[int, int] | None:
-    """How many tokens a model has of how many; None if none was taken out."""
-    stock = stock_config(config)
-    now, before = (getattr(one.get_text_config(), "vocab_size", None) for one in (config, stock))
-    return None if now == before else (now, before)  # type: ignore[return-value]
-
-
-def _shape_rows(config: Any) -> list[tuple[str, int, int]]:
-    """What the whole model has less of, how much it has, and how much it had."""
-    entry = getattr(config, "hf_prune", None)
-    if not isinstance(entry, dict):
-        return []
-    before = stock_config(config)
-    width, wider = (getattr(one, "hidden_size", 0) for one in (config, before))
-    rows = [("hidden size", width, wider)] if width != wider else []
-    counts = layer_counts(spec_for(config.model_type)) if entry.get("removed_layers") else {}
-    for path in entry.get("removed_layers", {}):
-        rows.append((f"layers in {path}", getattr(config, counts[path]), getattr(before, counts[path])))
-    return rows
 
 
 def _vocabulary_row(vocabulary: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""From a model's folder to that of one with fewer layers or a smaller hidden size: shrink, save with its card, reload, compare."""
+"""From a model's folder to that of one with fewer layers or experts or a smaller hidden size: shrink, save, reload, compare."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..condense import smaller
 from ..files import new_folder
 from ..hub import CardFacts, write_made_from
 from ..measure.tables import as_text
@@ -24,6 +25,7 @@ from ..oneshot.walk import Rows
 from ..settings.config import CONFIG_NAME, PruningConfig
 from ..settings.errors import ConfigError, within
 from .depth import check_depth, shrink_depth
+from .experts import check_experts, shrink_experts
 from .hidden import check_size, shrink_hidden
 
 #: One batch of so many is held out: nothing is chosen by it.
@@ -37,7 +39,7 @@ class ShrunkFolder:
     Attributes:
         parameters_before, parameters: of the model.
         removed_layers: indices of the layers that are gone since the original model, by the name of their list.
-        hidden_size_before, hidden_size: width of the hidden stream.
+        smaller: what there is less of → how much now, and in the original model.
         held_out_error: how far the predictions are from those before, on rows that nothing was chosen by; see `PruneReport`.
         difference: the most by which an output of the reloaded model differs from that of the model in memory.
         left_out: file beside the old model → why it was left behind.
@@ -46,8 +48,7 @@ class ShrunkFolder:
     parameters_before: int
     parameters: int
     removed_layers: Mapping[str, list[int]]
-    hidden_size_before: int
-    hidden_size: int
+    smaller: Mapping[str, tuple[int, int]]
     held_out_error: float | None
     difference: float
     left_out: Mapping[str, str]
@@ -61,7 +62,8 @@ class ShrunkFolder:
         table.add_row("parameters", f"{self.parameters_before:,} → {self.parameters:,}")
         for path, indices in self.removed_layers.items():
             table.add_row(f"gone from {path}", ", ".join(map(str, indices)))
-        table.add_row("hidden size", f"{self.hidden_size_before} → {self.hidden_size}")
+        for name, (now, before) in self.smaller.items():
+            table.add_row(name, f"{before:,} → {now:,}")
         if self.held_out_error is not None:
             table.add_row("held-out error", f"{self.held_out_error:.4g}")
         table.add_row("difference after reloading", f"{self.difference:.1e}")
@@ -79,12 +81,13 @@ def shrink_to_folder(
     *,
     num_layers: int | dict[str, int] | None = None,
     hidden_size: int | None = None,
+    num_experts: int | None = None,
     criterion: str = "greedy_removal",
     rotate: bool = False,
     base_model: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> ShrunkFolder:
-    """Shrink a model in place, layers first, and save it beside the one that it was loaded from; all or nothing on disk.
+    """Shrink a model in place, layers first, experts last, and save it beside the one that it was loaded from, all or nothing.
 
     Args:
         model: as `source` has it.
@@ -93,25 +96,28 @@ def shrink_to_folder(
         batches: calibration rows, as the model's forward takes them; one batch of ten is held out, if there are several.
         num_layers, criterion: see [`shrink_depth`].
         hidden_size, rotate: see [`shrink_hidden`].
+        num_experts: see [`shrink_experts`].
         base_model: what the card says the model was made from.
         settings: what else the card lists.
 
     Raises:
-        ConfigError: nothing is asked for, or see [`shrink_depth`] and [`shrink_hidden`].
+        ConfigError: nothing is asked for, or see [`shrink_depth`], [`shrink_hidden`] and [`shrink_experts`].
         RuntimeError: the reloaded model computes something else.
         ValueError: there is something at `out`, or something in `source` cannot be read.
     """
-    if num_layers is None and hidden_size is None:
-        raise ConfigError("num_layers", None, "must be given, or hidden_size.")
+    if num_layers is None and hidden_size is None and num_experts is None:
+        raise ConfigError("num_layers", None, "must be given, or hidden_size or num_experts.")
     if num_layers is not None:
         check_depth(model, num_layers)
     if hidden_size is not None:
         with within("hidden_"):
             check_size(model, hidden_size)
+    if num_experts is not None:
+        check_experts(model, num_experts)
     rows = calibration(model, batches, sum(len(next(iter(batch.values()))) for batch in batches), 0.0, labels=False, seed=0)
     chosen = [batch for index, batch in enumerate(batches) if index % _HELD_OUT]
     held_out = Rows(rows.batches[::_HELD_OUT], [~part for part in rows.held_out[::_HELD_OUT]]) if chosen else Rows([], [])
-    facts, before = CardFacts.load(source), (model.num_parameters(), model.config.hidden_size)
+    facts, parameters = CardFacts.load(source), model.num_parameters()
     config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
     with new_folder(out) as folder:
         with still(model), torch.no_grad():
@@ -120,6 +126,8 @@ def shrink_to_folder(
             shrink_depth(model, num_layers, chosen or batches, criterion=criterion)
         if hidden_size is not None:
             shrink_hidden(model, hidden_size, chosen or batches, rotate=rotate)
+        if num_experts is not None:
+            shrink_experts(model, num_experts, chosen or batches)
         with still(model), torch.no_grad():
             error = divergence(model, held_out, dense)
         listed = {} if error is None else {"held-out error": f"{error:.4g}"}
@@ -128,11 +136,10 @@ def shrink_to_folder(
         difference = reloading_difference(model, folder)
     entry = getattr(model.config, "hf_prune", None) or {}
     return ShrunkFolder(
-        parameters_before=before[0],
+        parameters_before=parameters,
         parameters=model.num_parameters(),
         removed_layers=entry.get("removed_layers", {}),
-        hidden_size_before=before[1],
-        hidden_size=model.config.hidden_size,
+        smaller=smaller(model.config),
         held_out_error=error,
         difference=difference,
         left_out=left,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, TemplateError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..condense.snapshot import Snapshot, all_or_nothing, configs_of, own_configs
@@ -27,6 +27,7 @@ from ..condense.verify import all_outputs, sample_batch, tolerance
 from ..model.changeable import check_changeable
 from ..model.positions import padding_of_positions
 from ..settings.errors import ConfigError, closest
+from .outline import cut_to, outline, sized
 from .token_ids import renumber, token_ids
 from .tokenizers import Json, beginnings, letters, parts, renumbered, required, vocabulary
 
@@ -303,42 +304,15 @@ def _configured(model: PreTrainedModel, size: int) -> set[int]:
 
 @torch.no_grad()
 def _cut(model: PreTrainedModel, plan: VocabularyPlan, snapshot: Snapshot) -> None:
-    """Cut all that has a dimension of the vocabulary's size, and write the new size and ids wherever the old ones stand.
-
-    What that is, is not listed but seen: models of the same config with the old and the new vocabulary are built without weights,
-    and where they differ, this one is changed.
-    """
+    """Cut all that has a dimension of the vocabulary's size, and write the new size and ids wherever the old ones stand."""
     size, kept = len(plan.ids), plan.kept
     own_configs(model)
-    old = _outline(model)
+    old = outline(model)
     _renumber(model, plan.ids, len(kept))
-    new = _outline(model)
-    tensors, made = _tensors(model), {}
-    shapes, smaller = _tensors(old), _tensors(new)
-    for name, tensor in shapes.items():
-        dims = [dim for dim, (one, other) in enumerate(zip(tensor.shape, smaller[name].shape)) if one != other]
-        whole = tensors.get(name)
-        if not dims or id(whole) in made:
-            continue
-        if whole is None or any(whole.shape[dim] != size for dim in dims):
-            there = "none" if whole is None else f"one of the shape {tuple(whole.shape)}"
-            allowed = f"must have {name!r} with {size} tokens, which config.vocab_size says; it has {there}."
-            raise ConfigError("model", type(model).__name__, allowed)
-        cut = whole
-        for dim in dims:
-            cut = snapshot.select(cut, dim, kept.to(cut.device))
-        made[id(whole)] = nn.Parameter(cut, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else cut
-    if not made and len(kept) < size:
+    new = outline(model)
+    if not sized(old, new) and len(kept) < size:
         raise ConfigError("model", type(model).__name__, "has no embeddings or logits of tokens; must have some.")
-    modules, before = dict(model.named_modules()), dict(old.named_modules())
-    for name, tensor in tensors.items():  # those that others have, too
-        if id(tensor) in made:
-            owner, _, own = name.rpartition(".")
-            setattr(modules[owner], own, made[id(tensor)])
-    for name, module in new.named_modules():
-        for attribute, value in vars(module).items():
-            if type(value) in (int, type(None)) and vars(before[name]).get(attribute) != value and name in modules:
-                setattr(modules[name], attribute, value)
+    cut_to(model, old, new, lambda name: kept, (size, "tokens, which config.vocab_size says"), snapshot)
 
 
 def _renumber(model: PreTrainedModel, ids: Tensor, size: int) -> None:
@@ -358,25 +332,6 @@ def _renumber(model: PreTrainedModel, ids: Tensor, size: int) -> None:
     entry = getattr(model.config, "hf_prune", None) or {"version": 1, "layers": {}}
     if size < len(ids):
         model_any.config.hf_prune = entry | {"original": {"vocab_size": len(ids)} | entry.get("original", {})}
-
-
-def _outline(model: PreTrainedModel) -> nn.Module:
-    """A model of the same class and config without weights, not condensed."""
-    config: Any = copy.deepcopy(model.config)
-    config.hf_prune = None
-    kind: Any = type(model)
-    try:
-        with torch.device("meta"):
-            outline: nn.Module = kind(config)
-    except TypeError as error:
-        allowed = f"must be a class that its config alone makes, so that it can be seen what has the vocabulary's size ({error})."
-        raise ConfigError("model", kind.__name__, allowed) from None
-    return outline
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by each of its names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 # ----------------------------------------------------------------------------------------------------------------- what is verified

@@ -47,6 +47,7 @@ from ..settings.checks import check_share, check_type, check_types, dataclass_fr
 from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import ConfigError, closest, within
 from ..shrink.depth import check_depth, drop_layers, remove_first, shrink_depth
+from ..shrink.experts import check_experts, shrink_experts
 from ..shrink.hidden import shrink_hidden
 from ..shrink.vocabulary import prune_vocabulary
 from .callback import PruningCallback
@@ -69,6 +70,7 @@ class Stage:
         distillation: fields of a [`DistillationConfig`]; the teacher is the recipe's dense model.
         num_layers: how many layers stay, before the stage trains; see [`shrink_depth`]. Training rows say which.
         hidden_size: how wide the hidden stream becomes, before the stage trains; see [`shrink_hidden`].
+        num_experts: how many experts stay in each layer, before the stage trains; see [`shrink_experts`].
         dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
         recover: after block pruning by role (pattern `"auto"`), restore all weights of every head (or neuron) that still has some
             blocks: `"before"` restores the values from before the stage, for the whole model; `"trained"` keeps the trained ones.
@@ -88,6 +90,7 @@ class Stage:
     distillation: dict[str, Any] | None = None
     num_layers: int | dict[str, int] | None = None
     hidden_size: int | None = None
+    num_experts: int | None = None
     dropout: float | None = None
     recover: str | None = None
     neurons_per_head: float | None = None
@@ -114,7 +117,12 @@ class Stage:
     @property
     def shrinks(self) -> bool:
         """Whether the model is smaller after it."""
-        return any(part is not None for part in (self.pruning, self.num_layers, self.hidden_size))
+        return self.pruning is not None or self.reshapes
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether it takes something from the whole model before it trains."""
+        return any(part is not None for part in (self.num_layers, self.hidden_size, self.num_experts))
 
     def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
         """The stage's pruning config; under `neurons_per_head` one rule for each block's neurons. `sparsity`: block → share."""
@@ -400,7 +408,9 @@ class Pipeline:
         if stage.hidden_size is not None:
             with within("hidden_"):
                 shrink_hidden(model, stage.hidden_size)
-        if stage.num_layers is not None or stage.hidden_size is not None:
+        if stage.num_experts is not None:
+            check_experts(model, stage.num_experts)
+        if stage.reshapes:
             with _refused("train_dataset", len(self.train_dataset)):
                 calibration(model, self._calibration(model, args), None, 0.0, labels=False, seed=args.seed)
 
@@ -448,6 +458,8 @@ class Pipeline:
             shrink_depth(model, stage.num_layers, self._calibration(model, args))
         if stage.hidden_size is not None:
             shrink_hidden(model, stage.hidden_size, self._calibration(model, args))
+        if stage.num_experts is not None:
+            shrink_experts(model, stage.num_experts, self._calibration(model, args))
         config = self._pruning(stage, model)
         callbacks = [] if config is None else [PruningCallback(config)]
         trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))
