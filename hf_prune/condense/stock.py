@@ -163,7 +163,8 @@ def smaller(config: Any) -> dict[str, tuple[int, int]]:
         names |= {f"layers in {path}": counts[path] for path in gone}
     before = stock_config(config)
     found = {what: (getattr(config, name, 0), getattr(before, name, 0)) for what, name in names.items()}
-    found["tokens"] = tuple(getattr(one.get_text_config(), "vocab_size", 0) for one in (config, before))
+    texts: tuple[Any, Any] = (config.get_text_config(), before.get_text_config())
+    found["tokens"] = (getattr(texts[0], "vocab_size", 0), getattr(texts[1], "vocab_size", 0))
     return {what: sizes for what, sizes in found.items() if sizes[0] != sizes[1]}
 
 

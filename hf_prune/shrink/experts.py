@@ -94,7 +94,7 @@ def contributions(model: PreTrainedModel, rows: Rows, criterion: str) -> dict[st
     served = {name: torch.zeros(number, dtype=torch.float64) for name in modules}
     for batch in rows.batches:
         for name, tokens, chosen, weights in _routed(model, modules, batch):
-            for expert in chosen.unique().tolist():
+            for expert in sorted(set(chosen.flatten().tolist())):
                 place, rank = (chosen == expert).nonzero(as_tuple=True)
                 served[name][expert] += len(place)
                 if criterion == "reap":
