@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +28,11 @@ class Agreement:
     Attributes:
         rows: how many they were compared on.
         difference: the largest difference of an output, beside the largest value of that output.
-        error: the root mean square of the difference, beside that of the output; of the output where it is largest.
+        error: the root mean square of the difference, beside that of the output; of the output where it is largest. In llama.cpp
+            the log-probabilities of the likeliest tokens after each row are compared, and both differences are as they are.
         same: the share of predictions (the largest of the logits, of each row or token) that are the same; None without logits.
         bound: what `difference`, or of a quantized model `error`, may be.
+        unit: what `difference` and `error` are measured in.
     """
 
     rows: int
@@ -36,6 +40,7 @@ class Agreement:
     error: float
     same: float | None
     bound: float
+    unit: str = "of the output"
 
 
 class ExportError(RuntimeError):
@@ -128,3 +133,19 @@ def _plus(before: tuple[float, float] | None, *more: float) -> tuple[float, floa
 def _most(before: tuple[float, float] | None, *more: float) -> tuple[float, float]:
     first, second = before or (0.0, 0.0)
     return max(first, more[0]), max(second, more[1])
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of exporters and quantizers: what comes of them is compared with PyTorch."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "gguf")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)

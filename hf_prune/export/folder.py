@@ -22,7 +22,7 @@ from ..measure.tables import as_text
 from ..model.changeable import check_changeable
 from ..oneshot.data import load_tokenizer
 from ..settings.errors import ConfigError, closest
-from . import onnx
+from . import gguf, onnx
 from .compare import Agreement, compare
 from .inputs import as_exported, check_finite, example_batches, outputs_of
 
@@ -67,6 +67,7 @@ class Format:
         extra: what `pip install hf-prune[…]` calls them.
         quantizations: what a file can be quantized to.
         write: writes below the job's folder and compares; returns the file's name and how it agrees.
+        check: raises if it cannot take a model.
     """
 
     runtime: str
@@ -74,6 +75,7 @@ class Format:
     extra: str
     quantizations: tuple[str, ...]
     write: Callable[[Job], tuple[str, Agreement]]
+    check: Callable[[PreTrainedModel], None] = check_changeable
 
 
 #: What needs calibration rows.
@@ -88,8 +90,16 @@ def _onnx(job: Job) -> tuple[str, Agreement]:
     return onnx.FILE, compare(onnx.open_file(file), lambda batch: outputs_of(job.model, batch), job.compared, bool(job.quantize))
 
 
+def _gguf(job: Job) -> tuple[str, Agreement]:
+    tokenizer = load_tokenizer(job.folder)
+    file = gguf.write(job.model, job.folder, job.quantize, tokenizer)
+    prompts = gguf.prompts_of([*job.batches, *job.examples])
+    return gguf.FILE, gguf.compare(job.model, tokenizer, file, prompts, job.quantize == "q8_0")
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "onnx", ("int8", "int8-dynamic"), _onnx),
+    "gguf": Format("xllamacpp", ("gguf", "xllamacpp"), "gguf", gguf.QUANTIZATIONS, _gguf, gguf.check_model),
 }
 
 
@@ -124,8 +134,8 @@ class ExportReport:
         table = Table("", "", title=self.file, show_header=False)
         table.add_row("size", megabytes(self.bytes))
         table.add_row("compared in", f"{self.runtime}, on {found.rows:,} rows")
-        table.add_row("largest difference", f"{found.difference:.1e} of the largest output")
-        table.add_row("error", f"{found.error:.1e} of the output, root mean square")
+        table.add_row("largest difference", f"{found.difference:.1e} {found.unit}")
+        table.add_row("error", f"{found.error:.1e} {found.unit}, root mean square")
         if found.same is not None:
             table.add_row("same predictions as PyTorch", f"{found.same:.2%}")
         return table
@@ -157,7 +167,8 @@ def check_export(format: str, quantize: str | None = None, has_rows: bool = Fals
         raise ImportError(f"format={format!r}: needs {', '.join(missing)}; `pip install hf-prune[{known.extra}]`.")
     if opset is not None and format != "onnx":
         raise ConfigError("opset", opset, f"is a setting of onnx; {format} has none.")
-    onnx.check_opset(opset)
+    if format == "onnx":
+        onnx.check_opset(opset)
 
 
 def export_model(
@@ -179,9 +190,10 @@ def export_model(
         model: dense, pruned or condensed, with any head; it stays as it is.
         source: its folder.
         out: the folder to write.
-        format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size.
+        format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size. `"gguf"`: `model.gguf` of a Llama, Mistral
+            or Qwen2, for llama.cpp.
         quantize: what weights and activations become. ONNX: `"int8"`, with scales found from `batches` once; `"int8-dynamic"`, with
-            scales found for each batch. By default everything stays in float32.
+            scales found for each batch. GGUF: `"f16"` or `"q8_0"`, of weights. By default everything stays in float32.
         batches: rows of the task, as the model's forward takes them. A tenth of them finds no scales; on it the file is compared.
             By default a file is compared on random rows.
         opset: of ONNX; by default what its exporter recommends.
@@ -190,13 +202,15 @@ def export_model(
         ConfigError: a setting cannot be used, or the model is quantized, sharded, has adapters or no weights.
         ImportError: a package is not installed; says what to install.
         ExportError: exporter or runtime do not take the model, or the file computes something else; names the reason. The bound of
-            what differs is 1e-4 of an output's largest value, for quantized files 0.3 of the output in root mean square.
+            what differs is 1e-4 of an output's largest value, for quantized files 0.3 of the output in root mean square; of a
+            log-probability in llama.cpp 0.02, in eight bits 0.5.
         ValueError: there is something at `out`, or something in `source` cannot be read.
     """
     check_export(format, quantize, bool(batches), opset)
     check_new_folder(out)
-    check_changeable(model)
     known = FORMATS[format]
+    for check in (check_changeable, known.check):
+        check(model)
     with new_folder(out) as folder:
         left = carry_over(source, folder)
         save_config(model, folder)

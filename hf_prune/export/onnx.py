@@ -6,10 +6,7 @@ and text-embeddings-inference look for it. Batch and length may have any size.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..settings.errors import ConfigError
-from .compare import ExportError, Run, one_sentence
+from .compare import ExportError, Run, one_sentence, quietly
 from .inputs import any_size, outputs_of
 
 FILE = "onnx/model.onnx"
@@ -56,7 +53,7 @@ def write(model: PreTrainedModel, batch: dict[str, Tensor], file: Path, opset: i
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     names = list(outputs_of(model, batch))
-    with one_sentence(f"torch.onnx does not export {type(model).__name__}"), _quietly():
+    with one_sentence(f"torch.onnx does not export {type(model).__name__}"), quietly():
         program: Any = torch.onnx.export(
             model,
             (),
@@ -86,7 +83,7 @@ def quantize(file: Path, how: str, batches: Sequence[Mapping[str, Tensor]] = ())
     import onnx
     from onnxruntime import quantization
 
-    with one_sentence("ONNX Runtime's quantizer does not take the model"), _quietly():
+    with one_sentence("ONNX Runtime's quantizer does not take the model"), quietly():
         model: Any = onnx.load(file)
         del model.graph.value_info[:]  # the exporter's shapes, which are in the way of the quantizer's own
         common: dict[str, Any] = {
@@ -150,19 +147,3 @@ def _session(file: Path, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warnings of exporters and quantizers: what comes of them is compared with PyTorch."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before):
-            logger.setLevel(level)
