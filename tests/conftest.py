@@ -18,9 +18,10 @@ settings.load_profile("default")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that runs for every family is slow for those that differ only in their record."""
+    """A test that runs for every family is slow for those that differ only in their record, or not even in that."""
+    slow = models.MORE_FAMILIES.keys() | models.TWINS
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("family") in models.MORE_FAMILIES:
+        if getattr(item, "callspec", None) and item.callspec.params.get("family") in slow:
             item.add_marker(pytest.mark.slow)
 
 

@@ -152,6 +152,9 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "stablelm": lambda: transformers.StableLmConfig(**_grouped(use_qkv_bias=True)),
 }
 
+#: Of the first, those that are another one but for their name, or for what is no matter here (a window, a tokenizer, a head).
+TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
+
 #: All of them.
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
 

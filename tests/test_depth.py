@@ -25,6 +25,8 @@ from hf_prune.oneshot.trials import absences, greedy_absences
 from hf_prune.shrink.depth import CRITERIA
 
 TINY = {"num_hidden_layers": 5}
+#: Family and pattern of units that are tried out.
+UNITS = [("llama", "layer"), ("t5", "head"), ("bert", "head"), ("llama", "kv_group")]
 
 
 def batches(model: Any, count: int = 3) -> list[dict[str, Tensor]]:
@@ -183,8 +185,14 @@ def test_an_error_leaves_all_layers() -> None:
 # ------------------------------------------------------------------------------------------------------------- in `prune()`
 
 
-@pytest.mark.parametrize("criterion", ["removal", "greedy_removal"])
-@pytest.mark.parametrize(("family", "pattern"), [("llama", "layer"), ("t5", "head"), ("bert", "head"), ("llama", "kv_group")])
+@pytest.mark.parametrize(
+    ("family", "pattern", "criterion"),
+    [
+        *((family, pattern, "removal") for family, pattern in UNITS),
+        *((family, pattern, "greedy_removal") for family, pattern in UNITS if family != "t5"),
+        pytest.param("t5", "head", "greedy_removal", marks=pytest.mark.slow),
+    ],
+)
 def test_units_go_by_what_the_model_loses_without_them(family: str, pattern: str, criterion: str) -> None:
     model = models.tiny(family)
     rows = [models.ragged_batch(model, rows=12, seed=1)]

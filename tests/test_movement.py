@@ -184,8 +184,14 @@ def test_a_unit_that_comes_back_has_the_values_it_left_with() -> None:
     assert torch.equal(tensors[2][back], before[2][back])
 
 
-@pytest.mark.parametrize(("share", "heads"), [(0.25, 2), (0.5, 4), (0.7, 6)])
-@pytest.mark.parametrize("rate", [0.02, 0.1])
+@pytest.mark.parametrize(
+    ("share", "heads", "rate"),
+    [
+        (0.25, 2, 0.1),
+        (0.7, 6, 0.02),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0.25, 2, 0.02), (0.5, 4, 0.02), (0.5, 4, 0.1), (0.7, 6, 0.1)]),
+    ],
+)
 def test_the_steered_penalty_ends_within_one_head_of_the_target(share: float, heads: int, rate: float) -> None:
     torch.manual_seed(0)
     model = tiny_bert(num_hidden_layers=2).train()

@@ -129,7 +129,7 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
 def test_static_cache(family: str) -> None:
     model = models.tiny(family, models.GENERATORS[family])
     models.prune_randomly(model)

@@ -44,6 +44,8 @@ SCRIPTS = ROOT / "scripts"
 
 PAGES = {"README": ROOT / "README.md", "results": ROOT / "model_cards" / "results" / "README.md"}
 RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.json")) if "stages" in json.loads(path.read_text())]
+#: Recipes of which the others differ in numbers.
+KINDS_OF_RECIPES = ("nni_bert_mnli", "mrpc_half", "sst2_quarter")
 
 #: Functions in the place of the commands: each call becomes a record. `-c` code is run, but for the path of the package.
 PREAMBLE = r"""
@@ -247,7 +249,10 @@ def test_pages_have_commands() -> None:
     assert all(len(commands) > 5 for commands, _ in EXPANDED.values())
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=() if path.stem in KINDS_OF_RECIPES else pytest.mark.slow) for path in RECIPES],
+)
 def test_every_recipe_runs(path: Path, sandbox: Path) -> None:
     recipe = Recipe.from_json_file(path)
     flags = (
