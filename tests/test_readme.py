@@ -30,7 +30,7 @@ from card_cases import HALF
 from datasets import Dataset
 from helpers import arguments, forget_criterion
 from hub_server import run_with_hub, serving
-from models import prune_randomly, tiny
+from models import prune_randomly, tiny, tiny_mixture
 from script_cases import EXAMPLES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -282,6 +282,8 @@ def ingredients(sandbox: Path) -> dict[str, Any]:
         "accelerator": Accelerator(cpu=True),
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": torch.utils.data.DataLoader(data.with_format("torch"), batch_size=4),
+        "mixture": tiny_mixture("olmoe"),
+        "text_loader": torch.utils.data.DataLoader(data.select_columns("input_ids").with_format("torch"), batch_size=4),
     }
 
 
