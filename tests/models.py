@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import torch
@@ -237,6 +240,36 @@ def tiny(family: str = "bert", head: str | None = None, seed: int = 0, **config:
     settings = EVERY_FAMILY[family]()
     settings.update(config)
     return randomize(HEADS[head or classifier_of(family)].from_config(settings)).eval()
+
+
+@contextmanager
+def disguised(family: str) -> Iterator[PreTrainedModel]:
+    """A tiny model of a family under names that nobody knows: of the config and its `model_type`, the model, and its modules.
+
+    The classes of transformers have these names as long as the context lasts. Those without a linear module keep theirs, by which
+    transformers itself knows how to initialize some (rotary embeddings).
+    """
+    model = tiny(family, GENERATORS.get(family, "bare"))
+    random = Random(family)
+
+    def name() -> str:
+        return "".join(random.choices(string.ascii_lowercase, k=12)).title()
+
+    config: Any = type(name(), (type(model.config),), {"model_type": name().lower()})
+    stranger: Any = type(name(), (type(model),), {"config_class": config})
+    named = [module for module in model.modules() if "transformers.models" in type(module).__module__]
+    linear = [module for module in named if any(isinstance(inner, (nn.Linear, Conv1D)) for inner in module.modules())]
+    kinds = sorted({type(module) for module in linear}, key=str)
+    before = {kind: kind.__name__ for kind in kinds}
+    try:
+        for kind in kinds:
+            kind.__name__ = name()
+        made = stranger(config.from_dict(model.config.to_dict() | {"model_type": config.model_type}))
+        made.load_state_dict(model.state_dict())
+        yield made.eval()
+    finally:
+        for kind, known in before.items():
+            kind.__name__ = known
 
 
 @torch.no_grad()

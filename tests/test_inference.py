@@ -1,4 +1,4 @@
-"""Specs are proven before they are believed: right ones pass, wrong ones do not."""
+"""Specs are inferred where there is no record, and proven before they are believed: right ones pass, wrong ones do not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 import models
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from hf_prune.condense.infer import infer_architecture
+from hf_prune.condense.layers import depths
 from hf_prune.condense.prove import ArchitectureError, prove_architecture
-from hf_prune.model import SPECS, ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
+from hf_prune.model import SPECS, ArchitectureSpec, Part, blocks
+from hf_prune.model.blocks import outlines
 
 
 def with_block(spec: ArchitectureSpec, kind: str, **changes: Any) -> ArchitectureSpec:
@@ -31,22 +34,7 @@ def parts(path: str, *order: int, interleaved: bool = False) -> dict[str, Part]:
     return {role: Part(path, index, 3, interleaved) for role, index in zip(("query", "key", "value"), order)}
 
 
-def neox() -> tuple[PreTrainedModel, ArchitectureSpec]:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 99}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=40, pad_token_id=0, eos_token_id=2))
-    attention = AttentionSpec(
-        "attention",
-        **parts("attention.query_key_value", 0, 1, 2, interleaved=True),
-        output=Part("attention.dense"),
-        head_size="head_size",
-    )
-    feed_forward = FeedForwardSpec(Part("mlp.dense_h_to_4h"), Part("mlp.dense_4h_to_h"), "mlp.act")
-    return model, ArchitectureSpec(("gpt_neox",), ("layers",), (attention,), (feed_forward,))
-
-
 def model_and_spec(family: str) -> tuple[PreTrainedModel, ArchitectureSpec]:
-    if family == "gpt_neox":
-        return neox()
     more = {"num_attention_heads": 8} if family == "bert-narrow" else {}  # as many heads as twice the width of one
     model = models.tiny(family.removesuffix("-narrow"), models.GENERATORS.get(family), **more)
     return model, SPECS[model.config.model_type]
@@ -106,25 +94,38 @@ WRONG: dict[str, tuple[str, Any]] = {
 def test_a_wrong_spec_is_refused(what: str) -> None:
     family, make_wrong = WRONG[what]
     model, spec = model_and_spec(family)
-    with pytest.raises(ArchitectureError) as error:
+    with pytest.raises(ArchitectureError):
         prove_architecture(model, make_wrong(spec))
-    print(error.value)
 
 
 #: The families that are tried every time; the others are slow.
-FEW = ("llama", "t5")
+FEW = ("gpt2", "llama", "t5")
+FAMILIES = [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in models.EVERY_FAMILY]
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["gpt_neox", *(family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in models.FAMILIES)],
-)
-def test_a_right_spec_is_proven_and_the_model_stays_as_it_is(family: str) -> None:
-    model, spec = model_and_spec(family)
-    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    model.train()
-    prove_architecture(model, spec)
-    assert model.training
-    assert torch.get_rng_state().equal(state)
-    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    assert getattr(model.config, "hf_prune", None) is None
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_right_spec_is_proven(family: str) -> None:
+    prove_architecture(*model_and_spec(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_without_a_record_is_inferred(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of it is found again, under names that nobody knows, and the model stays as it is."""
+    known = SPECS[models.EVERY_FAMILY[family]().model_type]
+    for name in list(SPECS):
+        monkeypatch.delitem(SPECS, name)
+    with models.disguised(family) as model:
+        before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+        model.train()
+        spec = infer_architecture(model)
+        assert not SPECS
+        assert model.training
+        assert torch.get_rng_state().equal(state)
+        assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+        assert getattr(model.config, "hf_prune", None) is None
+        found, wanted, removable = blocks(model, spec), blocks(model, known), depths(model, known)
+    assert outlines(found) == outlines(wanted)
+    assert [(block.kind, block.num_units, block.unit_width) for block in found] == [
+        (block.kind, block.num_units, block.unit_width) for block in wanted
+    ]
+    assert spec.pre_norm == bool(removable)

@@ -16,7 +16,6 @@ from logging import CRITICAL
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -70,7 +69,7 @@ def prove_architecture(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """
     with quietly(), registered(spec, model.config.model_type):
         check_spec(model, spec)
-        dtype = _dtype_for(model)
+        dtype = dtype_for(model)
         with failing(model, "its sizes in the config"):
             check_config(model, spec)
         with failing(model, "what reaches what"):
@@ -82,12 +81,13 @@ def prove_architecture(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what transformers says of models that it builds, saves and loads: they are not the user's."""
+    """Without what transformers says of models that it builds, saves and loads, and with torch's random state as it was."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -105,7 +105,7 @@ def failing(model: object, where: str) -> Iterator[None]:
         raise ArchitectureError(model, where, f"{type(error).__name__}: {error}".partition("\n")[0]) from error
 
 
-def _dtype_for(model: PreTrainedModel) -> torch.dtype:
+def dtype_for(model: PreTrainedModel) -> torch.dtype:
     """float64, if a model can be computed in it (see `verify.observe` for those that cannot), else float32."""
     try:
         seen = all_outputs(stand_in(model))
@@ -140,12 +140,12 @@ def check_config(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     for path, widths in zip(spec.layers, spec.widths):
         own = [place for place, block in enumerate(found) if block.layer.rpartition(".")[0] in layer_lists(model, path)]
         smaller = copy.deepcopy(model.config)
-        halves = {name: found[place].sizes[name] // 2 for place in own for name in found[place].sizes if name in widths}
+        halves = {name: max(found[place].sizes[name] // 2, 1) for place in own for name in found[place].sizes if name in widths}
         for name, half in (halves | ({"head_dim": width} if "head_dim" in widths else {})).items():
             setattr(smaller, widths[name], half)
         try:
             narrow = blocks(twin(model, smaller), spec)
-        except (ValueError, StrictDataclassError):  # a family may want its heads to fill the hidden size
+        except Exception:  # a family may want its heads to fill the hidden size, or to be two at least
             continue
         for place in own:
             wrong = [name for name, half in narrow[place].sizes.items() if name in halves and half != halves[name]]
@@ -183,7 +183,7 @@ def _check_reach(model: PreTrainedModel, call: LayerCall, block: Block, role: st
     some = torch.randperm(shares, generator=generator)[: (shares + 1) // 2].sort().values
     inner = torch.randint(block.unit_width, (len(some),), generator=generator)
     (before,) = call.inputs_of([block.output.module])
-    (after,) = call.inputs_of([block.output.module], part.module, noise_at(part.rows[some * block.unit_width + inner]))
+    (after,) = call.inputs_of([block.output.module], {part.module: noise_at(part.rows[some * block.unit_width + inner])})
     where = f"{block.layer}.{block.key}"
     if before is None or after is None:
         raise ArchitectureError(model, where, f"{block.output.name} is not called in a pass of the model")

@@ -123,7 +123,7 @@ def _own_dtypes(model: PreTrainedModel) -> frozenset[torch.dtype]:
     with unchanged(model):
         model.train(False)
         outputs = model(**sample_batch(model, rows=2, tokens=4), output_hidden_states=True, return_dict=True)
-        return frozenset(value.dtype for _, value in _tensors("", dict(outputs)))
+        return frozenset(value.dtype for _, value in tensors_of("", dict(outputs)))
 
 
 def all_outputs(model: PreTrainedModel, batch: dict[str, Tensor] | None = None) -> Outputs:
@@ -143,7 +143,7 @@ def _outputs(model: PreTrainedModel, batch: dict[str, Tensor] | None = None) -> 
     for implementation in implementations(model):
         model.set_attn_implementation(implementation)
         outputs = model(**batch, output_hidden_states=True, return_dict=True)
-        seen.update(_tensors(implementation, dict(outputs)))
+        seen.update(tensors_of(implementation, dict(outputs)))
     return seen
 
 
@@ -251,13 +251,13 @@ def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the floating-point tensors in nested outputs with their dotted names; caches and the like are skipped."""
     if isinstance(value, Tensor) and value.is_floating_point():
         yield name, value.detach()  # `enable_input_require_grads` makes the embedding's output a leaf, even under `no_grad`
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield from _tensors(f"{name}.{key}", part)
+            yield from tensors_of(f"{name}.{key}", part)
     elif isinstance(value, (tuple, list)):
         for index, part in enumerate(value):
-            yield from _tensors(f"{name}.{index}", part)
+            yield from tensors_of(f"{name}.{index}", part)

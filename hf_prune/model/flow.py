@@ -28,21 +28,39 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
     @torch.no_grad()
+    def again(self, changes: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None, of: str = "output") -> Any:
+        """What the layer returns when it is called again.
+
+        Args:
+            changes: modules of the layer → what is done to the tensors that they put out, or are given.
+            of: `"output"` or `"input"`.
+        """
+        handles = []
+        for module, change in (changes or {}).items():
+            if of == "output":
+                handles.append(module.register_forward_hook(lambda module, args, output, change=change: change(output)))
+            else:
+                handles.append(module.register_forward_pre_hook(lambda module, args, change=change: (change(args[0]), *args[1:])))
+        try:
+            return self.layer(*_fresh(self.args), **_fresh(self.kwargs))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
     def inputs_of(
-        self, modules: Sequence[nn.Module], at: nn.Module | None = None, disturb: Callable[[Tensor], Tensor] | None = None
+        self, modules: Sequence[nn.Module], changes: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None
     ) -> list[Tensor | None]:
         """The first input of each of some modules while the layer is called again; None for one that is not called.
 
         Args:
             modules: modules of the layer.
-            at, disturb: the module whose output is disturbed, and how, `[..., features]` → the same shape.
+            changes: modules of the layer → what is done to the tensors that they put out, `[..., features]` → the same shape.
         """
         seen: dict[nn.Module, Tensor] = {}
         handles = [module.register_forward_pre_hook(lambda module, args: _note(seen, module, args)) for module in modules]
-        if at is not None and disturb is not None:
-            handles.append(at.register_forward_hook(lambda module, args, output: disturb(output)))
         try:
-            self.layer(*_fresh(self.args), **_fresh(self.kwargs))
+            self.again(changes)
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,3 +118,86 @@ def noise_at(rows: Tensor, seed: int = 0) -> Callable[[Tensor], Tensor]:
         return output.index_add(-1, rows.to(output.device), noise.to(output.device))
 
     return disturb
+
+
+# ---------------------------------------------------------------------------------------------------------------------- probes
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one output of a module, disturbed at one position, changes in the input of another.
+
+    Attributes:
+        features: the features that change anywhere.
+        elsewhere: whether they change at other positions than that one.
+        linear: whether they change in proportion.
+    """
+
+    features: tuple[int, ...]
+    elsewhere: bool
+    linear: bool
+
+
+def reached(
+    call: LayerCall, source: nn.Module, targets: Sequence[nn.Module], outputs: Sequence[int], copies: int
+) -> dict[nn.Module, dict[int, Reach]]:
+    """What each of some outputs of a module reaches in the inputs of others, where it reaches anything.
+
+    Args:
+        call: of the layer that has them all, in a pass of `copies` equal rows, so that as many outputs are tried at once.
+        source: the module whose outputs are disturbed in its first call, one by one.
+        targets: the modules whose inputs are compared.
+        outputs: which outputs are tried.
+        copies: the number of rows.
+
+    Returns:
+        target → output → what it reaches.
+    """
+    found: dict[nn.Module, dict[int, Reach]] = {target: {} for target in targets}
+    before = call.inputs_of(targets)
+    spot = _Spot(copies)
+    while len(outputs):
+        spot.outputs = outputs[:copies]
+        after = []
+        for spot.size in (1.0, -1.0):
+            spot.calls = 0
+            after.append(call.inputs_of(targets, {source: spot}))
+        for target, still, up, down in zip(targets, before, *after):
+            if still is None or up is None or down is None or still.shape[0] % copies:
+                continue
+            still, up, down = (value.view(copies, -1, value.shape[-1]) for value in (still, up, down))
+            effect, bend = changed(still, up), changed(still, up + down - still)
+            for place, output in enumerate(spot.outputs):
+                if features := effect[place].any(0).nonzero().flatten().tolist():
+                    positions = effect[place].any(1).nonzero().flatten().tolist()
+                    elsewhere = positions != [spot.position] or spot.positions != still.shape[1]
+                    found[target][output] = Reach(tuple(features), elsewhere, not bool(bend[place].any()))
+        outputs = outputs[len(spot.outputs) :]
+    return found
+
+
+class _Spot:
+    """Disturbs the first output of a module at one position: another feature in each row.
+
+    An output without rows (of positions, which all rows share) is disturbed everywhere, in one feature.
+    """
+
+    outputs: Sequence[int]
+    size: float
+
+    def __init__(self, copies: int) -> None:
+        self.copies, self.calls, self.position, self.positions = copies, 0, 0, 0
+
+    def __call__(self, output: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            return output
+        if output.shape[0] % self.copies:
+            self.outputs, self.positions = self.outputs[:1], 0
+            return noise_at(torch.tensor(self.outputs))(output)
+        changed = output.clone()
+        rows = changed.view(self.copies, -1, output.shape[-1])
+        self.positions = rows.shape[1]
+        self.position = self.positions // 3
+        rows[torch.arange(len(self.outputs)), self.position, list(self.outputs)] += self.size
+        return changed

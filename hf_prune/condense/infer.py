@@ -1,0 +1,181 @@
+"""Architectures that no record describes: proposed from what reaches what in them, tried block by block, and proven as a whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..model import ArchitectureSpec, AttentionSpec, Block, FeedForwardSpec, blocks
+from ..model.blocks import body_prefix, hidden_into, hidden_of, layer_lists
+from ..model.config_names import with_names
+from ..model.flow import LayerCall, layer_calls
+from ..model.propose import COPIES, blocks_of, layer_paths
+from .prove import ArchitectureError, Outputs, dtype_for, prove_architecture, quietly
+from .resize import keep_units
+from .snapshot import unchanged
+from .stand_in import stand_in
+from .verify import sample_batch, tensors_of
+
+logger = logging.getLogger(__name__)
+
+BlockSpec = AttentionSpec | FeedForwardSpec
+
+
+def infer_architecture(model: PreTrainedModel) -> ArchitectureSpec:
+    """Find and prove the spec of a model that no record describes.
+
+    Modules, shapes and one traced pass of a random stand-in propose what the blocks are; names of classes and `model_type` are not
+    looked at. What is proposed is tried layer by layer, and what fits is proven: see [`prove_architecture`], which also says what
+    the whole costs. The model itself, its mode, dtype, device and torch's random state stay as they are.
+
+    Args:
+        model: a transformers model, from transformers or of somebody's own.
+
+    Returns:
+        The spec, as `register_architecture` takes it.
+
+    Raises:
+        ArchitectureError: nothing that fits was found, or it cannot be proven; says in which layer, and which check failed how.
+    """
+    with quietly():
+        found = propose_architecture(stand_in(model, dtype_for(model)))
+    found = replace(found, model_types=(model.config.model_type,))
+    try:
+        prove_architecture(model, found)
+    except ArchitectureError:
+        if not found.pre_norm:
+            raise
+        found = replace(found, pre_norm=False)  # layers that only add to their input but do not bear to be removed
+        prove_architecture(model, found)
+    return found
+
+
+def propose_architecture(model: PreTrainedModel) -> ArchitectureSpec:
+    """What a stand-in seems to be, each block tried in the layers that have it; not proven.
+
+    Raises:
+        ArchitectureError: nothing fits.
+    """
+    calls = {path: _calls(model, path) for path in layer_paths(model)}
+    guesses: dict[str, list[BlockSpec]] = {}
+    homes: dict[str, list[LayerCall]] = {}
+    for path, found in calls.items():
+        layers = [layer for layers in layer_lists(model, path).values() for layer in layers]
+        for call in found:
+            for some in blocks_of(call, layers):
+                place = _place(some[0])
+                homes.setdefault(place, []).append(call)
+                guesses.setdefault(place, []).extend(one for one in some if one not in guesses.get(place, []))
+    if not guesses:
+        lists = ", ".join(calls) or "no list of layers"
+        raise ArchitectureError(
+            model, lists, "no linear module's input is made by heads or neurons of others, as far as specs can say"
+        )
+    chosen = [_first_fit(model, place, some, homes[place], list(calls)) for place, some in guesses.items()]
+    paths = tuple(path for path, found in calls.items() if any(call in homes[place] for place in homes for call in found))
+    spec = ArchitectureSpec(
+        model_types=(model.config.model_type,),
+        layers=paths,
+        attentions=tuple(one for one in chosen if isinstance(one, AttentionSpec)),
+        feed_forwards=tuple(one for one in chosen if isinstance(one, FeedForwardSpec)),
+    )
+    spec = with_names(model, spec)
+    adds = bool(spec.depths) and all(_only_adds(model, call, spec) for path in paths for call in calls[path])
+    return replace(spec, pre_norm=adds)
+
+
+def _calls(model: PreTrainedModel, path: str) -> list[LayerCall]:
+    """The calls of a list's layers, one of each structure, in a pass of equal rows."""
+    prefix = body_prefix(model)
+    first: dict[object, str] = {}
+    for name, layers in layer_lists(model, path).items():
+        for index, layer in enumerate(layers):
+            shapes = tuple((key, tuple(value.shape)) for key, value in layer.named_parameters())
+            modules = tuple(key for key, _ in layer.named_modules())
+            first.setdefault((shapes, modules), f"{prefix}{name}.{index}")
+    one = sample_batch(model, rows=1, tokens=8, shortest=8)
+    batch = {name: value.expand(COPIES, *value.shape[1:]).clone() for name, value in one.items()}
+    return list(layer_calls(model, first.values(), batch).values())
+
+
+def _place(block: BlockSpec) -> str:
+    return block.module if isinstance(block, AttentionSpec) else block.up.path
+
+
+def _first_fit(model: PreTrainedModel, place: str, guesses: list[BlockSpec], homes: list[LayerCall], paths: list[str]) -> BlockSpec:
+    """The first guess that can be cut in every layer that has the block.
+
+    Raises:
+        ArchitectureError: there is none.
+    """
+    failure = ""
+    for guess in guesses:
+        failures = [misfit for call in homes if (misfit := _misfit(model, guess, call, paths))]
+        if not failures:
+            return guess
+        failure = failure or failures[0]
+    raise ArchitectureError(model, f"{homes[0].name}.{place}", f"none of {len(guesses)} descriptions fits; the first: {failure}")
+
+
+def _misfit(model: PreTrainedModel, guess: BlockSpec, call: LayerCall, paths: list[str]) -> str:
+    """What goes wrong when units that nobody reads are cut out of one layer: half of them, then all; `""` if nothing does."""
+    heads = (guess,) if isinstance(guess, AttentionSpec) else ()
+    neurons = (guess,) if isinstance(guess, FeedForwardSpec) else ()
+    spec = ArchitectureSpec((), tuple(paths), heads, neurons)
+    try:
+        (block,) = (block for block in blocks(model, spec) if body_prefix(model) + block.layer == call.name)
+        for units, groups in _trials(block):
+            gone = torch.ones(block.num_units, dtype=torch.bool).index_fill(0, units, False).nonzero().flatten()
+            what, silent = f"without {len(gone)} {block.unit}s the layer returns", block.features(gone)
+            wanted = _returned(call, {block.output.module: lambda given, silent=silent: given.index_fill(-1, silent, 0)})
+            own = None if block.own_units is None else [block.own_units[unit] for unit in units.tolist()]
+            with unchanged(model):
+                keep_units(block, units, groups, own_heads=own)
+                found = _returned(call)
+            for name, value in wanted.items():
+                if name not in found or _are_probabilities(
+                    value
+                ):  # what the next layer makes itself; what has an entry for each head
+                    continue
+                if found[name].shape != value.shape:
+                    return f"{what} another shape"
+                if not (gap := float((value - found[name]).abs().max())) <= 1e-5:
+                    return f"{what} what differs by {gap:.1e}"
+    except Exception as error:  # shapes that do not fit, in code of any kind
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return ""
+
+
+def _trials(block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+    """Units that stay in a trial, with their groups: half of the groups, one head of each group, none."""
+    shares = block.units_per_group
+    groups = torch.arange((block.num_groups + 1) // 2)
+    yield torch.arange(len(groups) * shares), groups
+    if shares > 1:
+        yield torch.arange(0, block.num_units, shares), torch.arange(block.num_groups)
+    yield torch.arange(0), torch.arange(0)
+
+
+def _are_probabilities(value: Tensor) -> bool:
+    """Whether a tensor may be attention weights."""
+    return value.ndim == 4 and bool((value >= 0).all() and torch.allclose(value.sum(-1), torch.ones(()).to(value)))
+
+
+@torch.no_grad()
+def _returned(call: LayerCall, inputs: Any = None) -> Outputs:
+    """The tensors that a layer returns, with other inputs of some of its modules."""
+    return dict(tensors_of("", call.again(inputs, of="input")))
+
+
+@torch.no_grad()
+def _only_adds(model: PreTrainedModel, call: LayerCall, spec: ArchitectureSpec) -> bool:
+    """Whether a layer returns what it is given if its blocks put out nothing."""
+    outputs = [block.output.module for block in blocks(model, spec) if body_prefix(model) + block.layer == call.name]
+    given, returned = hidden_into(call.args, call.kwargs), hidden_of(call.again(dict.fromkeys(outputs, torch.zeros_like)))
+    return given.shape == returned.shape and bool(torch.allclose(given, returned))
