@@ -41,13 +41,11 @@ def gradient_gap(model: PreTrainedModel) -> float:
         if block.units_per_group == 1:
             models.zero_units(block, [2, 3], "in")
     plan = condense_plan(copy.deepcopy(model))
-    batch = models.ragged_batch(model)
-    batch["labels"] = batch["input_ids"] if "ForCausalLM" in type(model).__name__ else torch.tensor([0, 1, 1, 0])
-    model(**batch).loss.backward()
+    _loss(model).backward()
     masked = gradients(model)
     condense(model)
     model.zero_grad()
-    model(**batch).loss.backward()
+    _loss(model).backward()
     condensed = gradients(model)
 
     kept: dict[str, Tensor] = {}
@@ -55,6 +53,13 @@ def gradient_gap(model: PreTrainedModel) -> float:
         features = (~block.dead_features).nonzero().flatten()
         for part, outputs in block.block.outputs_of(block.kept, block.groups):
             kept |= {f"{part.name}.weight": outputs, f"{part.name}.bias": outputs}
+        layer = block.block.name.removesuffix(block.block.key)
+        for _, _, entry in block.block.by_head:
+            heads = block.kept if entry.role == "query" else block.groups
+            number = block.block.num_units if entry.role == "query" else block.block.num_groups
+            gradient = masked[layer + entry.path]
+            apart = gradient.unflatten(entry.dim, (number, -1)).index_select(entry.dim, heads)
+            masked[layer + entry.path] = apart.flatten(entry.dim, entry.dim + 1)
         masked[f"{block.block.output.name}.weight"] = masked[f"{block.block.output.name}.weight"][:, features]
         table = f"{block.block.name}.{getattr(block.block.spec, 'position_table', '')}.weight"
         if table in masked and not model.config.hf_prune["layers"]:  # an ordinary T5, whose position bias is cut along
@@ -64,6 +69,17 @@ def gradient_gap(model: PreTrainedModel) -> float:
         wanted = masked[name][kept[name]] if name in kept else masked[name]
         gaps.append(float((gradient - wanted).abs().max()) / max(1.0, float(wanted.abs().max())))
     return max(gaps)
+
+
+def _loss(model: PreTrainedModel) -> Tensor:
+    """The loss of a model that has one, else a number that all of its outputs matter for."""
+    batch = models.ragged_batch(model)
+    head = type(model).__name__
+    if head.endswith("Model"):
+        return torch.stack([value.square().mean() for value in tensors(dict(model(**batch)))]).sum()
+    labels = batch["input_ids"] if "ForCausalLM" in head else torch.tensor([0, 1, 1, 0])
+    loss: Tensor = model(**batch, labels=labels).loss
+    return loss
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.model import Block, Projection, find_blocks
+from hf_prune.condense.layers import depths
+from hf_prune.model import Block, Projection, find_blocks, spec_for
 from hf_prune.model.targets import weight_target
 
 
@@ -122,6 +123,9 @@ def _grouped(**changes: Any) -> dict[str, Any]:
     return _bert_like(**_special()) | {"num_key_value_heads": 2} | changes
 
 
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
 def _falcon(**changes: Any) -> transformers.FalconConfig:
     return transformers.FalconConfig(**_bert_like(**_special()) | {"ffn_hidden_size": 40, "bias": True} | changes)
 
@@ -152,6 +156,30 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         attention_types=[[["global", "local", "global"], 1]],
         window_size=4,
     ),
+    "cohere2": lambda: transformers.Cohere2Config(**_grouped(sliding_window=6, layer_types=_ALTERNATING)),
+    "gemma2": lambda: transformers.Gemma2Config(**_llama_like(sliding_window=6, layer_types=_ALTERNATING)),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**_llama_like(sliding_window=6, layer_types=_ALTERNATING)),
+    "exaone4": lambda: transformers.Exaone4Config(**_grouped(sliding_window=6, layer_types=_ALTERNATING)),
+    "glm4": lambda: transformers.Glm4Config(**_llama_like(attention_bias=False)),
+    "olmo2": lambda: transformers.Olmo2Config(**_bert_like(**_special())),
+    "olmo2-grouped": lambda: transformers.Olmo2Config(**_grouped()),
+    "olmo3": lambda: transformers.Olmo3Config(**_bert_like(**_special()), sliding_window=6, layer_types=_ALTERNATING),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=99, **_special()),
+    "ernie4_5": lambda: transformers.Ernie4_5Config(**_llama_like()),
+    "seed_oss": lambda: transformers.SeedOssConfig(**_llama_like()),
+    "dinov2": lambda: transformers.Dinov2Config(**_pixels(), mlp_ratio=2, layerscale_value=0.5),
+    "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersConfig(**_pixels(), mlp_ratio=2),
+    "dinov3_vit": lambda: transformers.DINOv3ViTConfig(**_pixels(), num_register_tokens=2),
+    "beit": lambda: transformers.BeitConfig(**_pixels(), use_relative_position_bias=True, drop_path_rate=0.0),
+    "swin": lambda: transformers.SwinConfig(
+        image_size=12, patch_size=2, embed_dim=32, depths=[1, 2], num_heads=[4, 8], window_size=3, mlp_ratio=1.25
+    ),
+    "vit_msn": lambda: transformers.ViTMSNConfig(**_pixels()),
+    "ijepa": lambda: transformers.IJepaConfig(**_pixels()),
+    "hubert": lambda: transformers.HubertConfig(**_bert_like(), **_SOUND),
+    "unispeech": lambda: transformers.UniSpeechConfig(**_bert_like(), **_SOUND),
+    "unispeech-sat": lambda: transformers.UniSpeechSatConfig(**_bert_like(), **_SOUND),
+    "data2vec-audio": lambda: transformers.Data2VecAudioConfig(**_bert_like(), **_SOUND),
     "stablelm": lambda: transformers.StableLmConfig(**_grouped(use_qkv_bias=True)),
 }
 
@@ -187,8 +215,8 @@ def heads_of(family: str) -> list[str]:
 
 def classifier_of(family: str) -> str:
     """The task head that classifies what the family reads, or that it has instead."""
-    kinds = ("sequence-classification", "image-classification", "audio-classification", *HEADS)
-    return next(head for head in kinds if head in heads_of(family) and head != "bare")
+    kinds = ("sequence-classification", "image-classification", "audio-classification", *list(HEADS)[1:], "bare")
+    return next(head for head in kinds if head in heads_of(family))
 
 
 #: The families that generate, each with the head that does.
@@ -204,8 +232,16 @@ GENERATORS: dict[str, str] = {
     "qwen2": "causal-lm",
     "qwen3": "causal-lm",
     "gemma": "causal-lm",
-    **dict.fromkeys(MORE_FAMILIES, "causal-lm"),
+    **{family: "causal-lm" for family in MORE_FAMILIES if "causal-lm" in heads_of(family)},
 }
+
+
+class _Of:
+    """A model in as far as [`depths`] looks at it."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+
 
 #: The families whose layers only add to what they are given, with the path of each list of layers.
 PRE_NORM = {
@@ -215,11 +251,11 @@ PRE_NORM = {
     "wav2vec2-stable": ("encoder.layers",),
     "gpt2": ("h",),
     "opt": ("decoder.layers",),
-    **dict.fromkeys(
-        ("phi3", "phi", "gpt_neox", "gpt_neox-serial", "granite", "cohere", "smollm3", "starcoder2", "helium", "glm", "stablelm"),
-        ("layers",),
-    ),
-    **dict.fromkeys(("falcon", "falcon-multihead", "falcon-grouped", "gptj", "gpt_bigcode"), ("h",)),
+    **{
+        family: paths
+        for family, config in MORE_FAMILIES.items()
+        if (paths := tuple(depths(_Of(made := config()), spec_for(made.model_type))))
+    },
 }
 
 
@@ -333,6 +369,14 @@ def zero_units(block: Block, units: list[int], how: str) -> None:
             if how == "query"
             else tuple(block.roles[name] for name in ("value", "up", "gate") if name in block.roles)
         )
+    if how != "query" and any(entry.forward for _, _, entry in block.by_head):  # a norm over all heads sees these
+        chosen, shared = torch.zeros(block.num_units, dtype=torch.bool), block.units_per_group
+        for unit in units:
+            chosen[unit * shared : (unit + 1) * shared] |= how == "in"
+            chosen[unit] |= how == "out"
+        whole = chosen.view(-1, shared).all(1).nonzero().flatten()
+        for role, some in (("query", chosen.nonzero().flatten()), ("key", whole)):
+            block.roles[role].layer.weight[block.roles[role].rows[block.features(some)]] = 0
     for part in parts:  # a gated neuron is constant only if both factors are
         target = weight_target("", part.module)
         matrix = target.matrix(target.parameter)
@@ -358,7 +402,8 @@ def prune_randomly(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
             silent = dead.view(-1, shared).all(1) & by_rows[::shared]
             zero_units(block, silent.nonzero().flatten().tolist(), "in")
             zero_units(block, (dead & ~silent.repeat_interleave(shared)).nonzero().flatten().tolist(), "out")
-            left[block.name] = heads_left(dead.view(-1, shared).tolist())
+            copies = not any(entry.forward for _, _, entry in block.by_head)
+            left[block.name] = heads_left(dead.view(-1, shared).tolist(), copies)
             continue
         zero_units(block, (dead & by_rows).nonzero().flatten().tolist(), "in")
         zero_units(block, (dead & ~by_rows).nonzero().flatten().tolist(), "out")
@@ -393,12 +438,13 @@ def empty_layers(model: PreTrainedModel, indices: set[int], silent: bool = False
     return {path: sorted(found) for path, found in emptied.items()}
 
 
-def heads_left(groups: list[list[bool]]) -> int:
-    """How many query heads have to stay when these are dead, group by group: as many in each living group, or all on their own."""
+def heads_left(groups: list[list[bool]], copies: bool = True) -> int:
+    """How many query heads have to stay when these are dead, group by group: as many in each living group, or all on their own, if
+    there may be copies of their keys."""
     alive = [group.count(False) for group in groups]
     living = [size for size in alive if size]
     together, alone = len(living) * max(living, default=0), sum(alive)
-    return alone if alone <= len(groups) and 2 * alone < together + len(living) else together
+    return alone if copies and alone <= len(groups) and 2 * alone < together + len(living) else together
 
 
 def _mixture(**changes: Any) -> dict[str, Any]:

@@ -519,6 +519,8 @@ def five_layers(family: str, head: str | None = None) -> PreTrainedModel:
     changes: dict[str, object] = {name: 5 for name in names if hasattr(config, name)}
     if getattr(config, "layer_types", None):
         changes["layer_types"] = (config.layer_types * 2)[:5]
+    if getattr(config, "stage_names", None):
+        changes["stage_names"] = ["stem", *(f"stage{index}" for index in range(1, 6))]
     if getattr(config, "no_rope_layers", None):
         changes["no_rope_layers"] = (config.no_rope_layers * 2)[:5]
     return models.tiny(family, head, **changes)

@@ -39,6 +39,7 @@ What loading needs of this module is also copied into the modelling file of a ch
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import reprlib
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -54,7 +55,7 @@ def read_sizes(
     Args:
         entry: the value of `config.hf_prune`.
         stock: the blocks of the model.
-        absent: lists of layers that this model does not have; entries about them are ignored.
+        absent: paths of lists of layers, as in a spec, that this model does not have; entries about them are ignored.
         heads: the config attributes of the number of heads that the hidden size can change, see `ArchitectureSpec.heads`.
 
     Raises:
@@ -71,7 +72,8 @@ def read_sizes(
         raise ValueError(f"{where}['version'] is {reprlib.repr(version)}; this code reads version 1. A newer hf_prune may read it.")
     layers = entry.get("layers", {})
     if isinstance(layers, dict):
-        layers = {name: parts for name, parts in layers.items() if str(name).rpartition(".")[0] not in absent}
+        lists = {name: str(name).rpartition(".")[0] for name in layers}
+        layers = {name: layers[name] for name in lists if not any(fnmatch.fnmatchcase(lists[name], path) for path in absent)}
     check_keys(f"{where}['layers']", layers, known)
 
     original = entry.get("original", {})

@@ -37,6 +37,8 @@ class NoHeads(Adapted):
         if self.spec.output.path.startswith(inside):
             for name in (self.spec.output.path.removeprefix(inside), *self.spec.after):
                 output = getattr(self, name)(output)
+        if self.spec.adds_residual:
+            output = output + args[0]
         if self.spec.residual_norm:
             output = getattr(self, self.spec.residual_norm)(hidden_states + output)
         eager = self.config is None or self.config._attn_implementation == "eager"
@@ -82,6 +84,34 @@ class OwnHeads(Adapted):
         past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
         keys = past + tokens if mask is None else mask.shape[-1]
         return module.compute_bias(tokens, keys, device=hidden_states.device, past_seen_tokens=past)
+
+
+class OwnBiases(Adapted):
+    """The `forward` of an attention module that receives biases for every stock head by name and selects those of its own."""
+
+    own_heads: list[int]
+    spec: AttentionSpec
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        for name, dim in self.spec.position_arguments.items():
+            if (bias := kwargs.get(name)) is not None:
+                every = bias if dim else bias.unflatten(0, (len(hidden_states), -1))
+                kwargs[name] = every[:, self.own_heads] if dim else every[:, self.own_heads].flatten(0, 1)
+        return stock.forward(hidden_states, *args, **kwargs)
+
+
+class StockMean(Adapted):
+    """The `forward` of an RMSNorm over all heads of which some are gone: those were zero, and still count in the mean."""
+
+    stock_width: int
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        stock: Any = super()
+        factor = (self.stock_width / len(self.weight)) ** 0.5
+        output: Tensor = stock.forward(hidden_states / factor) * factor
+        return output
 
 
 class OwnConfig(Adapted):

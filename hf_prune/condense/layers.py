@@ -92,11 +92,22 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
         own: Any = getattr(owner_of(model, path), "config", model.config)
         if own is not model.config:  # each stack of T5 has a copy of its own
             own.num_hidden_layers = len(layers)
+        _renumber_stages(model.config, indices)
         for name in entries_by_layer(model.config):
             entries = list(enumerate(getattr(model.config, name)))
             setattr(model.config, name, [entry for index, entry in entries if index not in indices])
     if removed:
         name_decoder_depth(model.config, spec)
+
+
+def _renumber_stages(config: Any, removed: Collection[int]) -> None:
+    """Let the config of a backbone name the features of the layers that it has."""
+    stages = getattr(config, "stage_names", None)
+    if stages and len(stages) == config.num_hidden_layers + len(removed) + 1:
+        left = [0, *(index + 1 for index in range(len(stages) - 1) if index not in removed)]
+        outputs = [left.index(index) for index in config.out_indices if index in left]
+        config.stage_names = stages[: len(left)]
+        config.set_output_features_output_indices(out_features=None, out_indices=outputs or [len(left) - 1])
 
 
 def entries_by_layer(config: Any) -> list[str]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model import Block, Projection, find_blocks, spec_for
-from ..model.blocks import body, has_bias, layer_lists
+from ..model import Block, ByHead, Projection, find_blocks, spec_for
+from ..model.blocks import at_path, body, has_bias, layer_lists
 from ..model.lora import Adapter
-from ..model.targets import BlockWeights, block_weights, computed_part
+from ..model.targets import BlockWeights, block_weights, computed_part, projection_target
 from ..model.wrappers import transformers_model
 from ..settings.errors import ConfigError
 from .format import after_condensing
@@ -34,8 +34,9 @@ class BlockPlan:
         adds_bias: whether the output projection has no bias yet and needs one for `shift`.
         heads: the indices of the remaining heads in the stock model, if the config has to list them.
         masked: how many heads are dead but have to stay, because others share their key and value head.
-        left_out: why the block stays as it is even if units are dead; `""` otherwise.
+        left_out: why dead units stay, if it is not for the key and value head that they share; `""` otherwise.
         adapters: the LoRA adapters of its projections.
+        entries: how many entries of its parameters by head would go.
     """
 
     block: Block
@@ -48,6 +49,7 @@ class BlockPlan:
     masked: int = 0
     left_out: str = ""
     adapters: tuple[Adapter, ...] = ()
+    entries: int = 0
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class BlockPlan:
             gone = units if part is block.inputs[0] else groups
             inputs = part.layer.weight.shape[0 if isinstance(part.layer, Conv1D) else 1]
             total += gone * block.unit_width * (inputs + has_bias(part.layer))
-        return total
+        return total + self.entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +193,10 @@ def plan_block(block: Block, multiple: int) -> BlockPlan:
     dead = torch.zeros(block.num_units, dtype=torch.bool) if reason else _dead_units(block, weights, fixed)
     if block.unit_width == 1:  # padding is for the sizes of matrices, and a head is wide enough
         dead[dead.nonzero().flatten()[: -int((~dead).sum()) % multiple]] = False
-    kept, groups = regroup(dead, block.units_per_group)
+    normalised = any(entry.forward for _, _, entry in block.by_head)
+    if normalised and (seen := dead & _seen_by_norms(block, dead)).any():
+        dead, reason = dead & ~seen, f"{int(seen.sum())} dead heads stay, because a norm over all heads sees their queries and keys"
+    kept, groups = regroup(dead, block.units_per_group, copies=not normalised)
     gone = torch.ones_like(dead)
     gone[kept] = False
     shift, own = _shift(weights, values, gone.repeat_interleave(block.unit_width)), block.own_units
@@ -206,7 +211,15 @@ def plan_block(block: Block, multiple: int) -> BlockPlan:
         masked=int(dead.sum() - gone.sum()),
         left_out=reason,
         adapters=weights.adapters,
+        entries=sum(_entries(block, by_head, len(kept), len(groups)) for by_head in block.by_head),
     )
+
+
+def _entries(block: Block, by_head: tuple[Any, str, ByHead], heads: int, groups: int) -> int:
+    """How many entries of a parameter go if that many heads and groups stay; those of one head always do."""
+    owner, name, entry = by_head
+    number, left = (block.num_units, heads) if entry.role == "query" else (block.num_groups, groups)
+    return getattr(owner, name).numel() // number * (number - max(left, 1)) if number else 0
 
 
 def _shift(weights: BlockWeights, values: Tensor, gone: Tensor) -> Tensor:
@@ -225,15 +238,18 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
         layers = [layer for layers in layer_lists(model, path).values() for layer in layers]
         members = [[i for i, plan in enumerate(plans) if plan.block.layer == f"{path}.{index}"] for index in range(len(layers))]
         crosses = bool(getattr(config, "is_encoder_decoder", False))
-        constants = [_constant([plans[i] for i in places], crosses) for places in members]
+        scales = [_output_scale(layer, plans[places[-1]]) if places else None for layer, places in zip(layers, members)]
+        absorb = all(scale is None or bool(scale.all()) for scale in scales)
+        constants = [_constant(layer, [plans[i] for i in places], crosses, absorb) for layer, places in zip(layers, members)]
         gone = removable(constants, [outline(layer) for layer in layers])
-        keeper = -1
+        keeper = kept_layer = -1
         for index, places in enumerate(members):
             if index not in gone:
-                keeper = places[-1]
+                keeper, kept_layer = places[-1], index
                 continue
             constant = constants[index]
             if constant is not None and constant.any():
+                constant = constant if (scale := scales[kept_layer]) is None else constant / scale
                 shift = plans[keeper].shift + constant.to(plans[keeper].shift)
                 lacks = not has_bias(plans[keeper].block.output.layer)
                 plans[keeper] = replace(plans[keeper], shift=shift, adds_bias=lacks)
@@ -244,18 +260,38 @@ def _without_layers(model: nn.Module, plans: list[BlockPlan]) -> dict[str, list[
     return removed
 
 
-def _constant(plans: list[BlockPlan], crosses: bool) -> Tensor | None:
-    """The constant that a layer adds, `[hidden]`, if none of its blocks has a unit left, else None.
+def _constant(layer: nn.Module, plans: list[BlockPlan], crosses: bool, absorb: bool) -> Tensor | None:
+    """The constant that a layer adds, `[hidden]`, if no block of it has a unit left and a layer before it can add that, else None.
 
-    A decoder without encoder states skips cross-attention, so its constant counts only if the model always `crosses`.
+    A decoder without encoder states skips cross-attention, so its constant counts only if the model always `crosses`. No bias
+    before a norm makes up for a constant behind it, nor one before a scale of zero: then layers `absorb` none.
     """
     if not plans or any(len(plan.kept) for plan in plans):
         return None
-    terms = [plan.bias.to(plan.shift) + plan.shift.to(plans[0].shift) for plan in plans]
+    terms = [_added(layer, plan, plans[0].shift) for plan in plans]
     attentions = [term for plan, term in zip(plans, terms) if plan.block.kind == "attention"]
     if not crosses and any(bool(term.any()) for term in attentions[1:]):
         return None
-    return torch.stack(terms).sum(0)
+    constant = torch.stack(terms).sum(0)
+    if constant.any() and (not absorb or any(plan.block.spec.norm for plan in plans)):
+        return None
+    return constant
+
+
+def _added(layer: nn.Module, plan: BlockPlan, like: Tensor) -> Tensor:
+    """What a block without units adds to the stream, `[hidden]`, with the dtype and device of `like`."""
+    term = (plan.bias.to(plan.shift) + plan.shift).to(like)
+    if plan.block.spec.norm:
+        norm = at_path(layer, plan.block.spec.norm)
+        term = norm(term.to(norm.weight)).to(like)
+    scale = _output_scale(layer, plan)
+    return term if scale is None else term * scale.to(like)
+
+
+def _output_scale(layer: nn.Module, plan: BlockPlan) -> Tensor | None:
+    """What the result of a block is multiplied with before it is added to the stream, `[hidden]`."""
+    scale: Tensor | None = at_path(layer, plan.block.spec.scale) if plan.block.spec.scale else None
+    return scale
 
 
 def _reason(row: dict[str, Any]) -> str:
@@ -294,7 +330,20 @@ def _fixed_features(block: Block, weights: BlockWeights) -> tuple[Tensor, Tensor
     return gate * up, (up_zero & gate_zero) | (up_zero & (up == 0)) | (gate_zero & (gate == 0))
 
 
-def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _seen_by_norms(block: Block, dead: Tensor) -> Tensor:
+    """The heads whose queries, or whose keys if all that share them are `dead`, are not zero, bool `[heads]`."""
+    alive = []
+    for part, number in ((block.roles["query"], block.num_units), (block.roles["key"], block.num_groups)):
+        rows = projection_target(part).weight()[part.rows]
+        zero = ~rows.any(1) if part.layer.bias is None else ~(rows.any(1) | part.layer.bias[part.rows].bool())
+        alive.append(~zero.view(number, block.unit_width).all(1).cpu())
+    queries, keys = alive
+    without = dead.view(block.num_groups, -1).all(1) & keys
+    return queries | without.repeat_interleave(block.units_per_group)
+
+
+def regroup(dead: Tensor, per_group: int, copies: bool = True) -> tuple[Tensor, Tensor]:
     """The heads to keep, and the key and value heads they read, if every `per_group` heads share one.
 
     All groups of a block must have the same size. Either each living group keeps as many heads as the largest has living ones, so
@@ -304,6 +353,7 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
 
     Args:
         dead: bool `[heads]`.
+        copies: whether key and value heads may be copied.
 
     Returns:
         Indices of heads, ascending, `[n]`, and of key and value heads, `[m]`, where m divides n.
@@ -314,7 +364,7 @@ def regroup(dead: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     first_alive = alive[groups].int().argsort(dim=1, descending=True, stable=True)[:, :largest].sort(dim=1).values
     heads = (groups[:, None] * per_group + first_alive).flatten()
     living = (~dead).nonzero().flatten()
-    if len(living) <= len(alive) and 2 * len(living) < len(heads) + len(groups):
+    if copies and len(living) <= len(alive) and 2 * len(living) < len(heads) + len(groups):
         return living, living // per_group
     return heads, groups
 

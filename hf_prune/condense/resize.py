@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..model import ArchitectureSpec, Block, Projection, blocks
+from ..model import ArchitectureSpec, Block, ByHead, Projection, blocks
 from ..model.blocks import Adapted, adapted, has_bias, hidden_size_name, layer_lists, out_features
 from .format import check_original, check_removed, read_sizes
 from .forwards import NoHeads
@@ -77,6 +77,9 @@ def keep_units(
         keep_features(part, outputs, outputs=True, select=select)
     features = block.features(units)
     keep_features(block.output, features, outputs=False, select=select)
+    for owner, name, entry in block.by_head:
+        kept, number = (units, block.num_units) if entry.role == "query" else (groups, block.num_groups)
+        _keep_entries(owner, name, entry, kept, number, select)
     if block.module is not None:
         sizes = {"heads": len(units), "width": len(features), "key_value_heads": len(groups)}
         sizes["groups"] = max(len(units) // max(len(groups), 1), 1)
@@ -87,14 +90,35 @@ def keep_units(
             set_attribute(block.module, "own_heads", own_heads)
 
 
+def _keep_entries(owner: Any, name: str, entry: ByHead, kept: Tensor, number: int, select: Select) -> None:
+    """Keep only the entries of some of `number` heads of a parameter; of no head those of the first, frozen, since stock code reads
+    them before it finds that there is none."""
+    parameter = getattr(owner, name)
+    size = parameter.shape[entry.dim]
+    index = (
+        (kept if len(kept) else kept.new_zeros(1))[:, None] * (size // number) + torch.arange(size // number, device="cpu")
+    ).flatten()
+    values = select(parameter, entry.dim, index.to(parameter.device)).detach()
+    setattr(owner, name, nn.Parameter(values, requires_grad=parameter.requires_grad and len(kept) > 0))
+    for attribute in {"embedding_dim", "out_features"} & vars(owner).keys():
+        set_attribute(owner, attribute, len(index))
+    if entry.forward:
+        set_attribute(owner, "stock_width", vars(owner).get("stock_width", size))
+        owner.__class__ = adapted(getattr(owner, "stock_class", owner.__class__), (_forward(entry.forward),))
+
+
 def adapt_forward(block: Block, heads: int) -> None:
     """Give an attention module a `forward` that works with that many heads left, if the stock one would fail."""
     module = block.module
-    named = {each.__name__: each for each in Adapted.__subclasses__()}
-    mixins = tuple(named[name] for name in block.spec.forwards) + ((NoHeads,) if heads == 0 else ())
+    mixins = tuple(map(_forward, block.spec.forwards)) + ((NoHeads,) if heads == 0 else ())
     if mixins:
         set_attribute(module, "spec", block.spec)
         module.__class__ = adapted(getattr(module, "stock_class", module.__class__), mixins)
+
+
+def _forward(name: str) -> type:
+    """The class of `forwards.py` of that name."""
+    return next(each for each in Adapted.__subclasses__() if each.__name__ == name)
 
 
 def add_bias(layer: Any) -> None:

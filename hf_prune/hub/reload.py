@@ -50,6 +50,7 @@ end are the stock ones of transformers; before their weights are loaded they shr
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
 import json
 import os
@@ -186,7 +187,10 @@ def _expression(value: Any, indent: str = "") -> str:
         makes = {each.name: each.default_factory for each in dataclasses.fields(value)}
         defaults = {each.name: each.default for each in dataclasses.fields(value)}
         defaults |= {name: make() for name, make in makes.items() if make is not dataclasses.MISSING}
-        start, items, end = f"{type(value).__name__}(", [(f"{name}=", own) for name, own in named if own != defaults[name]], ")"
+        said = [(name, own) for name, own in named if own != defaults[name]]
+        given = next((place for place, pair in enumerate(zip(said, named)) if pair[0] != pair[1]), len(said))
+        items = [("" if place < given else f"{name}=", own) for place, (name, own) in enumerate(said)]
+        start, end = f"{type(value).__name__}(", ")"
     elif isinstance(value, tuple) and value:
         start, items, end = "(", [("", item) for item in value], ",)"
     else:

@@ -36,13 +36,14 @@ modelling file is written for it, because that file could not contain the classe
 from .blocks import Block, Projection, blocks
 from .families import SPECS, register_architecture, spec_for
 from .resolve import find_blocks
-from .spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
+from .spec import ArchitectureSpec, AttentionSpec, ByHead, FeedForwardSpec, Part
 
 __all__ = [
     "SPECS",
     "ArchitectureSpec",
     "AttentionSpec",
     "Block",
+    "ByHead",
     "FeedForwardSpec",
     "Part",
     "Projection",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .spec import ArchitectureSpec, Part
+from .spec import ArchitectureSpec, ByHead, Part
 
 
 def active_copy(module: Any) -> Any:
@@ -112,6 +112,7 @@ class Block:
         unit_width: rows of an input, and columns of the output, per unit.
         module: the module whose `forward` splits features into units; None if there is none.
         attributes: the attributes of the module that hold the number of units, see `AttentionSpec.sizes`.
+        by_head: parameters beside the projections that have entries for every head: their module, name and entry in the spec.
         own_units: the indices of the units in the stock model, where the module has to know them.
         activation: the activation function of a neuron; None for heads.
         spec: the spec that describes it.
@@ -130,6 +131,7 @@ class Block:
     unit_width: int = 1
     module: Any = None
     attributes: Mapping[str, str] = field(default_factory=dict)
+    by_head: tuple[tuple[Any, str, ByHead], ...] = ()
     own_units: list[int] | None = None
     activation: Any = None
 
@@ -200,6 +202,12 @@ def at_path(root: Any, path: str) -> Any:
     for step in path.split("."):
         root = active_copy(getattr(root, step, None))
     return root
+
+
+def _owner(root: Any, path: str) -> tuple[Any, str]:
+    """What holds the attribute at a dotted path, and the attribute's name."""
+    owner, _, name = path.rpartition(".")
+    return (at_path(root, owner) if owner else root), name
 
 
 def missing(root: Any, paths: Iterable[str]) -> list[str]:
@@ -302,6 +310,7 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
                 unit_width=width,
                 module=module,
                 attributes=attention.sizes,
+                by_head=tuple((*_owner(layer, own.path), own) for own in attention.by_head if at_path(layer, own.path) is not None),
                 own_units=list(getattr(module, "own_heads", range(heads))) if attention.position_bias else None,
             )
     for ffn in spec.feed_forwards:

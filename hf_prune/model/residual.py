@@ -156,6 +156,8 @@ def _own_dimensions(found: list[Block]) -> dict[tuple[nn.Module, str], set[int]]
             else:
                 own.setdefault((part.layer, "weight"), set()).add(1 if stored_in_out else 0)
                 own.setdefault((part.layer, "bias"), set()).add(0)
+        for owner, name, entry in block.by_head:
+            own.setdefault((owner, name), set()).add(entry.dim)
     return own
 
 

@@ -70,10 +70,12 @@ def _check_block(model: Any, layer: nn.Module, block: AttentionSpec | FeedForwar
     """Check that a layer has all modules of a block."""
     if isinstance(block, FeedForwardSpec):
         parts, modules = [block.up, block.down, *([block.gate] if block.gate else [])], [block.activation]
+        modules += [block.norm] if block.norm else []
     else:
         module = at_path(layer, block.module)
         parts = [block.query, block.key, block.value, block.output]
         modules = [f"{block.module}.{name}" for name in (*block.after, block.residual_norm) if name]
+        modules += [block.norm] if block.norm else []
         for attribute in (block.head_size, *block.sizes):
             if at_path(module, attribute) is None:
                 raise _lacks(module, attribute, "an attribute", vars(module))

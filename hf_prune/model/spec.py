@@ -24,6 +24,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ByHead:
+    """A parameter of an attention block, beside its projections, that has entries for every head.
+
+    Attributes:
+        path: its path relative to the layer.
+        dim: the dimension along heads; each head has one entry or several neighbouring ones.
+        role: whose heads, `"query"` or `"key"`.
+        forward: `"StockMean"` if it scales an RMSNorm over all heads at once (OLMo 2), whose mean is over the heads of the stock
+            model for ever. Such a norm sees the queries of a dead head, which therefore have to be zero for the head to go.
+    """
+
+    path: str
+    dim: int = 0
+    role: str = "query"
+    forward: str = ""
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """An attention block of a layer.
 
@@ -38,8 +56,15 @@ class AttentionSpec:
         after: submodules of `module` that it applies to the result of its output projection, in this order.
         residual_norm: LayerNorm of `module` that it finally applies to that plus its own input, `""` for none.
         extra: optional further projections of `module` with rows for every head (DeBERTa's positions).
+        by_head: parameters with entries for every head, those of them that the model has.
+        scale: the parameter, a path relative to the layer, that the result is multiplied with, channel by channel, before it is
+            added to the stream (layer scale); `""` for none. A model may lack it.
+        norm: the norm of the layer that the result goes through before it is added to the stream; `""` for none.
         position_bias: whether `forward` receives a bias with an entry for every head of the stock model: `"taken"`, `"passed on"`
             (also returned as the second output, for the next layer), or `""`.
+        position_arguments: what `forward` calls these biases, where its family needs `OwnBiases` among `forwards`: their names, and
+            for each the dimension along heads, 0 if it is along batch and heads together.
+        adds_residual: `forward` receives the stream as its second argument, and adds it to the result.
         position_table: the embedding of `module` that this bias comes from, with a column for every head; `""` for one elsewhere.
         forwards: the classes of `condense/forwards.py` that change what the `forward` of `module` does when heads are gone.
         optional: some models of the family have no such block (cross-attention).
@@ -55,7 +80,12 @@ class AttentionSpec:
     after: tuple[str, ...] = ()
     residual_norm: str = ""
     extra: tuple[Part, ...] = ()
+    by_head: tuple[ByHead, ...] = ()
+    scale: str = ""
+    norm: str = ""
     position_bias: str = ""
+    position_arguments: Mapping[str, int] = field(default_factory=dict)
+    adds_residual: bool = False
     position_table: str = ""
     forwards: tuple[str, ...] = ()
     optional: bool = False
@@ -68,6 +98,7 @@ class FeedForwardSpec:
     Attributes:
         up, down, gate: its projections, paths relative to the layer.
         activation: path, relative to the layer, of the activation function.
+        scale, norm: as those of an attention block.
         optional: some models of the family have no such block (but another one that the spec lists).
     """
 
@@ -75,6 +106,8 @@ class FeedForwardSpec:
     down: Part
     activation: str
     gate: Part | None = None
+    scale: str = ""
+    norm: str = ""
     optional: bool = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..spec import ArchitectureSpec, AttentionSpec, FeedForwardSpec, Part
+from ..spec import ArchitectureSpec, AttentionSpec, ByHead, FeedForwardSpec, Part
 from .encoder_decoders import BART
 from .fragments import HEADS, NEURONS, OWN_HEADS, attention, bart_like, feed_forward, packed, packed_attention
 
@@ -117,7 +117,20 @@ FALCON = ArchitectureSpec(
 )
 
 LLAMA = ArchitectureSpec(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "cohere", "smollm3", "helium"),
+    model_types=(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "granite",
+        "cohere",
+        "cohere2",
+        "smollm3",
+        "helium",
+        "ernie4_5",
+        "seed_oss",
+    ),
     layers=("layers",),
     attentions=(attention("self_attn", "q_proj k_proj v_proj o_proj", sizes={"num_key_value_groups": "groups"}),),
     feed_forwards=(
@@ -178,4 +191,57 @@ STABLELM = replace(
     ),
     widths=(NEURONS,),
     heads=OWN_HEADS,
+)
+
+
+def _with_norms(attention: str, feed_forward: str, qk_norms: bool = False) -> ArchitectureSpec:
+    """Llama's layers with norms of these names on what their blocks add, and perhaps on the queries and keys of all heads."""
+    [attend], [feed] = LLAMA.attentions, LLAMA.feed_forwards
+    norms = tuple(ByHead(f"self_attn.{role[0]}_norm.weight", role=role, forward="StockMean") for role in ("query", "key"))
+    return replace(
+        LLAMA,
+        attentions=(replace(attend, norm=attention, by_head=norms if qk_norms else ()),),
+        feed_forwards=(replace(feed, norm=feed_forward),),
+    )
+
+
+GEMMA2 = replace(_with_norms("post_attention_layernorm", "post_feedforward_layernorm"), model_types=("gemma2", "gemma3_text"))
+
+EXAONE4 = replace(GEMMA2, model_types=("exaone4",))
+
+GLM4 = replace(
+    GEMMA2,
+    model_types=("glm4",),
+    attentions=(replace(GEMMA2.attentions[0], norm="post_self_attn_layernorm"),),
+    feed_forwards=(replace(GLM.feed_forwards[0], norm="post_mlp_layernorm"),),
+)
+
+#: Norms over the queries and keys of all heads have the width of the stock model, which the number of heads in the config gives.
+OLMO2 = replace(
+    _with_norms("post_attention_layernorm", "post_feedforward_layernorm", qk_norms=True),
+    model_types=("olmo2", "olmo3"),
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
+)
+
+BLOOM = ArchitectureSpec(
+    model_types=("bloom",),
+    layers=("h",),
+    attentions=(
+        packed_attention(
+            "self_attention",
+            "query_key_value dense",
+            interleaved=True,
+            sizes={"num_heads": "heads"},
+            adds_residual=True,
+            position_bias="taken",
+            position_arguments={"alibi": 0},
+            forwards=("OwnBiases",),
+        ),
+    ),
+    feed_forwards=(feed_forward("mlp.dense_h_to_4h mlp.dense_4h_to_h", "mlp.gelu_impl"),),
+    depths=("num_hidden_layers",),
+    pre_norm=True,
+    pre_norm_when={"apply_residual_connection_post_layernorm": False},
+    heads=("n_head",),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from ..spec import ArchitectureSpec, FeedForwardSpec, Part
-from .fragments import HEADS, NEURONS, OWN_HEADS, attention, bart_like
+from dataclasses import replace
+
+from ..spec import ArchitectureSpec, ByHead, FeedForwardSpec, Part
+from .fragments import HEADS, NEURONS, OWN_HEADS, attention, bart_like, feed_forward
 
 VIT = ArchitectureSpec(
-    model_types=("vit", "deit"),
+    model_types=("vit", "deit", "vit_msn", "ijepa", "vivit", "audio-spectrogram-transformer"),
     layers=("layers",),
     attentions=(attention("attention", "q_proj k_proj v_proj o_proj", sizes={"num_attention_heads": "heads"}),),
     feed_forwards=(FeedForwardSpec(up=Part("mlp.fc1"), down=Part("mlp.fc2"), activation="mlp.activation_fn"),),
@@ -15,8 +17,51 @@ VIT = ArchitectureSpec(
     widths=(NEURONS | HEADS,),
 )
 
+#: Layers whose blocks are scaled channel by channel.
+DINOV2 = replace(
+    VIT,
+    model_types=("dinov2", "dinov2_with_registers"),
+    layers=("encoder.layer",),
+    attentions=(replace(VIT.attentions[0], scale="layer_scale1.lambda1"),),
+    feed_forwards=(replace(VIT.feed_forwards[0], scale="layer_scale2.lambda1"),),
+    widths=(),
+    heads=OWN_HEADS,
+)
+
+DINOV3 = replace(
+    DINOV2,
+    model_types=("dinov3_vit",),
+    layers=("layer",),
+    attentions=(replace(DINOV2.attentions[0], sizes={"num_heads": "heads"}),),
+    feed_forwards=(replace(feed_forward("mlp.up_proj mlp.down_proj", "mlp.act_fn"), scale="layer_scale2.lambda1"),),
+    widths=(NEURONS,),
+)
+
+_table = "relative_position_bias.relative_position_bias_table"
+
+BEIT = replace(
+    VIT,
+    model_types=("beit",),
+    attentions=(replace(VIT.attentions[0], scale="lambda_1", by_head=(ByHead(_table, 1),)),),
+    feed_forwards=(replace(VIT.feed_forwards[0], scale="lambda_2"),),
+    pre_norm_when={"use_shared_relative_position_bias": False},
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
+)
+
+#: Stages of layers with heads and hidden sizes of their own.
+SWIN = replace(
+    VIT,
+    model_types=("swin",),
+    layers=("encoder.layers.*.blocks",),
+    attentions=(replace(VIT.attentions[0], by_head=(ByHead(f"attention.{_table}", 1),)),),
+    depths=(),
+    pre_norm=False,
+    widths=(),
+)
+
 WAV2VEC2 = ArchitectureSpec(
-    model_types=("wav2vec2",),
+    model_types=("wav2vec2", "hubert", "unispeech", "unispeech-sat"),
     layers=("encoder.layers",),
     attentions=(bart_like("attention"),),
     feed_forwards=(
@@ -32,3 +77,5 @@ WAV2VEC2 = ArchitectureSpec(
     widths=(NEURONS,),
     heads=OWN_HEADS,
 )
+
+DATA2VEC_AUDIO = replace(WAV2VEC2, model_types=("data2vec-audio",), pre_norm=False)
