@@ -80,14 +80,14 @@ class AttentionSpec:
     after: tuple[str, ...] = ()
     residual_norm: str = ""
     extra: tuple[Part, ...] = ()
+    position_bias: str = ""
+    position_table: str = ""
+    forwards: tuple[str, ...] = ()
     by_head: tuple[ByHead, ...] = ()
     scale: str = ""
     norm: str = ""
-    position_bias: str = ""
     position_arguments: Mapping[str, int] = field(default_factory=dict)
     adds_residual: bool = False
-    position_table: str = ""
-    forwards: tuple[str, ...] = ()
     optional: bool = False
 
 
