@@ -91,8 +91,7 @@ def keep_units(
 
 
 def _keep_entries(owner: Any, name: str, entry: ByHead, kept: Tensor, number: int, select: Select) -> None:
-    """Keep only the entries of some of `number` heads of a parameter; of no head those of the first, frozen, since stock code reads
-    them before it finds that there is none."""
+    """Keep only the entries of some of `number` heads; of none those of the first, frozen, as stock code may read them first."""
     parameter = getattr(owner, name)
     size = parameter.shape[entry.dim]
     index = (

@@ -198,16 +198,10 @@ def outlines(found: Iterable[Block]) -> list[Hashable]:
 
 
 def at_path(root: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None."""
-    for step in path.split("."):
+    """The attribute at a dotted path, or None; for no path the root itself."""
+    for step in filter(None, path.split(".")):
         root = active_copy(getattr(root, step, None))
     return root
-
-
-def _owner(root: Any, path: str) -> tuple[Any, str]:
-    """What holds the attribute at a dotted path, and the attribute's name."""
-    owner, _, name = path.rpartition(".")
-    return (at_path(root, owner) if owner else root), name
 
 
 def missing(root: Any, paths: Iterable[str]) -> list[str]:
@@ -310,7 +304,11 @@ def _blocks_of(layer: nn.Module, short: str, prefix: str, spec: ArchitectureSpec
                 unit_width=width,
                 module=module,
                 attributes=attention.sizes,
-                by_head=tuple((*_owner(layer, own.path), own) for own in attention.by_head if at_path(layer, own.path) is not None),
+                by_head=tuple(
+                    (at_path(layer, own.path.rpartition(".")[0]), own.path.rpartition(".")[2], own)
+                    for own in attention.by_head
+                    if at_path(layer, own.path) is not None
+                ),
                 own_units=list(getattr(module, "own_heads", range(heads))) if attention.position_bias else None,
             )
     for ffn in spec.feed_forwards:
