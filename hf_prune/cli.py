@@ -329,12 +329,13 @@ def shrink(
 def export(
     path: Model,
     out: Out,
-    format: Annotated[str, typer.Option(help="What to write: onnx, or gguf for llama.cpp.")] = "onnx",
+    format: Annotated[str, typer.Option(help="What to write: onnx, openvino, or gguf for llama.cpp.")] = "onnx",
     quantize: Annotated[
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="What weights and activations become, by default float32. onnx: int8, with scales from --data, or int8-dynamic. "
+            help="What weights and activations become, by default float32. onnx, openvino: int8, with scales from --data. "
+            "onnx: int8-dynamic. "
             "gguf: f16 or q8_0.",
         ),
     ] = None,

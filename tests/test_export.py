@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -124,6 +125,43 @@ def test_onnx_in_int8(quantize: str, cli: CommandLine, home: Path, tmp_path: Pat
     assert "DequantizeLinear" in kinds
 
 
+# ------------------------------------------------------------------------------------------------------------------------ OpenVINO
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [pytest.param(*case.values, marks=() if case.values[0] == "bert" else pytest.mark.slow) for case in ALL]
+)
+def test_openvino(family: str, head: str, tmp_path: Path) -> None:
+    """Compared by the library on batches of three shapes, and here on one more, as OpenVINO's users run it."""
+    openvino = pytest.importorskip("openvino")
+    model = condensed(family, head)
+    (tmp_path / "source").mkdir()
+    made = export_model(model, tmp_path / "source", tmp_path / "out", "openvino")
+    assert made.agreement.difference <= 1e-5
+    assert names_in(tmp_path / "out") >= {"openvino/openvino_model.xml", "openvino/openvino_model.bin", "config.json"}
+    assert not any(path.name.startswith("tmp") for path in tmp_path.rglob("*"))
+    assert str(tmp_path) not in (tmp_path / "out" / made.file).read_text()
+    compiled = openvino.compile_model(tmp_path / "out" / made.file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model.set_attn_implementation("eager")
+    batch = models.ragged_batch(model, 7, 12)
+    given = compiled({put.any_name: batch[put.any_name].numpy() for put in compiled.inputs})[0]
+    assert float((torch.from_numpy(given) - first(model, batch)).abs().max()) <= 1e-5
+
+
+@pytest.mark.slow
+def test_openvino_in_int8(cli: CommandLine, home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    data = ("--data", home / "rows.jsonl", "--batch-size", 2)
+    made = cli.json("export", home / "small", tmp_path / "out", "--format", "openvino", "--quantize", "int8", *data)
+    found = made["agreement"]
+    assert found["rows"] == 4
+    assert 1e-4 < found["error"] < found["bound"] == 0.3
+    assert "FakeQuantize" in (tmp_path / "out" / "openvino" / "openvino_model.xml").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- all or nothing
+
+
 def test_what_differs_is_not_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.tiny("bert", num_hidden_layers=1)
     monkeypatch.setattr(compare, "EXACT", 1e-12)
@@ -189,6 +227,8 @@ def test_the_exporters_reason_is_one_sentence(home: Path, tmp_path: Path, monkey
         (("--format", "onx"), "format='onx': must be one of onnx"),
         (("--format", "onx"), "Did you mean 'onnx'?"),
         (("--quantize", "int4"), "quantize='int4': must be one of int8, int8-dynamic for onnx. Did you mean 'int8'?"),
+        (("--format", "openvino", "--quantize", "int8-dynamic"), "must be one of int8 for openvino"),
+        (("--format", "gguf", "--opset", 18), "opset=18: is a setting of onnx"),
         (("--quantize", "int8"), "finds its scales by calibration rows; give data, or take 'int8-dynamic'"),
         (("--opset", 9), "opset=9: must be from 18 to"),
         (("--opset", 99), "opset=99: must be from 18 to"),
@@ -209,12 +249,13 @@ def test_a_folder_that_is_there_is_not_written_over(cli: CommandLine, home: Path
     assert "small: is not empty" in " ".join(cli.err.split())
 
 
+@pytest.mark.parametrize(("name", "format"), [("onnxruntime", "onnx"), ("openvino", "openvino"), ("xllamacpp", "gguf")])
 def test_a_runtime_that_is_not_installed_is_named(
-    cli: CommandLine, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, format: str, cli: CommandLine, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    cli("export", home / "small", tmp_path / "out", code=1)
-    assert "format='onnx': needs onnxruntime; `pip install hf-prune[onnx]`" in " ".join(cli.err.split())
+    monkeypatch.setitem(sys.modules, name, None)
+    cli("export", home / "small", tmp_path / "out", "--format", format, code=1)
+    assert re.search(rf"format='{format}': needs .*{name}; `pip install hf-prune\[{format}\]`", " ".join(cli.err.split()))
     assert not list(tmp_path.iterdir())
 
 

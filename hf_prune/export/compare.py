@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,13 +138,13 @@ def _most(before: tuple[float, float] | None, *more: float) -> tuple[float, floa
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the warnings of exporters and quantizers: what comes of them is compared with PyTorch."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "gguf")]
+    """Without the warnings and progress bars of exporters and quantizers: what comes of them is compared with PyTorch."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "gguf", "nncf")]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

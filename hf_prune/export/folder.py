@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..measure.tables import as_text
 from ..model.changeable import check_changeable
 from ..oneshot.data import load_tokenizer
 from ..settings.errors import ConfigError, closest
-from . import gguf, onnx
+from . import gguf, onnx, openvino
 from .compare import Agreement, compare
 from .inputs import as_exported, check_finite, example_batches, outputs_of
 
@@ -65,7 +66,7 @@ class Format:
         runtime: the package that the file is compared in.
         packages: all that have to be there.
         extra: what `pip install hf-prune[…]` calls them.
-        quantizations: what a file can be quantized to.
+        quantizations: what a file can be quantized to → what packages that needs besides.
         write: writes below the job's folder and compares; returns the file's name and how it agrees.
         check: raises if it cannot take a model.
     """
@@ -73,7 +74,7 @@ class Format:
     runtime: str
     packages: tuple[str, ...]
     extra: str
-    quantizations: tuple[str, ...]
+    quantizations: Mapping[str, tuple[str, ...]]
     write: Callable[[Job], tuple[str, Agreement]]
     check: Callable[[PreTrainedModel], None] = check_changeable
 
@@ -90,6 +91,15 @@ def _onnx(job: Job) -> tuple[str, Agreement]:
     return onnx.FILE, compare(onnx.open_file(file), lambda batch: outputs_of(job.model, batch), job.compared, bool(job.quantize))
 
 
+def _openvino(job: Job) -> tuple[str, Agreement]:
+    file = job.folder / openvino.FILE
+    with tempfile.TemporaryDirectory(dir=job.folder.parent) as beside:
+        source = Path(beside, "model.onnx")
+        onnx.write(job.model, job.examples[0], source)
+        openvino.write(source, file, job.calibration if job.quantize else None)
+    return openvino.FILE, compare(openvino.open_file(file), job.expected, job.compared, bool(job.quantize))
+
+
 def _gguf(job: Job) -> tuple[str, Agreement]:
     tokenizer = load_tokenizer(job.folder)
     file = gguf.write(job.model, job.folder, job.quantize, tokenizer)
@@ -98,8 +108,9 @@ def _gguf(job: Job) -> tuple[str, Agreement]:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "onnx", ("int8", "int8-dynamic"), _onnx),
-    "gguf": Format("xllamacpp", ("gguf", "xllamacpp"), "gguf", gguf.QUANTIZATIONS, _gguf, gguf.check_model),
+    "onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "onnx", {"int8": (), "int8-dynamic": ()}, _onnx),
+    "openvino": Format("openvino", ("onnx", "onnxscript", "openvino"), "openvino", {"int8": ("nncf",)}, _openvino),
+    "gguf": Format("xllamacpp", ("gguf", "xllamacpp"), "gguf", dict.fromkeys(gguf.QUANTIZATIONS, ()), _gguf, gguf.check_model),
 }
 
 
@@ -163,7 +174,8 @@ def check_export(format: str, quantize: str | None = None, has_rows: bool = Fals
         others = [name for name in known.quantizations if name != CALIBRATED]
         hint = f", or take {others[0]!r}" if others else ""
         raise ConfigError("quantize", quantize, f"finds its scales by calibration rows; give data{hint}.")
-    if missing := [name for name in known.packages if importlib.util.find_spec(name) is None]:
+    needed = (*known.packages, *(known.quantizations[quantize] if quantize else ()))
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(f"format={format!r}: needs {', '.join(missing)}; `pip install hf-prune[{known.extra}]`.")
     if opset is not None and format != "onnx":
         raise ConfigError("opset", opset, f"is a setting of onnx; {format} has none.")
@@ -190,10 +202,10 @@ def export_model(
         model: dense, pruned or condensed, with any head; it stays as it is.
         source: its folder.
         out: the folder to write.
-        format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size. `"gguf"`: `model.gguf` of a Llama, Mistral
-            or Qwen2, for llama.cpp.
-        quantize: what weights and activations become. ONNX: `"int8"`, with scales found from `batches` once; `"int8-dynamic"`, with
-            scales found for each batch. GGUF: `"f16"` or `"q8_0"`, of weights. By default everything stays in float32.
+        format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size. `"openvino"`:
+            `openvino/openvino_model.xml`, likewise. `"gguf"`: `model.gguf` of a Llama, Mistral or Qwen2, for llama.cpp.
+        quantize: what weights and activations become. ONNX, OpenVINO: `"int8"`, with scales found from `batches` once. ONNX:
+            `"int8-dynamic"`, with scales found for each batch. GGUF: `"f16"` or `"q8_0"`, of weights. By default all is float32.
         batches: rows of the task, as the model's forward takes them. A tenth of them finds no scales; on it the file is compared.
             By default a file is compared on random rows.
         opset: of ONNX; by default what its exporter recommends.
