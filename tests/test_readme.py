@@ -42,7 +42,10 @@ from hf_prune.training.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 
-PAGES = {"README": ROOT / "README.md", "results": ROOT / "model_cards" / "results" / "README.md"}
+DOCS = ROOT / "docs"
+PAGES = {"README": ROOT / "README.md", "results": ROOT / "model_cards" / "results" / "README.md"} | {
+    str(path.relative_to(DOCS).with_suffix("")): path for path in sorted(DOCS.rglob("*.md")) if path.parent.name != "api"
+}
 RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.json")) if "stages" in json.loads(path.read_text())]
 #: Recipes of which the others differ in numbers.
 KINDS_OF_RECIPES = ("nni_bert_mnli", "mrpc_half", "sst2_quarter")
@@ -119,6 +122,7 @@ def expanded(page: Path) -> tuple[list[list[str]], dict[str, str]]:
         folder.mkdir()
         write_data(folder)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        Path(name, "calls").touch()
         environment = os.environ | {"REAL_PYTHON": sys.executable, "CALLS": f"{name}/calls"}
         script = PREAMBLE + "\n".join(code(page, "bash"))
         done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
@@ -287,16 +291,20 @@ def ingredients(sandbox: Path) -> dict[str, Any]:
     }
 
 
-def test_python_blocks(sandbox: Path) -> None:
+@pytest.mark.parametrize("page", [page for page, path in PAGES.items() if code(path, "python")])
+def test_python_blocks(page: str, sandbox: Path) -> None:
     """The blocks in order, in one namespace with what a reader has."""
     shutil.copytree(sandbox / "start", sandbox / "bert-base-fine-tuned")
+    shutil.copytree(sandbox / "made" / "condensed", sandbox / "condensed")
     names: dict[str, Any] = {}
     try:
-        for block in code(PAGES["README"], "python"):
+        for block in code(PAGES[page], "python"):
             names |= ingredients(sandbox)
-            exec(compile(block, "README.md", "exec"), names)
+            exec(compile(block, PAGES[page].name, "exec"), names)
     finally:
         forget_criterion("sensitivity")
+    if page != "README":
+        return
     dense = AutoModelForSequenceClassification.from_pretrained(sandbox / "start")
     small = AutoModelForSequenceClassification.from_pretrained(sandbox / "condensed")
     assert small.num_parameters() < dense.num_parameters()
