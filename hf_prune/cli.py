@@ -329,7 +329,9 @@ def shrink(
 def export(
     path: Model,
     out: Out,
-    format: Annotated[str, typer.Option(help="What to write: onnx, openvino, or gguf for llama.cpp.")] = "onnx",
+    format: Annotated[
+        str, typer.Option(help="What to write: onnx, openvino, gguf for llama.cpp, or per-layer-config for vLLM.")
+    ] = "onnx",
     quantize: Annotated[
         str | None,
         typer.Option(

@@ -44,6 +44,9 @@ def _accepting_config(stock: Callable[..., Any], cls: type, *args: Any, **kwargs
 
 def _accepting_fields(stock: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
     _accept(config_dict)
+    if config_dict.get("hf_prune") is not None:  # says more than this, which `hf-prune export` wrote for other readers
+        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+            config_dict.pop(name, None)
     return stock(cls, config_dict, **kwargs)
 
 

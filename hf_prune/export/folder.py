@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from ..measure.tables import as_text
 from ..model.changeable import check_changeable
 from ..oneshot.data import load_tokenizer
 from ..settings.errors import ConfigError, closest
-from . import gguf, onnx, openvino
+from . import gguf, onnx, openvino, per_layer_config
 from .compare import Agreement, compare
 from .inputs import as_exported, check_finite, example_batches, outputs_of
 
@@ -33,9 +34,12 @@ _HELD_OUT = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be written: the model as `as_exported` has it, batches of the inputs that the file takes, the folder, and how."""
+    """What is to be written: the model as `as_exported` has it and as it is, its config, batches of the inputs that the file takes,
+    the folder, and how."""
 
     model: Any
+    original: PreTrainedModel
+    config: Any
     examples: Sequence[dict[str, Tensor]]
     folder: Path
     quantize: str | None
@@ -107,10 +111,17 @@ def _gguf(job: Job) -> tuple[str, Agreement]:
     return gguf.FILE, gguf.compare(job.model, tokenizer, file, prompts, job.quantize == "q8_0")
 
 
+def _per_layer_config(job: Job) -> tuple[str, Agreement]:
+    per_layer_config.write(job.original, job.config, job.folder)
+    run, exact = per_layer_config.open_folder(job.folder), job.original.dtype == torch.float32
+    return per_layer_config.FILE, compare(run, job.expected, job.compared, quantized=not exact)
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "onnx", {"int8": (), "int8-dynamic": ()}, _onnx),
     "openvino": Format("openvino", ("onnx", "onnxscript", "openvino"), "openvino", {"int8": ("nncf",)}, _openvino),
     "gguf": Format("xllamacpp", ("gguf", "xllamacpp"), "gguf", dict.fromkeys(gguf.QUANTIZATIONS, ()), _gguf, gguf.check_model),
+    "per-layer-config": Format("transformers", (), "", {}, _per_layer_config, per_layer_config.check_model),
 }
 
 
@@ -204,6 +215,7 @@ def export_model(
         out: the folder to write.
         format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size. `"openvino"`:
             `openvino/openvino_model.xml`, likewise. `"gguf"`: `model.gguf` of a Llama, Mistral or Qwen2, for llama.cpp.
+            `"per-layer-config"`: a checkpoint whose config has transformers' `per_layer_config`, for vLLM.
         quantize: what weights and activations become. ONNX, OpenVINO: `"int8"`, with scales found from `batches` once. ONNX:
             `"int8-dynamic"`, with scales found for each batch. GGUF: `"f16"` or `"q8_0"`, of weights. By default all is float32.
         batches: rows of the task, as the model's forward takes them. A tenth of them finds no scales; on it the file is compared.
@@ -223,6 +235,7 @@ def export_model(
     known = FORMATS[format]
     for check in (check_changeable, known.check):
         check(model)
+    config = copy.deepcopy(model.config)
     with new_folder(out) as folder:
         left = carry_over(source, folder)
         save_config(model, folder)
@@ -230,7 +243,7 @@ def export_model(
         with as_exported(model) as plain:
             examples = example_batches(plain, batches[0].keys() if batches else tokenizer_inputs(source))
             check_finite(plain, [*examples, *batches])
-            name, agreement = known.write(Job(plain, examples, folder, quantize, batches, opset))
+            name, agreement = known.write(Job(plain, model, config, examples, folder, quantize, batches, opset))
         size = sum(file.stat().st_size for file in set(folder.rglob("*")) - before if file.is_file())
     version = importlib.metadata.version(known.runtime)
     return ExportReport(format, quantize, name, size, f"{known.runtime} {version}", agreement, left)
