@@ -72,13 +72,11 @@ def gradient_gap(model: PreTrainedModel) -> float:
 
 
 def _loss(model: PreTrainedModel) -> Tensor:
-    """The loss of a model that has one, else a number that all of its outputs matter for."""
+    """The loss of a classifier; of another model a number that all of its outputs matter for."""
     batch = models.ragged_batch(model)
-    head = type(model).__name__
-    if head.endswith("Model"):
+    if "Classification" not in type(model).__name__:
         return torch.stack([value.square().mean() for value in tensors(dict(model(**batch)))]).sum()
-    labels = batch["input_ids"] if "ForCausalLM" in head else torch.tensor([0, 1, 1, 0])
-    loss: Tensor = model(**batch, labels=labels).loss
+    loss: Tensor = model(**batch, labels=torch.tensor([0, 1, 1, 0])).loss
     return loss
 
 

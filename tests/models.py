@@ -174,6 +174,66 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "swin": lambda: transformers.SwinConfig(
         image_size=12, patch_size=2, embed_dim=32, depths=[1, 2], num_heads=[4, 8], window_size=3, mlp_ratio=1.25
     ),
+    "vivit": lambda: transformers.VivitConfig(**_pixels() | {"num_frames": 4, "tubelet_size": [2, 4, 4]}),
+    "audio-spectrogram-transformer": lambda: transformers.ASTConfig(
+        **_bert_like(), patch_size=4, max_length=12, num_mel_bins=8, frequency_stride=4, time_stride=4
+    ),
+    "clip_text_model": lambda: transformers.CLIPTextConfig(**_bert_like(**_special())),
+    "clip_vision_model": lambda: transformers.CLIPVisionConfig(**_pixels()),
+    "clip": lambda: transformers.CLIPConfig(text_config=_bert_like(**_special()), vision_config=_pixels(), projection_dim=16),
+    "siglip": lambda: transformers.SiglipConfig(text_config=_bert_like(**_special(), projection_size=32), vision_config=_pixels()),
+    "siglip_vision_model": lambda: transformers.SiglipVisionConfig(**_pixels()),
+    "ernie": lambda: transformers.ErnieConfig(**_bert_like()),
+    "data2vec-text": lambda: transformers.Data2VecTextConfig(**_bert_like(type_vocab_size=1)),
+    "layoutlm": lambda: transformers.LayoutLMConfig(**_bert_like()),
+    "bert-generation": lambda: transformers.BertGenerationConfig(**_bert_like(**_special())),
+    "rembert": lambda: transformers.RemBertConfig(**_bert_like(), input_embedding_size=16, output_embedding_size=24),
+    "roformer": lambda: transformers.RoFormerConfig(**_bert_like(), embedding_size=16),
+    "megatron-bert": lambda: transformers.MegatronBertConfig(**_bert_like()),
+    "xlm-roberta-xl": lambda: transformers.XLMRobertaXLConfig(**_bert_like(type_vocab_size=1)),
+    "roberta-prelayernorm": lambda: transformers.RobertaPreLayerNormConfig(**_bert_like(type_vocab_size=1)),
+    "mobilebert": lambda: transformers.MobileBertConfig(**_bert_like(), embedding_size=32, intra_bottleneck_size=32),
+    "luke": lambda: transformers.LukeConfig(**_bert_like(type_vocab_size=1), entity_vocab_size=9, entity_emb_size=16),
+    "nomic_bert": lambda: transformers.NomicBertConfig(**_bert_like(head_dim=8)),
+    "jina_embeddings_v3": lambda: transformers.JinaEmbeddingsV3Config(**_bert_like(type_vocab_size=1)),
+    "eurobert": lambda: transformers.EuroBertConfig(**_llama_like()),
+    "biogpt": lambda: transformers.BioGptConfig(**_bert_like(**_special())),
+    "xglm": lambda: transformers.XGLMConfig(
+        vocab_size=99, d_model=32, ffn_dim=40, num_layers=3, attention_heads=4, max_position_embeddings=40, **_special()
+    ),
+    "nemotron": lambda: transformers.NemotronConfig(**_grouped(head_dim=8)),
+    "arcee": lambda: transformers.ArceeConfig(**_llama_like()),
+    "nanochat": lambda: transformers.NanoChatConfig(**_grouped()),
+    "persimmon": lambda: transformers.PersimmonConfig(**_bert_like(**_special())),
+    "mbart": lambda: transformers.MBartConfig(**_bart_like()),
+    "m2m_100": lambda: transformers.M2M100Config(**_bart_like()),
+    "marian": lambda: transformers.MarianConfig(**_bart_like()),
+    "pegasus": lambda: transformers.PegasusConfig(**_bart_like()),
+    "blenderbot": lambda: transformers.BlenderbotConfig(**_bart_like()),
+    "blenderbot-small": lambda: transformers.BlenderbotSmallConfig(**_bart_like()),
+    "plbart": lambda: transformers.PLBartConfig(**_bart_like()),
+    "speech_to_text": lambda: transformers.Speech2TextConfig(
+        **_bart_like(
+            input_feat_per_channel=8,
+            max_source_positions=40,
+            max_target_positions=40,
+            conv_channels=16,
+            num_conv_layers=1,
+            conv_kernel_sizes=[3],
+        )
+    ),
+    "mt5": lambda: transformers.MT5Config(**_t5_like()),
+    "umt5": lambda: transformers.UMT5Config(**_t5_like()),
+    "mixtral": lambda: transformers.MixtralConfig(**_grouped(num_local_experts=4)),
+    "olmoe": lambda: transformers.OlmoeConfig(**_bert_like(**_special()), num_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_llama_like(), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "phimoe": lambda: transformers.PhimoeConfig(**_grouped(num_local_experts=4)),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**_grouped(num_local_experts=4)),
+    "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **_llama_like(), moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0
+    ),
     "vit_msn": lambda: transformers.ViTMSNConfig(**_pixels()),
     "ijepa": lambda: transformers.IJepaConfig(**_pixels()),
     "hubert": lambda: transformers.HubertConfig(**_bert_like(), **_SOUND),
@@ -185,6 +245,9 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 #: Of the first, those that are another one but for their name, or for what is no matter here (a window, a tokenizer, a head).
 TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
+
+#: Those whose feed-forward blocks are no neurons of hf_prune's: experts.
+ATTENTION_ALONE = ("mixtral", "olmoe", "qwen3_moe", "phimoe", "granitemoe", "ernie4_5_moe")
 
 #: All of them.
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
@@ -215,9 +278,29 @@ def heads_of(family: str) -> list[str]:
 
 def classifier_of(family: str) -> str:
     """The task head that classifies what the family reads, or that it has instead."""
-    kinds = ("sequence-classification", "image-classification", "audio-classification", *list(HEADS)[1:], "bare")
+    kinds = (
+        "sequence-classification",
+        "image-classification",
+        "audio-classification",
+        "seq2seq-lm",
+        "speech-seq2seq",
+        *list(HEADS)[1:],
+        "bare",
+    )
     return next(head for head in kinds if head in heads_of(family))
 
+
+#: Families that are encoders first, though they have a head that generates.
+_ENCODERS = (
+    "ernie",
+    "data2vec-text",
+    "rembert",
+    "roformer",
+    "megatron-bert",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "bert-generation",
+)
 
 #: The families that generate, each with the head that does.
 GENERATORS: dict[str, str] = {
@@ -232,7 +315,12 @@ GENERATORS: dict[str, str] = {
     "qwen2": "causal-lm",
     "qwen3": "causal-lm",
     "gemma": "causal-lm",
-    **{family: "causal-lm" for family in MORE_FAMILIES if "causal-lm" in heads_of(family)},
+    **{
+        family: head
+        for family in MORE_FAMILIES
+        if (head := next((head for head in ("seq2seq-lm", "causal-lm") if head in heads_of(family)), None))
+        and MORE_FAMILIES[family]().model_type not in _ENCODERS
+    },
 }
 
 
@@ -330,17 +418,26 @@ def ragged_batch(model: PreTrainedModel, rows: int = 4, tokens: int = 11, seed: 
     """A right-padded batch of random tokens, each row shorter than the one before; for models that see, random images."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
+    vision, text = (getattr(config, f"{kind}_config", config) for kind in ("vision", "text"))
+    images = {}
+    if model.main_input_name == "pixel_values" or vision is not config:
+        shape = (*((vision.num_frames,) if hasattr(vision, "num_frames") else ()), 3, *[getattr(vision, "image_size", 64)] * 2)
+        images = {"pixel_values": torch.randn(rows, *shape, generator=generator)}
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(rows, 3, config.image_size, config.image_size, generator=generator)}
+        return images
+    if model.main_input_name == "input_values" and hasattr(config, "num_mel_bins"):
+        return {"input_values": torch.randn(rows, config.max_length, config.num_mel_bins, generator=generator)}
     if model.main_input_name == "input_values":
         mask = (torch.arange(320) < torch.linspace(320, 100, rows)[:, None]).long()
         return {"input_values": torch.randn(rows, 320, generator=generator), "attention_mask": mask}
     mask = (torch.arange(tokens) < torch.linspace(tokens, 2, rows).long()[:, None]).long()
-    ids = torch.randint(5, config.vocab_size, (rows, tokens), generator=generator)
-    batch = {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id or 0), "attention_mask": mask}
+    ids = torch.randint(5, text.vocab_size, (rows, tokens), generator=generator)
+    batch = {"input_ids": torch.where(mask.bool(), ids, text.pad_token_id or 0), "attention_mask": mask} | images
     accepted = inspect.signature(model.forward).parameters
     if model.main_input_name == "input_features":
-        features = torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        channels = getattr(config, "input_feat_per_channel", 0)
+        shape = (20, channels) if channels else (config.num_mel_bins, 2 * config.max_source_positions)
+        features = torch.randn(rows, *shape, generator=generator)
         return {"input_features": features} | ({"decoder_input_ids": ids} if "decoder_input_ids" in accepted else {})
     if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in accepted:
         batch["token_type_ids"] = torch.randint(config.type_vocab_size, (rows, tokens), generator=generator)

@@ -136,12 +136,16 @@ def test_specs_find_every_block(family: str) -> None:
     layers = {block.layer for block in found}
     attentions = [block for block in found if block.kind == "attention"]
     cross = sum("encoder_attn" in block.name or "EncDec" in block.name for block in attentions)
-    stacks = 2 if any("decoder" in name for name in layers) and any("encoder" in name for name in layers) else 1
+    stacks = (
+        2 if len({name.partition(".")[0] for name in layers} & {"encoder", "decoder", "text_model", "vision_model"}) == 2 else 1
+    )
     assert len(layers) == (2 if family == "albert" else 3 * stacks)
-    assert len(attentions) - cross == len(found) - len(attentions) == len(layers)
-    assert cross == (3 if stacks == 2 else 0)
+    assert len(attentions) - cross == len(layers)
+    plain = 0 if family in models.ATTENTION_ALONE else 4 if family == "mobilebert" else 1
+    assert len(found) - len(attentions) == len(layers) * plain
+    assert cross == (3 if any(name.startswith("decoder") for name in layers) and stacks == 2 else 0)
     neurons = {"bloom": {128}, "swin": {40, 80}, "dinov2": {64}, "dinov2_with_registers": {64}}
-    assert {block.num_units for block in found if block.kind == "feed_forward"} == neurons.get(family, {40})
+    assert {block.num_units for block in found if block.kind == "feed_forward"} == neurons.get(family, {40} if plain else set())
     assert {block.unit_width for block in attentions} == {8}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model import SPECS, ArchitectureSpec
-from ..model.blocks import body, layer_lists
+from ..model.blocks import at_path, body, layer_lists, set_at_path
 from ..settings.errors import ConfigError
 
 
@@ -88,14 +88,16 @@ def remove_layers(model: PreTrainedModel, spec: ArchitectureSpec, removed: dict[
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = number
-        setattr(model.config, layer_counts(spec)[path], len(layers))
-        own: Any = getattr(owner_of(model, path), "config", model.config)
-        if own is not model.config:  # each stack of T5 has a copy of its own
+        count = layer_counts(spec)[path]
+        set_at_path(model.config, count, len(layers))
+        config = at_path(model.config, count.rpartition(".")[0])
+        own: Any = getattr(owner_of(model, path), "config", config)
+        if own is not config:  # each stack of T5 has a copy of its own
             own.num_hidden_layers = len(layers)
-        _renumber_stages(model.config, indices)
-        for name in entries_by_layer(model.config):
-            entries = list(enumerate(getattr(model.config, name)))
-            setattr(model.config, name, [entry for index, entry in entries if index not in indices])
+        _renumber_stages(config, indices)
+        for name in entries_by_layer(config):
+            entries = list(enumerate(getattr(config, name)))
+            setattr(config, name, [entry for index, entry in entries if index not in indices])
     if removed:
         name_decoder_depth(model.config, spec)
 
@@ -133,11 +135,12 @@ def owner_of(model: PreTrainedModel, path: str) -> nn.Module:
 def without_inputs(outputs: dict[str, Tensor], removed: dict[str, list[int]]) -> dict[str, Tensor]:
     """Outputs of a model by their dotted names, without the hidden states before removed layers, the others renumbered."""
     for path, indices in removed.items():
-        own = f"{path.partition('.')[0]}_hidden_states"
-        key = own if any(f".{own}." in name for name in outputs) else "hidden_states"
+        stack = path.partition(".")[0]
+        key = f"{stack}_hidden_states" if any(f".{stack}_hidden_states." in name for name in outputs) else "hidden_states"
+        tower = f".{stack}_output." if any(f".{stack}_output." in name for name in outputs) else ""
         renamed = {}
         for name, value in outputs.items():
-            start, found, number = name.rpartition(f".{key}.")
+            start, found, number = name.rpartition(f".{key}.") if tower in name else ("", "", "")
             if found and int(number) in indices:
                 continue
             renamed[f"{start}{found}{int(number) - sum(i < int(number) for i in indices)}" if found else name] = value

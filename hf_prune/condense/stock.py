@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model import ArchitectureSpec, Block, blocks, spec_for
-from ..model.blocks import Adapted, layer_lists, outlines
+from ..model.blocks import Adapted, at_path, layer_lists, outlines, set_at_path
 from .format import EXPERTS
 from .layers import entries_by_layer, layer_counts, name_decoder_depth
 
@@ -40,7 +40,7 @@ def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> str:
     smaller = copy.deepcopy(model.config)
     smaller.hf_prune = None
     for attribute, size in said.items():
-        setattr(smaller, attribute, size)
+        set_at_path(smaller, attribute, size)
     try:
         if not _makes(smaller, type(model.base_model), found, spec):
             return f"a stock {model.config.model_type} with {_listed(said)} has blocks of other sizes"
@@ -49,9 +49,9 @@ def write_sizes(model: PreTrainedModel, spec: ArchitectureSpec) -> str:
     except TypeError:
         return f"{type(model.base_model).__name__} cannot be made of its config alone"
     _take_positions(found)
-    before = {name: getattr(model.config, name) for name in said if getattr(model.config, name, said[name]) != said[name]}
+    before = {name: at_path(model.config, name) for name in said if (at_path(model.config, name) or said[name]) != said[name]}
     for attribute, size in said.items():
-        setattr(model.config, attribute, size)
+        set_at_path(model.config, attribute, size)
     model.config.hf_prune = entry | {"layers": {}, "original": before | entry.get("original", {})}
     return ""
 
@@ -70,7 +70,7 @@ def sizes_in_config(model: Any, its_blocks: list[Block], spec: ArchitectureSpec)
         lists = layer_lists(model, path)
         for block in its_blocks:
             sizes = {name: size for name, size in block.sizes.items() if name in changed}
-            if heads and sizes.get("num_attention_heads") == getattr(model.config, heads):  # after the hidden size became smaller
+            if heads and sizes.get("num_attention_heads") == at_path(model.config, heads):  # after the hidden size became smaller
                 del sizes["num_attention_heads"]
             if not sizes or block.layer.rpartition(".")[0] not in lists:
                 continue
@@ -173,14 +173,15 @@ def stock_config(config: PreTrainedConfig) -> Any:
     stock: Any = copy.deepcopy(config)
     entry, stock.hf_prune = getattr(config, "hf_prune", None) or {}, None
     for name, size in entry.get("original", {}).items():
-        setattr(stock.get_text_config() if name == "vocab_size" else stock, name, size)
+        set_at_path(stock.get_text_config() if name == "vocab_size" else stock, name, size)
     if not entry.get("removed_layers"):
         return stock
     spec = spec_for(config.model_type)
     for path, indices in entry["removed_layers"].items():
         name = layer_counts(spec)[path]
-        setattr(stock, name, getattr(stock, name) + len(indices))
-        for entries in (getattr(stock, name) for name in entries_by_layer(stock)):
+        set_at_path(stock, name, at_path(stock, name) + len(indices))
+        config = at_path(stock, name.rpartition(".")[0])
+        for entries in (getattr(config, name) for name in entries_by_layer(config)):
             for index in indices:
                 entries.insert(index, entries[max(index - 1, 0)])
     name_decoder_depth(stock, spec)

@@ -201,7 +201,8 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     if classifies and config.get_text_config().pad_token_id is None:
         rows = 1  # a decoder finds the last token of each row by the padding
     generator = torch.Generator().manual_seed(0)
-    padding, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))
+    text, vision = (getattr(config, f"{kind}_config", config) for kind in ("text", "vision"))
+    padding, end = (getattr(text, f"{name}_token_id", None) for name in ("pad", "eos"))
     tokens = min(tokens, longest_row(model) or tokens)
     lengths = torch.linspace(tokens, min(shortest, tokens), rows).long()
     mask = (torch.arange(tokens) < lengths[:, None]).long()
@@ -209,8 +210,8 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     def ids() -> Tensor:
         # any tokens but padding, from whose place RoBERTa counts positions, and one that ends the row, as BART's classifier wants
         ends = [end] if isinstance(end, int) else end or []
-        usable = torch.ones(config.vocab_size, dtype=torch.bool)
-        usable[[token for token in (*ends, padding or 0) if 0 <= token < config.vocab_size]] = False
+        usable = torch.ones(text.vocab_size, dtype=torch.bool)
+        usable[[token for token in (*ends, padding or 0) if 0 <= token < text.vocab_size]] = False
         choices = usable.nonzero().flatten()
         drawn = choices[torch.randint(len(choices), (rows, tokens), generator=generator)]
         if config.is_encoder_decoder and ends:
@@ -220,21 +221,30 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     def noise(*shape: int) -> Tensor:
         return torch.randn(rows, *shape, generator=generator).to(model.dtype)
 
+    def images() -> Tensor:
+        frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
+        return noise(*frames, vision.num_channels, *_height_and_width(getattr(vision, "image_size", 64)))
+
     makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": ids,
         "attention_mask": lambda: mask,
         "token_type_ids": lambda: torch.randint(config.type_vocab_size, (rows, tokens), generator=generator),
         "decoder_input_ids": ids,
     }
+    if vision is not config:  # a tower for texts, one for images
+        makers["pixel_values"] = images
     if model.main_input_name == "pixel_values":
-        makers = {"pixel_values": lambda: noise(config.num_channels, *_height_and_width(config.image_size))}
+        makers = {"pixel_values": images}
     elif model.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        makers = {"input_features": lambda: noise(config.num_mel_bins, frames), "decoder_input_ids": ids}
-    elif model.main_input_name == "input_values":
+        channels = getattr(config, "input_feat_per_channel", 0)
+        shape = (20, channels) if channels else (config.num_mel_bins, 2 * config.max_source_positions)
+        makers = {"input_features": lambda: noise(*shape), "decoder_input_ids": ids}
+    elif model.main_input_name == "input_values" and hasattr(config, "conv_stride"):
         samples = 20 * math.prod(config.conv_stride)
         mask = (torch.arange(samples) < torch.linspace(samples, samples // 2, rows)[:, None]).long()
         makers = {"input_values": lambda: noise(samples), "attention_mask": lambda: mask}
+    elif model.main_input_name == "input_values":  # a spectrogram
+        makers = {"input_values": lambda: noise(config.max_length, config.num_mel_bins)}
     if getattr(config, "add_cross_attention", False):
         makers["encoder_hidden_states"] = lambda: noise(tokens, config.hidden_size)
         makers["encoder_attention_mask"] = lambda: mask.flip(0)

@@ -204,6 +204,12 @@ def at_path(root: Any, path: str) -> Any:
     return root
 
 
+def set_at_path(root: Any, path: str, value: Any) -> None:
+    """Set the attribute at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    setattr(at_path(root, owner), name, value)
+
+
 def missing(root: Any, paths: Iterable[str]) -> list[str]:
     """The dotted paths, of these, at which there is nothing."""
     return [path for path in paths if at_path(root, path) is None]

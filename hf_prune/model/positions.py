@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 
 
 def longest_row(model: PreTrainedModel) -> int | None:
-    """How many tokens a row may have; None where positions have no end."""
+    """How many tokens a row may have; None where positions have no end, or there are images instead."""
+    if model.main_input_name == "pixel_values":
+        return None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None

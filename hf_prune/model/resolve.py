@@ -46,7 +46,8 @@ def check_spec(model: Any, spec: ArchitectureSpec) -> None:
     if absent and (others or len(absent) == len(lists)):
         raise _lacks(model, absent[0], "a list of layers", others)
     for name in spec.depths:
-        if not hasattr(model.config, name):
+        tower = at_path(model.config, name.rpartition(".")[0])  # that of a part of the model is its own config, and no tower of it
+        if tower is not None and at_path(tower, name.rpartition(".")[2]) is None:
             raise _lacks(model.config, name, "the number of layers", vars(model.config))
 
     everyone: tuple[AttentionSpec | FeedForwardSpec, ...] = (*spec.attentions, *spec.feed_forwards)

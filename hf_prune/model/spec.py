@@ -128,6 +128,7 @@ class ArchitectureSpec:
         widths: for each of `layers`, name of a size in `config.hf_prune` → the config attribute that holds it for all blocks alike;
             `head_dim` beside `num_attention_heads` if the width of a head is independent of their number. A model whose sizes these
             attributes can express is an ordinary one. Default: none.
+            A dotted name is that of a config inside the config (`"vision_config.intermediate_size"`), here and elsewhere.
         heads: for each of `layers`, the config attribute that holds the number of heads, if the width of a head is the hidden size
             over that number. Default: the width is independent of the hidden size.
         as_hidden: config attributes that equal the hidden size in models that have no projection between the two.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..spec import ArchitectureSpec, AttentionSpec, ByHead, FeedForwardSpec, Part
 from .encoder_decoders import BART
-from .fragments import HEADS, NEURONS, OWN_HEADS, attention, bart_like, feed_forward, packed, packed_attention
+from .fragments import GATED, HEADS, NEURONS, OWN_HEADS, attention, bart_like, feed_forward, packed, packed_attention
 
 
 def _gpt2_attention(module: str, parts: tuple[Part, ...], optional: bool = False) -> AttentionSpec:
@@ -36,6 +36,26 @@ GPT2 = ArchitectureSpec(
     pre_norm_when={"scale_attn_by_inverse_layer_idx": False},
     widths=({"intermediate_size": "n_inner"},),
     heads=("n_head",),
+)
+
+BIOGPT = replace(
+    BART,
+    model_types=("biogpt",),
+    layers=("layers",),
+    attentions=BART.attentions[:1],
+    depths=("num_hidden_layers",),
+    pre_norm=True,
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
+)
+
+XGLM = replace(
+    BIOGPT,
+    model_types=("xglm",),
+    attentions=(replace(BART.attentions[0], sizes={"num_heads": "heads", "embed_dim": "width"}),),
+    depths=("num_layers",),
+    widths=({"intermediate_size": "ffn_dim"},),
+    heads=("attention_heads",),
 )
 
 OPT = replace(
@@ -116,6 +136,9 @@ FALCON = ArchitectureSpec(
     heads=OWN_HEADS,
 )
 
+#: Norms over the queries, and over the keys, of all heads at once.
+NORMS_OVER_HEADS = tuple(ByHead(f"self_attn.{role[0]}_norm.weight", role=role, forward="StockMean") for role in ("query", "key"))
+
 LLAMA = ArchitectureSpec(
     model_types=(
         "llama",
@@ -130,12 +153,11 @@ LLAMA = ArchitectureSpec(
         "helium",
         "ernie4_5",
         "seed_oss",
+        "eurobert",
     ),
     layers=("layers",),
     attentions=(attention("self_attn", "q_proj k_proj v_proj o_proj", sizes={"num_key_value_groups": "groups"}),),
-    feed_forwards=(
-        FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn"),
-    ),
+    feed_forwards=(GATED,),
     depths=("num_hidden_layers",),
     pre_norm=True,
     widths=(NEURONS | HEADS | {"num_key_value_heads": "num_key_value_heads"},),
@@ -179,6 +201,36 @@ STARCODER2 = replace(
     feed_forwards=(feed_forward("mlp.c_fc mlp.c_proj", "mlp.act"),),
 )
 
+NEMOTRON = replace(
+    LLAMA, model_types=("nemotron", "arcee"), feed_forwards=(feed_forward("mlp.up_proj mlp.down_proj", "mlp.act_fn"),)
+)
+
+NANOCHAT = replace(LLAMA, model_types=("nanochat",), feed_forwards=(feed_forward("mlp.fc1 mlp.fc2", "mlp.activation_fn"),))
+
+#: Experts stay as they are, so no layer is ever empty.
+MIXTURES = replace(
+    LLAMA,
+    model_types=("mixtral", "qwen3_moe", "phimoe", "ernie4_5_moe", "granitemoe"),
+    feed_forwards=(),
+    pre_norm=False,
+    widths=(HEADS | {"num_key_value_heads": "num_key_value_heads"},),
+)
+
+#: Norms over the queries and keys of all heads, and experts.
+OLMOE = replace(
+    MIXTURES,
+    model_types=("olmoe",),
+    attentions=(replace(LLAMA.attentions[0], by_head=NORMS_OVER_HEADS),),
+    widths=(),
+    heads=OWN_HEADS,
+)
+
+PERSIMMON = replace(
+    GPT_NEOX,
+    model_types=("persimmon",),
+    attentions=(packed_attention("self_attn", "query_key_value dense", interleaved=True, sizes={"num_heads": "heads"}),),
+)
+
 STABLELM = replace(
     LLAMA,
     model_types=("stablelm",),
@@ -197,10 +249,9 @@ STABLELM = replace(
 def _with_norms(attention: str, feed_forward: str, qk_norms: bool = False) -> ArchitectureSpec:
     """Llama's layers with norms of these names on what their blocks add, and perhaps on the queries and keys of all heads."""
     [attend], [feed] = LLAMA.attentions, LLAMA.feed_forwards
-    norms = tuple(ByHead(f"self_attn.{role[0]}_norm.weight", role=role, forward="StockMean") for role in ("query", "key"))
     return replace(
         LLAMA,
-        attentions=(replace(attend, norm=attention, by_head=norms if qk_norms else ()),),
+        attentions=(replace(attend, norm=attention, by_head=NORMS_OVER_HEADS if qk_norms else ()),),
         feed_forwards=(replace(feed, norm=feed_forward),),
     )
 

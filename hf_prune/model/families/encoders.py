@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..spec import ArchitectureSpec, FeedForwardSpec, Part
-from .fragments import BERT_FFN, NEURONS, OWN_HEADS, attention, bert_like, packed
+from .fragments import BERT_FFN, GATED, HEADS, NEURONS, OWN_HEADS, attention, bert_like, feed_forward, packed
 
 BERT = ArchitectureSpec(
-    model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
+    model_types=(
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "electra",
+        "ernie",
+        "data2vec-text",
+        "layoutlm",
+        "bert-generation",
+        "rembert",
+        "roformer",
+    ),
     layers=("encoder.layer",),
     attentions=(
         bert_like("attention.self", "query key value", output=Part("attention.output.dense")),
@@ -17,6 +31,37 @@ BERT = ArchitectureSpec(
     widths=(NEURONS,),
     heads=OWN_HEADS,
     as_hidden=("embedding_size",),
+)
+
+#: BERT's blocks in layers that only add to what they are given.
+PRE_NORM_BERT = replace(BERT, model_types=("megatron-bert", "xlm-roberta-xl", "roberta-prelayernorm"), pre_norm=True)
+
+#: Several feed-forward blocks in a layer, all of them narrower than the stream between layers.
+MOBILEBERT = replace(
+    BERT,
+    model_types=("mobilebert",),
+    attentions=BERT.attentions[:1],
+    feed_forwards=(
+        BERT_FFN,
+        *(
+            replace(
+                feed_forward(
+                    f"ffn.{index}.intermediate.dense ffn.{index}.output.dense", f"ffn.{index}.intermediate.intermediate_act_fn"
+                ),
+                optional=True,
+            )
+            for index in range(3)
+        ),
+    ),
+    heads=(),
+    as_hidden=(),
+)
+
+#: Words and entities have queries of their own for each other.
+LUKE = replace(
+    BERT,
+    model_types=("luke",),
+    attentions=(replace(BERT.attentions[0], extra=tuple(Part(f"attention.self.{name}_query") for name in ("w2e", "e2w", "e2e"))),),
 )
 
 DISTILBERT = ArchitectureSpec(
@@ -73,6 +118,19 @@ DEBERTA = ArchitectureSpec(
     widths=(NEURONS,),
     heads=OWN_HEADS,
     as_hidden=("pooler_hidden_size", "embedding_size"),
+)
+
+NOMIC_BERT = ArchitectureSpec(
+    model_types=("nomic_bert",),
+    layers=("layers",),
+    attentions=(attention("self_attn", "q_proj k_proj v_proj o_proj"),),
+    feed_forwards=(GATED,),
+    depths=("num_hidden_layers",),
+    widths=(NEURONS | HEADS,),
+)
+
+JINA = replace(
+    NOMIC_BERT, model_types=("jina_embeddings_v3",), feed_forwards=(feed_forward("mlp.fc1 mlp.fc2", "mlp.activation_fn"),)
 )
 
 _query, _key, _value = packed("attn.Wqkv", 3)

@@ -49,4 +49,7 @@ def bart_like(module: str, **settings: Any) -> AttentionSpec:
     return attention(module, "q_proj k_proj v_proj out_proj", sizes={"num_heads": "heads"}, **settings)
 
 
+#: Llama's feed-forward block.
+GATED = FeedForwardSpec(gate=Part("mlp.gate_proj"), up=Part("mlp.up_proj"), down=Part("mlp.down_proj"), activation="mlp.act_fn")
+
 BERT_FFN = FeedForwardSpec(up=Part("intermediate.dense"), down=Part("output.dense"), activation="intermediate.intermediate_act_fn")

@@ -60,6 +60,29 @@ SWIN = replace(
     widths=(),
 )
 
+#: One tower of a model with two: a tower alone is a model, too.
+CLIP_TOWER = replace(
+    VIT,
+    model_types=("clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"),
+    layers=("encoder.layers",),
+    attentions=(bart_like("self_attn"),),
+    feed_forwards=(feed_forward("mlp.fc1 mlp.fc2", "mlp.activation_fn"),),
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
+)
+
+_towers = ("text", "vision")
+
+#: A tower for texts and one for images.
+CLIP = replace(
+    CLIP_TOWER,
+    model_types=("clip", "siglip"),
+    layers=tuple(f"{tower}_model.encoder.layers" for tower in _towers),
+    depths=tuple(f"{tower}_config.num_hidden_layers" for tower in _towers),
+    widths=tuple({"intermediate_size": f"{tower}_config.intermediate_size"} for tower in _towers),
+    heads=tuple(f"{tower}_config.num_attention_heads" for tower in _towers),
+)
+
 WAV2VEC2 = ArchitectureSpec(
     model_types=("wav2vec2", "hubert", "unispeech", "unispeech-sat"),
     layers=("encoder.layers",),
