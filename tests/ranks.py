@@ -266,7 +266,7 @@ def student(task: str) -> Callable[[Path], Result]:
 
 
 def accelerated(folder: Path) -> Result:
-    """The loop of Accelerate, as the README shows it."""
+    """The loop of Accelerate, as the guide shows it."""
     accelerator = Accelerator(cpu=True)
     model = tiny_bert().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,7 +18,12 @@ import hf_prune
 from hf_prune.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "model_cards" / "README.md", ROOT / "model_cards" / "results" / "README.md"]
+DOCS = ROOT / "docs"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *(ROOT / "model_cards" / name for name in ("README.md", "results/README.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 SOURCES = sorted(path for folder in ("hf_prune", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 #: Where a path may begin besides the folder of the file that names it.
 FOLDERS = [ROOT, *(ROOT / name for name in ("hf_prune", "scripts", "scripts/recipes", "tests"))]
@@ -102,3 +109,33 @@ def test_cross_references_name_something() -> None:
         if name.removeprefix("hf_prune.") not in known
     ]
     assert dangling == []
+
+
+# --------------------------------------------------------------------------------------------------------------- documentation
+
+
+def test_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links and cross-references lead somewhere, and every page is in the table of contents."""
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "--builder", "html"]
+    done = subprocess.run([*command, str(DOCS), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "api" / "condensing.html").read_text(encoding="utf-8")
+    assert 'href="#hf_prune.condense_plan"' in page
+
+
+def test_the_reference_has_every_public_name() -> None:
+    found = re.findall(
+        r"^\.\. auto(?:class|function):: hf_prune\.(\w+)$", "\n".join(map(texts, (DOCS / "api").glob("*.md"))), re.MULTILINE
+    )
+    assert sorted(found) == sorted(hf_prune.__all__)
+
+
+def test_messages_that_are_explained_exist() -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_prune").rglob("*.py"))
+    messages = re.findall(r"\*\*`([^`]+)`", texts(DOCS / "troubleshooting.md"))
+    assert [message for message in messages if message not in sources] == []
+    assert messages
+
+
+def test_the_readme_is_what_a_visitor_needs() -> None:
+    assert len(texts(ROOT / "README.md").splitlines()) <= 150
