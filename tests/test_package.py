@@ -1,0 +1,81 @@
+"""What is built is complete, and works where the checkout is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from hf_prune.version import __version__
+
+ROOT = Path(__file__).parents[1]
+
+#: A user's first minute, outside of any checkout.
+SMOKE = """
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+import hf_prune
+
+sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+model = BertForSequenceClassification(BertConfig(**sizes)).eval()
+batch = {"input_ids": torch.arange(24).view(8, 3)}
+rules = [hf_prune.PruningRule(pattern="head"), hf_prune.PruningRule(pattern="neuron")]
+report = hf_prune.prune(model, hf_prune.PruningConfig(target_sparsity=0.5, rules=rules), [batch], held_out=0.0)
+hf_prune.condense(model).save_pretrained("small")
+again = AutoModelForSequenceClassification.from_pretrained("small").eval()
+assert torch.equal(again(**batch).logits, model(**batch).logits)
+print(hf_prune.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def files() -> set[str]:
+    """What belongs to the package: its modules and what they read."""
+    found = (path.relative_to(ROOT) for path in (ROOT / "hf_prune").rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if "__pycache__" not in path.parts}
+
+
+def test_wheel_and_sources_are_complete(built: Path) -> None:
+    (wheel,), (sources,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    assert wheel.name == f"hf_prune-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info" not in name}
+        (metadata,) = (name for name in file.namelist() if name.endswith("METADATA"))
+        said = Parser().parsestr(file.read(metadata).decode())
+    assert names == files()
+    assert said["Version"] == __version__
+    assert {"demo", "docs", "gguf", "onnx", "openvino", "plot"} < set(said.get_all("Provides-Extra", []))
+    with tarfile.open(sources) as archive:
+        assert files() | {"README.md", "LICENSE"} <= {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_the_wheel_works_where_the_checkout_is_not(built: Path, tmp_path: Path) -> None:
+    """In an environment of its own, which sees the libraries of this one, and no other hf_prune."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (wheel,) = built.glob("*.whl")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    assert subprocess.run(install, capture_output=True).returncode == 0
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "libraries.pth").write_text("\n".join(others))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([str(python), "-c", SMOKE], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(site)
