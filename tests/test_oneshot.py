@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_a_database_makes_every_other_budget_cheaper_and_changes_no_bit(tmp_path
 
 
 def test_a_database_of_something_else_is_refused(tmp_path: Any) -> None:
-    """Of another model, other rows, units or seed; damaged; or a folder that is no database. The model stays as it is."""
+    """Of another model, other rows, units or seed; of another version; damaged; or no database. The model stays as it is."""
     model = tiny_bert()
     rows = batches(model)
     folder = tmp_path / "database"
@@ -205,6 +206,13 @@ def test_a_database_of_something_else_is_refused(tmp_path: Any) -> None:
     assert_equal(before, snapshot(other))
     with pytest.raises(ConfigError, match="other calibration rows"):
         prune(model, config(), batches(model, 3), database=folder)
+    index = folder / "database.json"
+    facts = json.loads(index.read_text())
+    del facts["format"]  # as versions before it was said have left it
+    index.write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="was measured with other format"):
+        prune(model, config(), rows, database=folder)
+    index.write_text(json.dumps(facts | {"format": "1"}))
     with pytest.raises(ConfigError, match="other calibration rows, seed"):  # the seed says which rows are held out
         prune(model, config(), rows, database=folder, seed=1)
     with pytest.raises(ConfigError, match="other units"):

@@ -234,6 +234,7 @@ BAD: dict[str, tuple[dict[str, Any], int, Sequence[str]]] = {
     "no model": ({"model": "{tmp}/full"}, 1, ["has no config.json"]),
     "no tokenizer": ({"model": "{tmp}/bare"}, 1, ["has no tokenizer"]),
     "condensed already": ({"model": "{tmp}/small"}, 1, ["is condensed already"]),
+    "choices": ({"model": "{tmp}/choices"}, 1, ["model='BertForMultipleChoice': reads several texts a row"]),
     "images": ({"model": "{tmp}/vit"}, 1, ["takes pixel_values, and no text"]),
     "a link to elsewhere": ({"model": "{tmp}/linked"}, 1, ["is a link to elsewhere"]),
 }
@@ -248,6 +249,8 @@ def bad(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = prune_in_python(home / BERT, AutoModelForSequenceClassification, "head", home / "rows.jsonl", None)
     small.save_pretrained(folder / "small")
     TOKENIZER.save_pretrained(folder / "small")
+    tiny("bert", "multiple-choice", vocab_size=len(TOKENIZER)).save_pretrained(folder / "choices")
+    TOKENIZER.save_pretrained(folder / "choices")
     tiny("vit").save_pretrained(folder / "vit")
     TOKENIZER.save_pretrained(folder / "vit")
     shutil.copytree(home / BERT, folder / "linked")

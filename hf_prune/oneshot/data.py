@@ -19,6 +19,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from ..model.positions import longest_row
 from ..settings.errors import ConfigError, closest, closest_path
@@ -173,6 +174,9 @@ def calibration_batches(
     """
     if model.main_input_name != "input_ids":
         allowed = f"takes {model.main_input_name}, and no text; give `hf_prune.prune` batches of your own."
+        raise ConfigError("model", type(model).__name__, allowed)
+    if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        allowed = "reads several texts a row, from which it chooses; give `hf_prune.prune` batches of your own."
         raise ConfigError("model", type(model).__name__, allowed)
     if rows is not None and rows < FEWEST_ROWS:
         raise ConfigError("rows", rows, f"must be at least {FEWEST_ROWS}.")

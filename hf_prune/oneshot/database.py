@@ -20,6 +20,8 @@ from .sensitivity import Importance
 from .walk import Rows
 
 _INDEX = "database.json"
+#: Of what is measured and how files hold it; it changes with either.
+_FORMAT = "1"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Database:
 
 
 def fingerprints(model: nn.Module, rows: Rows, units: Mapping[str, int], seed: int) -> dict[str, str]:
-    """What measurements hold true for: weights, calibration rows, units and seed.
+    """What measurements hold true for: how they are made and written, weights, calibration rows, units and seed.
 
     Args:
         model: the dense model.
@@ -109,6 +111,7 @@ def fingerprints(model: nn.Module, rows: Rows, units: Mapping[str, int], seed: i
     batches = {f"{index}.{key}": value for index, batch in enumerate(rows.batches) for key, value in batch.items()}
     held_out = {f"{index}.held_out": part for index, part in enumerate(rows.held_out)}
     return {
+        "format": _FORMAT,
         "weights": _digest(dict(model.state_dict())),
         "calibration rows": _digest(batches | held_out),
         "units": json.dumps(units),
