@@ -398,12 +398,34 @@ def benchmark(
     tokens: Tokens = 128,
     repeats: Repeats = 30,
     device: Device = "cpu",
+    runtimes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Measure in these runtimes, on the CPU: torch, compile, onnx, openvino, with commas; also batch 1, length 32.",
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU, for --runtimes.")] = 1,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to find the scales of int8 by, for --runtimes.")] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text with a column of labels, to measure accuracy on, for --runtimes.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw accuracy against latency, for --evaluate.")] = None,
+    text_column: TextColumns = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency and memory of a model and of the dense one, in turn, on one thread."""
+    """Measure latency and memory of a model and of the dense one, in turn, on one thread; or in several runtimes and types."""
     from .measure.latency import compare
 
     check_device(device)
+    for name, value in (("--data", data), ("--evaluate", evaluate), ("--picture", picture)):
+        if value is not None and (runtimes is None or (name == "--picture" and evaluate is None)):
+            raise typer.BadParameter(f"{name} goes with {'--runtimes' if runtimes is None else '--evaluate'}.")
+    if runtimes is not None:
+        shapes = {1, batch_size}, {32, tokens}
+        return in_runtimes(
+            path, against, runtimes.split(","), shapes, threads, repeats, data, evaluate, picture, text_column, as_json
+        )
     model: Any = load(local(path))
     dense = load(local(against)) if against else None
     comparison = compare(model.to(device), dense, None, batch_size, tokens, repeats, progress)
@@ -654,6 +676,53 @@ def best_device() -> str:
 def config_of(folder: Path) -> PruningConfig | None:
     """The config that a model was pruned with, if it was saved."""
     return PruningConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
+
+
+def in_runtimes(
+    path: str,
+    against: str | None,
+    runtimes: Sequence[str],
+    shapes: tuple[set[int], set[int]],
+    threads: int,
+    repeats: int,
+    data: Path | None,
+    evaluate: Path | None,
+    picture: Path | None,
+    text_column: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Measure a model and the dense one in several runtimes, and say which file is best."""
+    from .export.runtimes import benchmark_runtimes, check_runtimes, labelled_batches
+    from .measure.plots import plot_latency
+    from .oneshot.data import calibration_batches, check_file, load_tokenizer
+
+    check_runtimes(runtimes)
+    for file in filter(None, (data, evaluate)):
+        check_file(file)
+    if picture is not None:
+        check_new_file(picture)
+    folder = local(path)
+    model: Any = load(folder)
+    dense: Any = load(local(against)) if against else None
+    tokenizer: Any = load_tokenizer(folder) if data or evaluate else None
+    made = benchmark_runtimes(
+        model,
+        dense,
+        runtimes,
+        batch_sizes=sorted(shapes[0]),
+        lengths=sorted(shapes[1]),
+        calibration=() if data is None else calibration_batches(model, tokenizer, data, text_column or (), rows=256),
+        labelled=() if evaluate is None else labelled_batches(model, tokenizer, evaluate, text_column or ()),
+        threads=threads,
+        repeats=repeats,
+        track=progress,
+    )
+    if picture is not None:
+        plot_latency(made.points(), str(made.metric)).savefig(picture)
+    if as_json:
+        return emit({"path": path, "against": against, **made.to_dict(), "advice": made.advice(path)})
+    show(made, *(f"Left out: {name}, {reason}" for name, reason in made.left_out.items()), made.advice(path))
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------------ output

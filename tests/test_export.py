@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune import condense, export_model
-from hf_prune.export import compare
+from hf_prune.export import compare, onnx
 from hf_prune.settings.errors import ConfigError
 
 #: Family → task head. One encoder, one decoder, one of both; the rest is slow.
@@ -163,10 +163,9 @@ def test_openvino_in_int8(cli: CommandLine, home: Path, tmp_path: Path) -> None:
 
 
 def test_what_differs_is_not_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.tiny("bert", num_hidden_layers=1)
-    monkeypatch.setattr(compare, "EXACT", 1e-12)
-    with pytest.raises(compare.ExportError, match=r"computes something else: its outputs differ by \d\.\d+e-\d\d; allowed: 1e-12"):
-        export_model(model, home / "small", tmp_path / "deep" / "out")
+    monkeypatch.setattr(compare, "EXACT", -1.0)
+    with pytest.raises(compare.ExportError, match=r"computes something else: its outputs differ by \d\.\d+e.\d\d; allowed: -1"):
+        export_model(condensed("llama", "causal-lm"), home / "small", tmp_path / "deep" / "out", "per-layer-config")
     assert list((tmp_path / "deep").iterdir()) == []
 
 
@@ -183,12 +182,13 @@ def full(*args: object) -> None:
     raise OSError("No space left on device")
 
 
-def killed(self: object, path: Path) -> None:
-    Path(path).write_bytes(b"half")
+def killed(model: object, batch: object, file: Path, opset: object) -> None:
+    file.parent.mkdir()
+    file.write_bytes(b"half")
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("owner", "name", "ends"), [(shutil, "copyfile", full), (torch.onnx.ONNXProgram, "save", killed)])
+@pytest.mark.parametrize(("owner", "name", "ends"), [(shutil, "copyfile", full), (onnx, "write", killed)])
 def test_a_folder_is_written_whole_or_not_at_all(
     owner: object, name: str, ends: Callable[..., None], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +281,57 @@ def test_a_model_with_adapters_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has adapters; merge them first"):
         export_model(model, home / "small", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------------------ runtimes
+
+
+@pytest.mark.slow
+def test_runtimes_are_compared(cli: CommandLine, home: Path, tmp_path: Path) -> None:
+    halved(how="out").save_pretrained(tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    rows = [json.loads(line) | {"label": place % 2} for place, line in enumerate((home / "rows.jsonl").read_text().splitlines())]
+    (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shapes = ("--batch-size", 2, "--tokens", 8, "--repeats", 2)
+    files = ("--data", home / "rows.jsonl", "--evaluate", tmp_path / "labelled.jsonl", "--picture", tmp_path / "latency.png")
+    given = ("benchmark", home / "small", "--against", tmp_path / "dense", "--runtimes", "onnx", *shapes)
+    found = cli.json(*given, *files)
+    assert [(row["model"], row["runtime"], row["dtype"]) for row in found["rows"]] == [
+        (model, runtime, dtype)
+        for model in ("dense", "model")
+        for runtime, dtypes in (("torch", ("float32", "bfloat16")), ("onnx", ("float32", "int8-dynamic", "int8")))
+        for dtype in dtypes
+    ]
+    exact = [row for row in found["rows"] if row["dtype"] == "float32"]
+    assert all(row["agreement"]["difference"] < 1e-5 for row in exact)
+    assert len({row["metric"] for row in exact}) == 1  # condensing changes nothing
+    assert found["rows"][0]["speedup"] == dict.fromkeys(("1x8", "1x32", "2x8", "2x32"), 1.0)
+    assert found["best"]["model"] == "model"
+    assert isinstance(found["machine"]["flags"], list)
+    assert (tmp_path / "latency.png").stat().st_size > 0
+    printed = cli(*given)
+    assert "finds its scales by calibration rows" in printed
+    assert "Best here: " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--runtimes", "onx"), 1, "runtimes='onx': must be of torch, compile, onnx, openvino. Did you mean 'onnx'?"),
+        (("--runtimes", ""), 1, "runtimes='': must be of"),
+        (("--data", "rows.jsonl"), 2, "--data goes with --runtimes"),
+        (("--runtimes", "torch", "--picture", "x.png"), 2, "--picture goes with --evaluate"),
+        (("--runtimes", "torch", "--evaluate", "rows.jsonl"), 1, "data='rows.jsonl': is no file"),
+    ],
+)
+def test_what_runtimes_cannot_be_told(options: tuple[object, ...], code: int, message: str, cli: CommandLine, home: Path) -> None:
+    cli("benchmark", home / "small", *options, code=code)
+    assert message in " ".join(cli.err.replace("│", " ").split())
+
+
+def test_rows_without_labels_are_no_evaluation(cli: CommandLine, home: Path) -> None:
+    cli("benchmark", home / "small", "--runtimes", "torch", "--evaluate", home / "rows.jsonl", code=1)
+    assert "has no column label or labels, but sentence" in " ".join(cli.err.split())
 
 
 # ------------------------------------------------------------------------------------------------------------- torch's own exports

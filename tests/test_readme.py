@@ -75,7 +75,7 @@ TINY = {
     "scripts/prune_pipeline.py": "--max_train_samples=24 --max_eval_samples=8 --disable_tqdm=true --use_cpu",
     "scripts/results/reproduce.py": """--rows half --seeds 1 --use_cpu --model_name_or_path start --overrides
         '{"max_steps": 6, "max_train_samples": 24, "max_eval_samples": 8}' --results runs/results""",
-    "hf-prune benchmark": "--repeats=1",
+    "hf-prune benchmark": "--repeats=1 --tokens=32",
     "hf-prune latency": "--repeats=1 --batch-size=1 --length=8",
     "hf-prune card": "--repeats=1",
     "hf-prune vocabulary": "--min-count=9",

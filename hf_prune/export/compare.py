@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -72,7 +73,7 @@ def compare(
     run: Run,
     expected: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     batches: Iterable[Mapping[str, Tensor]],
-    quantized: bool,
+    quantized: bool | None,
 ) -> Agreement:
     """Compare a file in its runtime with what is expected of it, output by output.
 
@@ -80,7 +81,7 @@ def compare(
         run: the file in its runtime.
         expected: the model in PyTorch.
         batches: what they are compared on.
-        quantized: whether the file computes with fewer bits.
+        quantized: whether the file computes with fewer bits; None: anything counts as agreement, and is reported.
 
     Raises:
         ExportError: an output is missing, of another shape or not finite, or differs by more than the bound.
@@ -104,7 +105,7 @@ def compare(
         difference=max(gap / max(peak, 1e-30) for gap, peak in peaks.values()),
         error=max((gap / max(size, 1e-30)) ** 0.5 for gap, size in squares.values()),
         same=same / predictions if predictions else None,
-        bound=QUANTIZED if quantized else EXACT,
+        bound=math.inf if quantized is None else QUANTIZED if quantized else EXACT,
     )
     measured = agreement.error if quantized else agreement.difference
     if not measured <= agreement.bound:
