@@ -14,7 +14,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .condense import CondensePlan, condense, condense_plan
+    from .condense.infer import infer_architecture
     from .condense.legacy import convert_v4_pruned_heads
+    from .condense.prove import ArchitectureError, prove_architecture
     from .distillation import (
         DistillationArguments,
         DistillationConfig,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "ArchitectureError",
     "CardFacts",
     "CondensePlan",
     "ConfigError",
@@ -65,10 +68,12 @@ __all__ = [
     "condense_plan",
     "convert_v4_pruned_heads",
     "export_model",
+    "infer_architecture",
     "last_complete_checkpoint",
     "latency_table",
     "model_card",
     "print_sparsity",
+    "prove_architecture",
     "prune",
     "prune_vocabulary",
     "push_to_hub",
@@ -87,7 +92,9 @@ _HOMES = {
         "condense",
         "condense_plan",
     ),
+    "condense.infer": ("infer_architecture",),
     "condense.legacy": ("convert_v4_pruned_heads",),
+    "condense.prove": ("ArchitectureError", "prove_architecture"),
     "distillation": (
         "DistillationArguments",
         "DistillationConfig",

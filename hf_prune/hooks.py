@@ -61,7 +61,9 @@ def _shrinking(stock: Callable[..., None], model: Any) -> None:
     if getattr(model.config, "hf_prune", None) is not None:
         from .condense import needs_hf_prune, shrink
         from .model import SPECS, spec_for
+        from .model.families import recall
 
+        recall(model.config)
         if needs_hf_prune(model.config) or model.config.model_type in SPECS:  # of others it says how many tokens there were
             shrink(model, spec_for(model.config.model_type))
     stock(model)

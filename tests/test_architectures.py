@@ -105,7 +105,7 @@ def test_a_family_of_ones_own(toy: ArchitectureSpec, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = models.randomize(ToyModel(ToyConfig())).eval()
     with pytest.raises(ValueError, match=r"model_type='toy' has no architecture spec.*register_architecture"):
-        condense(model)
+        find_blocks(model)
     register_architecture(toy)
     config = PruningConfig(
         rules=[PruningRule(pattern="head"), PruningRule(pattern="neuron")], criterion="magnitude", schedule="constant"

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import condensing
 import models
+import peft
 import pytest
+import reloading
 import torch
-from transformers import PreTrainedModel
+from helpers import prune_at_once
+from torch import Tensor, nn
+from transformers import BioGptConfig, BioGptModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
+import hf_prune.model
+from hf_prune import PruningConfig, PruningRule, condense
 from hf_prune.condense.infer import infer_architecture
 from hf_prune.condense.layers import depths
 from hf_prune.condense.prove import ArchitectureError, prove_architecture
-from hf_prune.model import SPECS, ArchitectureSpec, Part, blocks
+from hf_prune.model import SPECS, ArchitectureSpec, Part, blocks, find_blocks
 from hf_prune.model.blocks import outlines
+from hf_prune.model.families import INFERRED
+from hf_prune.model.written import as_json, as_source, from_json
 
 
 def with_block(spec: ArchitectureSpec, kind: str, **changes: Any) -> ArchitectureSpec:
@@ -98,17 +111,17 @@ def test_a_wrong_spec_is_refused(what: str) -> None:
         prove_architecture(model, make_wrong(spec))
 
 
-#: The families that are tried every time; the others are slow.
-FEW = ("gpt2", "llama", "t5")
-FAMILIES = [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in models.EVERY_FAMILY]
+def some(*names: str) -> list[Any]:
+    """All families; those but some are slow."""
+    return [family if family in names else pytest.param(family, marks=pytest.mark.slow) for family in models.EVERY_FAMILY]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some("llama"))
 def test_a_right_spec_is_proven(family: str) -> None:
     prove_architecture(*model_and_spec(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some("bert", "gpt2", "llama", "modernbert", "t5"))
 def test_a_family_without_a_record_is_inferred(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of it is found again, under names that nobody knows, and the model stays as it is."""
     known = SPECS[models.EVERY_FAMILY[family]().model_type]
@@ -129,3 +142,130 @@ def test_a_family_without_a_record_is_inferred(family: str, monkeypatch: pytest.
         (block.kind, block.num_units, block.unit_width) for block in wanted
     ]
     assert spec.pre_norm == bool(removable)
+
+
+def halve(model: Any) -> None:
+    """Mask half of the heads and neurons of a model."""
+    rules = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
+    prune_at_once(model, PruningConfig(rules=rules, criterion="magnitude", schedule="constant"))
+
+
+@pytest.fixture
+def forgetting() -> Iterator[None]:
+    """What was inferred in a test is forgotten after it."""
+    known = dict(SPECS)
+    yield
+    SPECS.clear()
+    SPECS.update(known)
+    INFERRED.clear()
+
+
+def biogpt() -> PreTrainedModel:
+    """A model of a family of transformers that has no record."""
+    assert "biogpt" not in SPECS
+    torch.manual_seed(0)
+    return models.randomize(BioGptModel(BioGptConfig(**models._bert_like(), bos_token_id=1, eos_token_id=2))).eval()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_pruning_and_condensing_infer_what_they_do_not_know(
+    adapted: bool, forgetting: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = biogpt()
+    model: Any = whole
+    if adapted:
+        settings = peft.LoraConfig(target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False)
+        model = peft.get_peft_model(whole, settings).eval()
+    halve(model)
+    assert [record.levelname for record in caplog.records if "it inferred this one" in record.message] == ["WARNING"]
+    assert "register_architecture(ArchitectureSpec" in caplog.text
+    before, parameters = condensing.outputs(whole), model.num_parameters()
+    condense(model)
+    assert model.num_parameters() < parameters
+    assert condensing.gap(before, condensing.outputs(whole)) <= 1e-5
+    whole = model.unload() if adapted else whole
+    before = condensing.outputs(whole)
+    whole.save_pretrained(tmp_path)
+    SPECS.pop("biogpt")
+    INFERRED.clear()
+    loaded = BioGptModel.from_pretrained(tmp_path)
+    assert condensing.gap(before, condensing.outputs(loaded)) <= 1e-5
+    models.zero_units(find_blocks(loaded)[1], [0], "out")
+    condense(loaded)
+    assert caplog.text.count("it inferred this one") == 1  # what a checkpoint carries is believed
+
+
+@pytest.mark.slow
+def test_a_checkpoint_carries_what_was_inferred(forgetting: None, tmp_path: Path) -> None:
+    """Fresh processes load it, with hf_prune, and by remote code without."""
+    model, name = biogpt(), "biogpt-AutoModel"
+    halve(model)
+    condense(model).save_pretrained(tmp_path / "first" / name)
+    reloading.save_expected(model, tmp_path / "first" / name)
+    assert reloading.reload("import", tmp_path / "first", tmp_path / "by-import")[name]["gap"] <= 1e-5
+    assert reloading.reload("remote", tmp_path / "by-import", tmp_path / "by-remote")[name]["gap"] <= 1e-5
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "by-import" / name / file).read_bytes() == (tmp_path / "first" / name / file).read_bytes()
+
+
+def test_another_config_of_a_family_is_inferred_again(forgetting: None) -> None:
+    for name in ("falcon", "falcon-multihead"):
+        SPECS.pop("falcon") if name == "falcon" else None
+        model = models.tiny(name)
+        halve(model)
+        assert {block.num_units for block in find_blocks(model) if block.kind == "attention"} == {4}
+        before = condensing.outputs(model)
+        assert condensing.gap(before, condensing.outputs(condense(model))) <= 1e-5
+
+
+def test_what_cannot_be_proven_is_refused_with_where_it_failed(forgetting: None) -> None:
+    """Neurons whose activation is no module cannot be described; attention alone would be, but has none here."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states + self.down(nn.functional.gelu(self.up(hidden_states)).flip(-1))
+
+    class Model(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.embeddings, self.layers = nn.Embedding(99, 32), nn.ModuleList(Layer() for _ in range(2))
+            self.post_init()
+
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> BaseModelOutput:
+            hidden_states = self.embeddings(input_ids)
+            for layer in self.layers:
+                hidden_states = layer(hidden_states)
+            return BaseModelOutput(last_hidden_state=hidden_states)
+
+    model = Model(PreTrainedConfig(vocab_size=99, hidden_size=32))
+    with pytest.raises(
+        ValueError, match=r"no record of model_type=.*could not infer.*layers: no linear module.*register_architecture"
+    ):
+        condense(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 1}, r"\['architecture'\] has an unknown key 'layer'; .*Did you mean 'layers'\?"),
+        ({"layers": "x"}, r"\['architecture'\]\['layers'\] is 'x'"),
+        ({"pre_norm": 1}, r"\['pre_norm'\] is 1; allowed: bool"),
+        ({"attentions": [{"module": "a"}]}, r"\['attentions'\]\[0\] is .* it needs module, query, key, value, output"),
+    ],
+)
+def test_a_spec_in_a_config_is_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_json(as_json(SPECS["bert"]) | change)
+
+
+@pytest.mark.parametrize("model_type", SPECS)
+def test_a_spec_in_writing_is_the_spec(model_type: str) -> None:
+    spec = SPECS[model_type]
+    assert from_json(json.loads(json.dumps(as_json(spec)))) == spec
+    assert eval(as_source(spec), vars(hf_prune.model)) == spec

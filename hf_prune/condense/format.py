@@ -28,6 +28,7 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
 - `original`, only if the stock config itself was changed (all layers agreed, see `stock.py`; the hidden size became smaller; tokens
   or experts went), has the values of its attributes in the model that pruning started from (`{"intermediate_size": 3072}`). It is
   informative: no size is read from it.
+- `architecture`, only in a family that hf_prune has no record of, is the spec that was inferred (`model/written.py`).
 
 A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
 
@@ -66,7 +67,7 @@ def read_sizes(
         known.setdefault(block.layer, {})[block.key] = block
 
     where = "config.hf_prune"
-    check_keys(where, entry, ("version", "layers", "removed_layers", "original"))
+    check_keys(where, entry, ("version", "layers", "removed_layers", "original", "architecture"))
     version = entry.get("version")
     if type(version) is not int or version != 1:
         raise ValueError(f"{where}['version'] is {reprlib.repr(version)}; this code reads version 1. A newer hf_prune may read it.")

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..model import ArchitectureSpec, AttentionSpec, Block, FeedForwardSpec, blocks
-from ..model.blocks import body_prefix, hidden_into, hidden_of, layer_lists
+from ..model import SPECS, ArchitectureSpec, AttentionSpec, Block, FeedForwardSpec, blocks
+from ..model.blocks import body, body_prefix, hidden_into, hidden_of, layer_lists
 from ..model.config_names import with_names
+from ..model.families import INFERRED, recall, remember
 from ..model.flow import LayerCall, layer_calls
 from ..model.propose import COPIES, blocks_of, layer_paths
-from .prove import ArchitectureError, Outputs, dtype_for, prove_architecture, quietly
+from ..model.wrappers import transformers_models
+from ..model.written import as_source
+from .prove import ArchitectureError, Outputs, apart, dtype_for, failing, prove_architecture
 from .resize import keep_units
 from .snapshot import unchanged
 from .stand_in import stand_in
@@ -43,7 +49,7 @@ def infer_architecture(model: PreTrainedModel) -> ArchitectureSpec:
     Raises:
         ArchitectureError: nothing that fits was found, or it cannot be proven; says in which layer, and which check failed how.
     """
-    with quietly():
+    with apart(), failing(model, "a pass of its stand-in"):
         found = propose_architecture(stand_in(model, dtype_for(model)))
     found = replace(found, model_types=(model.config.model_type,))
     try:
@@ -54,6 +60,57 @@ def infer_architecture(model: PreTrainedModel) -> ArchitectureSpec:
         found = replace(found, pre_norm=False)  # layers that only add to their input but do not bear to be removed
         prove_architecture(model, found)
     return found
+
+
+def learn_architecture(model: Any) -> None:
+    """Infer and register the specs of the transformers models in a model that no record describes; others stay as they are.
+
+    A spec holds for one class and config: a model of the same family with another is inferred again.
+
+    Raises:
+        ValueError: a spec can be neither found nor proven; says where that failed.
+    """
+    for one in transformers_models(model).values():
+        model_type, source = str(one.config.model_type), _described(one)
+        if recall(one.config) or (model_type in SPECS and INFERRED.get(model_type, source) == source):
+            continue
+        SPECS.pop(model_type, None)
+        INFERRED.pop(model_type, None)
+        started = time.perf_counter()
+        try:
+            spec = infer_architecture(one)
+        except ValueError as error:
+            raise ValueError(
+                f"hf_prune has no record of model_type={model_type!r} and could not infer one. {error}. "
+                "Describe it in an `hf_prune.model.ArchitectureSpec` and pass that to `hf_prune.model.register_architecture`."
+            ) from error
+        remember(spec, model_type, source)
+        logger.warning(
+            "hf_prune has no record of model_type=%r; it inferred this one, proved it in %.0f s, and saves it with what is "
+            "condensed:%s\nregister_architecture(%s)",
+            model_type,
+            time.perf_counter() - started,
+            _beside(one, spec),
+            as_source(spec),
+        )
+
+
+def _described(model: PreTrainedModel) -> object:
+    """What a spec is inferred from: the class of the body, and what the config says of it."""
+    plain = (bool, int, float, str, type(None))
+    other = r"_.*|.*_token_id|output_.*|use_cache|return_dict|name_or_path|dtype|transformers_version|problem_type|vocab_size"
+    said = {name: value for name, value in vars(model.config).items() if isinstance(value, plain) and not re.fullmatch(other, name)}
+    return type(body(model)), said
+
+
+def _beside(model: PreTrainedModel, spec: ArchitectureSpec) -> str:
+    """A remark on the linear modules of the layers that the spec says nothing of."""
+    found = blocks(model, spec)
+    known = {part.name for block in found for part in block.projections}
+    layers = tuple(f"{body_prefix(model)}{block.layer}." for block in found)
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(layers)]
+    others = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear if not any(name.startswith(each) for each in known)})
+    return f" (no heads or neurons were found in {', '.join(others)})" if others else ""
 
 
 def propose_architecture(model: PreTrainedModel) -> ArchitectureSpec:

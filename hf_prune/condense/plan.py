@@ -164,15 +164,18 @@ def condense_plan(model: Any, pad_to_multiple_of: int | None = None) -> Condense
         pad_to_multiple_of: keep enough dead neurons to make each block's size a multiple of this (or zero).
 
     Raises:
-        ValueError: the family has no architecture spec, a projection is not a plain floating-point Linear or Conv1D in memory, its
-            adapter is not a plain LoRA one, there are several transformers models, or `pad_to_multiple_of` is not a positive whole
-            number. A block with a projection whose weight is computed from others (`torch.nn.utils.prune`,
+        ValueError: the family has no architecture spec and none can be inferred, a projection is not a plain floating-point Linear
+            or Conv1D in memory, its adapter is not a plain LoRA one, there are several transformers models, or `pad_to_multiple_of`
+            is not a positive whole number. A block with a projection whose weight is computed from others (`torch.nn.utils.prune`,
             `torch.nn.utils.parametrize`) is left out, with the reason.
     """
     multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise ConfigError("pad_to_multiple_of", pad_to_multiple_of, "must be a whole number, 1 or more, or None.")
+    from .infer import learn_architecture  # whose proof plans, too
+
     model = transformers_model(model)
+    learn_architecture(model)
     found = find_blocks(model)
     for block in found:
         for part in block.projections:

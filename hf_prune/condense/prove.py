@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..model import SPECS, ArchitectureSpec, Block, Projection, blocks
-from ..model.blocks import body_prefix, hidden_size_name, layer_lists
+from ..model.blocks import body_prefix, has_bias, hidden_size_name, layer_lists
 from ..model.flow import LayerCall, changed_features, layer_calls, noise_at
 from ..model.residual import head_size, resized, twin
 from ..model.resolve import check_spec
@@ -67,7 +67,7 @@ def prove_architecture(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
         ArchitectureError: names the layer, the check that failed, and the difference.
         ValueError: the model has not what the spec names.
     """
-    with quietly(), registered(spec, model.config.model_type):
+    with apart(), registered(spec, model.config.model_type):
         check_spec(model, spec)
         dtype = dtype_for(model)
         with failing(model, "its sizes in the config"):
@@ -80,13 +80,13 @@ def prove_architecture(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without what transformers says of models that it builds, saves and loads, and with torch's random state as it was."""
+def apart() -> Iterator[None]:
+    """For models that are not the user's: transformers says nothing of them, gradients are on, torch's random state stays."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -182,18 +182,22 @@ def _check_reach(model: PreTrainedModel, call: LayerCall, block: Block, role: st
     each = block.num_units // shares
     some = torch.randperm(shares, generator=generator)[: (shares + 1) // 2].sort().values
     inner = torch.randint(block.unit_width, (len(some),), generator=generator)
+    rows, where = part.rows[some * block.unit_width + inner], f"{block.layer}.{block.key}"
     (before,) = call.inputs_of([block.output.module])
-    (after,) = call.inputs_of([block.output.module], {part.module: noise_at(part.rows[some * block.unit_width + inner])})
-    where = f"{block.layer}.{block.key}"
-    if before is None or after is None:
-        raise ArchitectureError(model, where, f"{block.output.name} is not called in a pass of the model")
+    reached = torch.zeros(block.num_units, block.unit_width, dtype=torch.bool)
+    for size in (1.0, 30.0):  # a neuron that is never active is with more noise
+        (after,) = call.inputs_of([block.output.module], {part.module: noise_at(rows, size)})
+        if before is None or after is None:
+            raise ArchitectureError(model, where, f"{block.output.name} is not called in a pass of the model")
+        reached |= changed_features(before, after).view_as(reached)
     units = (some[:, None] * each + torch.arange(each)).flatten()
     whole = torch.zeros(block.num_units, block.unit_width, dtype=torch.bool)
     whole[units] = True
     own = torch.zeros_like(whole)
     own[units, inner.repeat_interleave(each)] = True
-    reached = changed_features(before, after).view_as(whole)
-    if not reached.equal(own if role in block.makers and not reached.equal(whole) else whole):
+    if any(entry.forward for _, _, entry in block.by_head) and role not in block.makers:
+        reached &= whole  # a norm over all heads carries queries and keys to every head
+    if not (reached.equal(whole) or (role in block.makers and reached.equal(own))):
         units_reached = reached.any(1).nonzero().flatten().tolist()
         raise ArchitectureError(
             model,
@@ -264,11 +268,28 @@ def zero_makers(block: Block, groups: Tensor) -> None:
     """Zero the rows of the value, or of both factors of a neuron, of some groups; their biases stay."""
     for part in block.makers.values():
         rows_of(part.layer)[part.rows[block.features(groups)]] = 0
+    shares = block.units_per_group
+    _hide_from_norms(block, (groups[:, None] * shares + torch.arange(shares)).flatten())
 
 
 def zero_readers(block: Block, units: Tensor) -> None:
     """Zero the output projection's columns of some units."""
     rows_of(block.output.layer)[:, block.features(units)] = 0
+    _hide_from_norms(block, units)
+
+
+def _hide_from_norms(block: Block, units: Tensor) -> None:
+    """Zero the queries of some heads, and the keys that only these share, if a norm over all heads would see them."""
+    if not any(entry.forward for _, _, entry in block.by_head):
+        return
+    staying = torch.ones(block.num_units, dtype=torch.bool).index_fill(0, units, False)
+    unshared = (~staying.view(block.num_groups, -1).any(1)).nonzero().flatten()
+    for role, gone in (("query", units), ("key", unshared)):
+        part = block.roles[role]
+        rows = part.rows[block.features(gone)]
+        rows_of(part.layer)[rows] = 0
+        if has_bias(part.layer):
+            part.layer.bias.detach()[rows] = 0
 
 
 def check_cut(model: PreTrainedModel, spec: ArchitectureSpec, name: str, zero: Callable[[list[Block]], None]) -> None:
@@ -279,6 +300,8 @@ def check_cut(model: PreTrainedModel, spec: ArchitectureSpec, name: str, zero: C
     zero(blocks(model, spec))
     before, size = _observed(model), model.num_parameters()
     plan = condense_plan(model)
+    if not plan.changed:
+        raise ArchitectureError(model, name, "nothing of what was zeroed can be removed")
     gradients = _gradients(model)
     cut(model, plan)
     _check_sizes(model, spec, plan, name, size)
@@ -320,6 +343,7 @@ def _observed(model: PreTrainedModel, like: Outputs | None = None) -> Outputs:
         model: the model.
         like: what was seen of another that must do what this one does.
     """
+    torch.manual_seed(0)  # for those that mask at random
     seen = all_outputs(model)
     try:
         return seen | _generated(model)
@@ -350,6 +374,7 @@ def _gradients(model: PreTrainedModel) -> Outputs:
     """The gradients of a random mixture of the outputs, weights of projections as `[out, in]`."""
     model.zero_grad()
     model.set_attn_implementation("eager")
+    torch.manual_seed(0)
     outputs = model(**sample_batch(model, rows=2, tokens=8), return_dict=True)
     generator = torch.Generator().manual_seed(0)
     mixture = [
@@ -368,8 +393,17 @@ def _kept(gradients: Outputs, plan: CondensePlan, model: PreTrainedModel) -> Out
 
     Copies of one key and value head share its gradient, so theirs are left out.
     """
-    kept = dict(gradients)
+    kept, prefix = dict(gradients), body_prefix(model)
     for one in plan.blocks:
+        for _, _, entry in one.block.by_head:
+            left, number = (one.kept, one.block.num_units) if entry.role == "query" else (one.groups, one.block.num_groups)
+            gradient = kept.pop(f"{prefix}{one.block.layer}.{entry.path}", None)
+            if gradient is not None and len(left):
+                each = gradient.shape[entry.dim] // number
+                index = (left[:, None] * each + torch.arange(each)).flatten()
+                kept[f"{prefix}{one.block.layer}.{entry.path}"] = gradient.index_select(entry.dim, index)
+        if plan.removed and one.block.spec.scale:  # it scales the constants of removed layers, too
+            kept.pop(f"{prefix}{one.block.layer}.{one.block.spec.scale}", None)
         for part, rows in one.block.outputs_of(one.kept, one.groups):
             for name in (f"{part.name}.weight", f"{part.name}.bias"):
                 if name in kept and len(set(rows.tolist())) == len(rows):
@@ -378,7 +412,6 @@ def _kept(gradients: Outputs, plan: CondensePlan, model: PreTrainedModel) -> Out
                     kept.pop(name, None)
         if (name := f"{one.block.output.name}.weight") in kept:
             kept[name] = gradients[name][:, one.block.features(one.kept)]
-    prefix = body_prefix(model)
     for layer in {one.block.layer for one in plan.blocks}:
         after = _name_after(layer, model)
         if after != layer:

@@ -15,7 +15,6 @@ its config says, because all layers agree, is an ordinary one (`condense/stock.p
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import logging
 import os
@@ -34,6 +33,8 @@ from ..condense.forwards import NoHeads
 from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_code
 from ..files import write_text
 from ..model import ArchitectureSpec, blocks, spec_for
+from ..model.families import carry
+from ..model.written import as_source
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def write_modeling_file(config: PreTrainedConfig, save_directory: str | os.PathL
     The file holds stock classes: none is written for a family that transformers does not have, which is loaded by its own, and none
     for a model that stock code loads.
     """
+    carry(config)
     carried = needs_hf_prune(config) and any(auto_classes(config.model_type))
     if carried:
         os.makedirs(save_directory, exist_ok=True)
@@ -153,7 +155,7 @@ def modeling_source(model_type: str) -> str:
     known: dict[str, str] = {}
     for part in (ArchitectureSpec, blocks, read_sizes, NoHeads, shrink, accept):
         known |= _definitions(inspect.getsource(sys.modules[part.__module__]), imports)
-    spec = "SPEC = " + _expression(spec_for(model_type))
+    spec = "SPEC = " + as_source(spec_for(model_type))
     definitions = _needed(spec + _MIXIN, known)
     imported: dict[str, list[str]] = {}
     for name in sorted(imports.keys() & set(re.findall(r"\w+", "\n".join(definitions)))):
@@ -178,34 +180,6 @@ def _needed(source: str, known: dict[str, str]) -> list[str]:
         found |= names
         waiting += [known[name] for name in names]
     return [text for name, text in known.items() if name in found]
-
-
-def _expression(value: Any, indent: str = "") -> str:
-    """A spec, or a value in one, as source text without what is default, in lines of 132 characters where it can be."""
-    if dataclasses.is_dataclass(value):
-        named = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
-        makes = {each.name: each.default_factory for each in dataclasses.fields(value)}
-        defaults = {each.name: each.default for each in dataclasses.fields(value)}
-        defaults |= {name: make() for name, make in makes.items() if make is not dataclasses.MISSING}
-        said = [(name, own) for name, own in named if own != defaults[name]]
-        given = next((place for place, pair in enumerate(zip(said, named)) if pair[0] != pair[1]), len(said))
-        items = [("" if place < given else f"{name}=", own) for place, (name, own) in enumerate(said)]
-        start, end = f"{type(value).__name__}(", ")"
-    elif isinstance(value, tuple) and value:
-        start, items, end = "(", [("", item) for item in value], ",)"
-    else:
-        return repr(value)
-    line = start + ", ".join(name + _expression(item) for name, item in items) + end
-    if len(indent) + len(line) <= 132:
-        return line
-    inner, rows = f"{indent}    ", [""]
-    for name, item in items:
-        text = f"{name}{_expression(item, inner)},"
-        if "\n" in rows[-1] + text or len(inner) + len(rows[-1]) + 1 + len(text) > 132:
-            rows.append(text)
-        else:
-            rows[-1] = f"{rows[-1]} {text}".strip()
-    return start + "".join(f"\n{inner}{row}" for row in rows if row) + f"\n{indent}{end[-1]}"
 
 
 def _definitions(source: str, imports: dict[str, str]) -> dict[str, str]:

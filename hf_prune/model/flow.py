@@ -109,13 +109,13 @@ def changed(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).abs() > _EFFECT * before.abs().max()
 
 
-def noise_at(rows: Tensor, seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """Adds noise, different at every position, to these features of an output, `rows` on the CPU."""
+def noise_at(rows: Tensor, size: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Adds noise of a size, different at every position, to these features of an output, `rows` on the CPU."""
 
     def disturb(output: Tensor) -> Tensor:
         shape = (*output.shape[:-1], len(rows))
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype)
-        return output.index_add(-1, rows.to(output.device), noise.to(output.device))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+        return output.index_add(-1, rows.to(output.device), size * noise.to(output.device))
 
     return disturb
 

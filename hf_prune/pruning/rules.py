@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..condense.infer import learn_architecture
 from ..model import Block, find_blocks
 from ..model.sharding import is_sharded, is_tensor_parallel
 from ..model.targets import Target, body_prefixes, check_names, names_module, selector, weights
@@ -189,7 +190,10 @@ def match_rules(
         raise ConfigError("model", type(model).__name__, "has no linear or convolutional layer to prune.")
     resolved, open_rules = config.resolved_rules(), config.open_rules()
     patterns = {name: settings.units for name, settings in resolved.items()}
-    blocks = find_blocks(model) if any(pattern.is_structural for pattern in patterns.values()) else []
+    structural = any(pattern.is_structural for pattern in patterns.values())
+    if structural:
+        learn_architecture(model)
+    blocks = find_blocks(model) if structural else []
     body = body_prefixes(model)
     known = [*modules, *others, *(block.name for block in blocks)]
     model_type = next((str(inside.config.model_type) for inside in transformers_models(model).values()), "")
