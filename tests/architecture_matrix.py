@@ -5,7 +5,9 @@ everywhere, ragged padded batches. The columns:
 
 - eager, sdpa: largest difference between masked and condensed, of all hidden states and outputs
 - gradient: the same of the gradients of surviving parameters, without dropout, relative to a parameter's largest above one
-- generate: tokens and logits for a left-padded batch, nothing left of the attention in the first layer of each stack
+- greedy, beams: tokens and logits for a left-padded batch, nothing left of the attention in the first layer of each stack
+- LoRA: every third family under adapters of all projections with random values: largest difference of all outputs, of what is
+  condensed, and of what is merged afterwards, from the masked model
 - parameters: after, before
 - import, remote code: largest difference after loading in a fresh process; the second loads what the first saved again
 - saved twice: both files equal, and the weights and sizes that a loaded model saves
@@ -18,15 +20,19 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import condensing
 import models
+import peft
 import reloading
+import torch
 import transformers
+from helpers import prune_at_once
 from rich.table import Table
 from safetensors.torch import load_file
 
-from hf_prune import condense
+from hf_prune import PruningConfig, PruningRule, condense
 from hf_prune.measure.tables import as_text
 from hf_prune.model import find_blocks
 
@@ -43,7 +49,10 @@ def compare(family: str, folder: Path) -> Row:
     row: Row = {attention: condensing.gap(wanted, condensing.outputs(model, attention)) for attention, wanted in before.items()}
     row["gradient"] = condensing.gradient_gap(models.tiny(family))
     row["parameters"] = (model.num_parameters(), parameters)
-    row["generate"] = generates(family) if family in models.GENERATORS else None
+    for name, beams in BEAMS.items():
+        row[name] = generates(family, beams) if family in models.GENERATORS else None
+    if list(models.EVERY_FAMILY).index(family) % 3 == 0:
+        row["LoRA"] = adapted_gap(family)
     name = f"{family}-{models.HEADS[models.classifier_of(family)].__name__}"
     for copy in ("first", "second"):
         model.save_pretrained(folder / copy / name)
@@ -51,7 +60,31 @@ def compare(family: str, folder: Path) -> Row:
     return row
 
 
-def generates(family: str) -> bool:
+#: How many beams a column is of.
+BEAMS = {"greedy": 1, "beams": 3}
+
+
+def adapted_gap(family: str) -> float:
+    """How far a condensed model under LoRA adapters, and what it is merged into, are from the masked one."""
+    model = models.tiny(family, models.heads_of(family)[-1])
+    found = find_blocks(model)
+    modules = sorted({part.name for block in found for part in block.projections})
+    settings = peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+    torch.manual_seed(1)
+    adapted: Any = peft.get_peft_model(model, settings).eval()
+    patterns = {"attention": PruningRule(pattern="head"), "feed_forward": PruningRule(pattern="neuron")}
+    rules = [patterns[kind] for kind in dict.fromkeys(block.kind for block in found)]
+    prune_at_once(adapted, PruningConfig(rules=rules, criterion="magnitude", schedule="constant"))
+    masked = condensing.outputs(model)
+    parameters = adapted.num_parameters()
+    condense(adapted)
+    assert adapted.num_parameters() < parameters
+    gaps = [condensing.gap(masked, condensing.outputs(model))]
+    gaps.append(condensing.gap(masked, condensing.outputs(adapted.merge_and_unload())))
+    return max(gaps)
+
+
+def generates(family: str, beams: int) -> bool:
     """Whether the condensed model generates what the masked one does."""
     model = models.tiny(family, models.GENERATORS[family])
     models.prune_randomly(model)
@@ -59,7 +92,7 @@ def generates(family: str) -> bool:
         if block.kind == "attention" and block.layer.endswith(".0"):
             models.zero_units(block, list(range(block.num_units)), "out")
     try:
-        condensing.check_generation(model, family)
+        condensing.check_generation(model, family, beams)
     except AssertionError:
         return False
     return True
@@ -90,33 +123,36 @@ def matrix(families: list[str], folder: Path) -> dict[str, Row]:
 def holds(row: Row) -> bool:
     """Whether everything in a row is as it must be."""
     gaps = [value for value in row.values() if isinstance(value, float)]
-    return max(gaps) <= 1e-5 and row["generate"] is not False and row["saved twice"] is True
+    return max(gaps) <= 1e-5 and all(row[name] is not False for name in (*BEAMS, "saved twice"))
 
 
 def main() -> int:
     """Print the table; return 1 if something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default all: {', '.join(models.FAMILIES)}")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default all: {', '.join(models.EVERY_FAMILY)}")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; rows of other families that are there stay")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        rows = matrix(arguments.families or list(models.FAMILIES), Path(folder))
+        rows = matrix(arguments.families or list(models.EVERY_FAMILY), Path(folder))
     table = Table(title="masked and condensed")
-    columns = ("eager", "sdpa", "gradient", "generate", "parameters", "import", "remote code", "saved twice")
+    columns = ("eager", "sdpa", "gradient", *BEAMS, "LoRA", "parameters", "import", "remote code", "saved twice")
     for column in ("family", *columns):
         table.add_column(column, justify="left" if column == "family" else "right")
     for family, row in rows.items():
         cells = [f"{value:.0e}" if isinstance(value := row.get(column), float) else "" for column in columns]
         after, before = row["parameters"]  # type: ignore[misc]
         cells[columns.index("parameters")] = f"{after:,} of {before:,}"
-        for column in ("generate", "saved twice"):
+        for column in (*BEAMS, "saved twice"):
             cells[columns.index(column)] = {None: "", True: "equal", False: "DIFFERS"}[row[column]]  # type: ignore[index]
         table.add_row(family, *cells, style="" if holds(row) else "red")
     print(as_text(table))  # wide, whatever it is printed to
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        others = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+        known = others | rows
+        ordered = {family: known[family] for family in models.EVERY_FAMILY if family in known}
+        arguments.output.write_text(json.dumps(ordered, indent=2) + "\n")
     return int(not all(map(holds, rows.values())))
 
 

@@ -30,8 +30,9 @@ def outputs(model: PreTrainedModel, attention: str = "eager") -> list[Tensor]:
 
 
 def gap(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest difference; not a number if one is not."""
     assert len(before) == len(after) > 0
-    return max(float((one - other).abs().max()) for one, other in zip(before, after))
+    return float(torch.stack([(one - other).abs().max() for one, other in zip(before, after)]).max())
 
 
 def gradient_gap(model: PreTrainedModel) -> float:
