@@ -234,6 +234,54 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
         **_llama_like(), moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0
     ),
+    "mpt": lambda: transformers.MptConfig(
+        d_model=32, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=40, vocab_size=99, **_special()
+    ),
+    "modernbert-decoder": lambda: transformers.ModernBertDecoderConfig(
+        **_bert_like(**_special(), local_attention=8, global_attn_every_n_layers=2)
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_grouped(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    ),
+    "esm": lambda: transformers.EsmConfig(**_bert_like(), position_embedding_type="rotary", mask_token_id=3, pad_token_id=0),
+    "layoutlmv3": lambda: transformers.LayoutLMv3Config(
+        **_bert_like(),
+        coordinate_size=4,
+        shape_size=8,
+        rel_pos_bins=8,
+        rel_2d_pos_bins=8,
+        max_2d_position_embeddings=64,
+        visual_embed=False,
+    ),
+    "videomae": lambda: transformers.VideoMAEConfig(**_pixels() | {"num_frames": 4}),
+    "yolos": lambda: transformers.YolosConfig(**_pixels() | {"image_size": [12, 12], "num_detection_tokens": 4}),
+    "data2vec-vision": lambda: transformers.Data2VecVisionConfig(**_pixels(), use_relative_position_bias=True, drop_path_rate=0.0),
+    "swinv2": lambda: transformers.Swinv2Config(
+        image_size=12, patch_size=2, embed_dim=32, depths=[1, 2], num_heads=[4, 8], window_size=3, mlp_ratio=1.25
+    ),
+    "segformer": lambda: transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 2],
+        sr_ratios=[4, 1],
+        hidden_sizes=[32, 64],
+        num_attention_heads=[4, 8],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    ),
+    "vit_mae": lambda: transformers.ViTMAEConfig(
+        **_pixels(),
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    ),
+    "metaclip_2": lambda: transformers.MetaClip2Config(
+        text_config=_bert_like(**_special()), vision_config=_pixels(), projection_dim=16
+    ),
+    "sew": lambda: transformers.SEWConfig(**_bert_like(), **_SOUND, squeeze_factor=1),
+    "wav2vec2-conformer": lambda: transformers.Wav2Vec2ConformerConfig(**_bert_like(), **_SOUND, conv_depthwise_kernel_size=3),
     "vit_msn": lambda: transformers.ViTMSNConfig(**_pixels()),
     "ijepa": lambda: transformers.IJepaConfig(**_pixels()),
     "hubert": lambda: transformers.HubertConfig(**_bert_like(), **_SOUND),
@@ -247,7 +295,7 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
 
 #: Those whose feed-forward blocks are no neurons of hf_prune's: experts.
-ATTENTION_ALONE = ("mixtral", "olmoe", "qwen3_moe", "phimoe", "granitemoe", "ernie4_5_moe")
+ATTENTION_ALONE = ("esm", "segformer", "qwen2_moe", "mixtral", "olmoe", "qwen3_moe", "phimoe", "granitemoe", "ernie4_5_moe")
 
 #: All of them.
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
@@ -421,8 +469,15 @@ def ragged_batch(model: PreTrainedModel, rows: int = 4, tokens: int = 11, seed: 
     vision, text = (getattr(config, f"{kind}_config", config) for kind in ("vision", "text"))
     images = {}
     if model.main_input_name == "pixel_values" or vision is not config:
-        shape = (*((vision.num_frames,) if hasattr(vision, "num_frames") else ()), 3, *[getattr(vision, "image_size", 64)] * 2)
+        size = getattr(vision, "image_size", 64)
+        shape = (
+            *((vision.num_frames,) if hasattr(vision, "num_frames") else ()),
+            3,
+            *(size if isinstance(size, list) else [size] * 2),
+        )
         images = {"pixel_values": torch.randn(rows, *shape, generator=generator)}
+    if model.main_input_name == "pixel_values" and "noise" in inspect.signature(model.forward).parameters:
+        return images | {"noise": torch.rand(rows, (vision.image_size // vision.patch_size) ** 2, generator=generator)}
     if model.main_input_name == "pixel_values":
         return images
     if model.main_input_name == "input_values" and hasattr(config, "num_mel_bins"):

@@ -41,7 +41,6 @@ def state_of(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, Tensor]]:
 
 def check_condensed_equals_masked(family: str, head: str, seed: int) -> None:
     model = models.tiny(family, head, seed)
-    layers = {block.layer for block in find_blocks(model)}
     left = models.prune_randomly(model, seed)
     before = {attention: outputs(model, attention) for attention in models.attentions_of(model)}
     removed = [f"{path}.{index}." for path, indices in condense_plan(model).removed.items() for index in indices]
@@ -49,7 +48,7 @@ def check_condensed_equals_masked(family: str, head: str, seed: int) -> None:
     assert list(sizes(model).values()) == [size for name, size in left.items() if not any(layer in name for layer in removed)]
     assert 0 in left.values()
     for attention in before:
-        assert len(before[attention]) > len(layers)
+        assert len(before[attention]) > 2
         after = outputs(model, attention)
         # Where a layer went, its hidden states did too: see the tests of removal.
         assert gap(before[attention][: 1 if removed else None], after[: 1 if removed else None]) <= 1e-5
@@ -597,7 +596,7 @@ def test_a_layer_stays_whose_cross_attention_adds_something_only_with_encoder_st
 def test_first_layer_goes_when_it_adds_nothing_and_is_made_like_the_others(family: str) -> None:
     model = five_layers(family)
     gone = models.empty_layers(model, {0, 2}, silent=True)
-    differs = family in ("t5", "t5-gated", "mt5", "modernbert")
+    differs = family in ("t5", "t5-gated", "mt5", "modernbert", "modernbert-decoder")
     check_removal(model, {path: [2] for path in gone} if differs else gone)
 
     model = five_layers(family)

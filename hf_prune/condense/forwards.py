@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..model import AttentionSpec
@@ -97,7 +98,8 @@ class OwnBiases(Adapted):
         for name, dim in self.spec.position_arguments.items():
             if (bias := kwargs.get(name)) is not None:
                 every = bias if dim else bias.unflatten(0, (len(hidden_states), -1))
-                kwargs[name] = every[:, self.own_heads] if dim else every[:, self.own_heads].flatten(0, 1)
+                own = every.index_select(dim or 1, torch.tensor(self.own_heads, dtype=torch.long, device=bias.device))
+                kwargs[name] = own if dim else own.flatten(0, 1)
         return stock.forward(hidden_states, *args, **kwargs)
 
 

@@ -233,8 +233,9 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     }
     if vision is not config:  # a tower for texts, one for images
         makers["pixel_values"] = images
-    if model.main_input_name == "pixel_values":
-        makers = {"pixel_values": images}
+    if model.main_input_name == "pixel_values":  # by the noise a masked autoencoder chooses what it does not see
+        patches = math.prod(_height_and_width(getattr(vision, "image_size", 0))) // getattr(vision, "patch_size", 1) ** 2
+        makers = {"pixel_values": images, "noise": lambda: torch.rand(rows, patches, generator=generator).to(model.dtype)}
     elif model.main_input_name == "input_features":
         channels = getattr(config, "input_feat_per_channel", 0)
         shape = (20, channels) if channels else (config.num_mel_bins, 2 * config.max_source_positions)

@@ -210,7 +210,7 @@ NANOCHAT = replace(LLAMA, model_types=("nanochat",), feed_forwards=(feed_forward
 #: Experts stay as they are, so no layer is ever empty.
 MIXTURES = replace(
     LLAMA,
-    model_types=("mixtral", "qwen3_moe", "phimoe", "ernie4_5_moe", "granitemoe"),
+    model_types=("mixtral", "qwen3_moe", "phimoe", "qwen2_moe", "ernie4_5_moe", "granitemoe"),
     feed_forwards=(),
     pre_norm=False,
     widths=(HEADS | {"num_key_value_heads": "num_key_value_heads"},),
@@ -295,4 +295,36 @@ BLOOM = ArchitectureSpec(
     pre_norm=True,
     pre_norm_when={"apply_residual_connection_post_layernorm": False},
     heads=("n_head",),
+)
+
+MPT = replace(
+    BLOOM,
+    model_types=("mpt",),
+    layers=("blocks",),
+    attentions=(
+        packed_attention(
+            "attn",
+            "Wqkv out_proj",
+            sizes={"n_heads": "heads"},
+            position_bias="taken",
+            position_arguments={"position_bias": -3},
+            forwards=("OwnBiases",),
+        ),
+    ),
+    feed_forwards=(feed_forward("ffn.up_proj ffn.down_proj", "ffn.act"),),
+    pre_norm_when={},
+    heads=("n_heads",),
+)
+
+_gate, _up = packed("mlp.Wi", 2)
+
+MODERNBERT_DECODER = replace(
+    LLAMA,
+    model_types=("modernbert-decoder",),
+    attentions=(
+        attention("attn", "q_proj k_proj v_proj Wo", sizes={"num_heads": "heads", "all_head_size": "width"}, after=("out_drop",)),
+    ),
+    feed_forwards=(FeedForwardSpec(gate=_gate, up=_up, down=Part("mlp.Wo"), activation="mlp.act"),),
+    widths=(NEURONS,),
+    heads=OWN_HEADS,
 )

@@ -57,6 +57,23 @@ MOBILEBERT = replace(
     as_hidden=(),
 )
 
+#: The activation is a function that no module holds, so neurons stay.
+ESM = replace(PRE_NORM_BERT, model_types=("esm",), feed_forwards=(), pre_norm=False, widths=())
+
+#: The encoder computes biases for all of its heads from the positions of words in a text and on a page.
+LAYOUTLM3 = replace(
+    BERT,
+    model_types=("layoutlmv3",),
+    attentions=(
+        replace(
+            BERT.attentions[0],
+            position_bias="taken",
+            position_arguments={"rel_pos": -3, "rel_2d_pos": -3},
+            forwards=("OwnBiases",),
+        ),
+    ),
+)
+
 #: Words and entities have queries of their own for each other.
 LUKE = replace(
     BERT,
