@@ -204,7 +204,7 @@ def benchmark_runtimes(
     if "torch" not in runtimes:
         runtimes = ("torch", *runtimes)  # what all others are compared with
     models = {"dense": stock_twin(model) if dense is None else dense, "model": model}
-    given = calibration[0].keys() if calibration else None
+    given = next((batch.keys() for batch in (*calibration, *(batch for batch, _ in labelled))), None)
     batches = {
         f"{rows}x{tokens}": _batch(model, rows, tokens, given) for rows in sorted({*batch_sizes}) for tokens in sorted({*lengths})
     }
