@@ -31,8 +31,8 @@ from hf_prune import ConfigError, PruningConfig, condense, condense_plan
 from hf_prune.model import find_blocks
 from hf_prune.pruning import recover
 from hf_prune.shrink.depth import drop_layers, shrink_depth
-from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, Vocabulary, described, neuron_sparsity
-from hf_prune.training.stage import set_dropout
+from hf_prune.training.recipe import Pipeline, PipelineResult, Recipe, Stage, Vocabulary, neuron_sparsity
+from hf_prune.training.stage import described, set_dropout
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 TEACH = {"alpha_task": 0.1, "alpha_logits": 0.9}
@@ -463,7 +463,7 @@ def test_a_stage_that_cannot_be_run_is_refused_before_the_first_begins(stage: di
 
 def test_layers_that_cannot_go_are_refused_before_the_first_stage(tmp_path: Path) -> None:
     plan = Recipe([Stage("first"), Stage("bad", pruning=HEADS, drop_layers=True)], metric="accuracy")
-    message = r"stages\[1\].drop_layers: model_type='albert': .* cannot be counted one by one, .* those of bart, bert, .* can"
+    message = r"stages\[1\].drop_layers: model_type='albert': .* cannot be counted one by one"
     refused(tmp_path, plan, message, tiny("albert", "sequence-classification"))
 
 

@@ -148,6 +148,19 @@ def test_weights_json_resume(start: Path, tmp_path: Path) -> None:
     assert all(value.equal(resumed[name]) for name, value in first.state_dict().items())
 
 
+def test_other_data_is_refused_where_a_run_would_go_on(start: Path, tmp_path: Path) -> None:
+    """Unless somebody names the checkpoint. In a folder without checkpoints it is a new run."""
+    arguments = job(start, tmp_path, "jsonl")
+    run_glue.main(flags(arguments))
+    fewer = arguments | {"max_train_samples": 16}
+    with pytest.raises(ConfigError, match=r"train_dataset='16 rows, \w+': is not the data of the run in .*, '32 rows, \w+'"):
+        run_glue.main(flags(fewer))
+    run_glue.main(flags(fewer | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}))
+    for folder in (tmp_path / "out").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    run_glue.main(flags(arguments))
+
+
 def test_heads_and_neurons_jsonl_distilled(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rules from a file, a teacher, the condensed model and what it says after it was loaded again."""
     config = PruningConfig(frequency=1, cooldown_steps=1, rules=quickstart.halve_heads_and_neurons().rules)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model import SPECS, ArchitectureSpec
+from ..model import ArchitectureSpec
 from ..model.blocks import at_path, body, layer_lists, set_at_path
 from ..settings.errors import ConfigError
 
@@ -34,9 +34,8 @@ def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
         ConfigError: layers share their weights, so none can be removed alone.
     """
     if not spec.depths:
-        families = ", ".join(sorted(name for name, known in SPECS.items() if known.depths))
         allowed = (
-            f"its layers ({', '.join(spec.layers)}) cannot be counted one by one, so none can be removed; those of {families} can."
+            f"its layers ({', '.join(spec.layers)}) share their weights, so they cannot be counted one by one, nor one removed."
         )
         raise ConfigError("model_type", ", ".join(spec.model_types), allowed)
     return dict(zip(spec.layers, spec.depths))

@@ -139,6 +139,7 @@ _ANYWHERE: dict[Kind, tuple[str, ...]] = {
         "random_states_*",
         "trainer_state.json",
         "training_args.*",
+        "training_data.json",
         "pruner.safetensors",
         "family.json",
         "*_results.*",

@@ -7,7 +7,6 @@ example, whose hyperparameters are in `scripts/recipes/nni_bert_mnli.json`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -51,7 +50,7 @@ from ..shrink.experts import check_experts, shrink_experts
 from ..shrink.hidden import shrink_hidden
 from ..shrink.vocabulary import prune_vocabulary
 from .callback import PruningCallback
-from .stage import dropouts, make_trainer, pruning_callback, set_dropout, train
+from .stage import described, dropouts, make_trainer, pruning_callback, set_dropout, train
 
 logger = logging.getLogger(__name__)
 
@@ -565,18 +564,7 @@ class Pipeline:
             self.processing_class.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------- data, sizes and rates
-
-
-def described(data: Dataset, rows: int = 64) -> str:
-    """A fingerprint of a dataset: its length, and a digest of its columns and of `rows` evenly spaced rows.
-
-    It takes a few milliseconds, however large the data; changes in other rows go unnoticed.
-    """
-    places = sorted({round(place * (len(data) - 1) / max(rows - 1, 1)) for place in range(rows)}) if len(data) else []
-    table = data.with_format("arrow")[places]
-    digest = hashlib.sha256(repr((data.column_names, [str(kind) for kind in table.schema.types], table.to_pylist())).encode())
-    return f"{len(data)} rows, {digest.hexdigest()[:16]}"
+# ------------------------------------------------------------------------------------------------------------- sizes and rates
 
 
 def neuron_sparsity(model: PreTrainedModel, heads: int, factor: float) -> dict[str, float]:

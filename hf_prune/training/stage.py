@@ -12,6 +12,8 @@ It writes
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,17 +34,20 @@ from transformers import (
 
 from ..condense import condense, condense_plan, nothing_to_cut
 from ..distillation import DistillationConfig, DistillationTrainer
-from ..files import read_object
+from ..files import read_object, write_text
 from ..hub import ModelCardCallback, push_to_hub, save_made_from
 from ..hub.family import Family
 from ..measure.sparsity import sparsity_report
 from ..settings.checks import check_share
 from ..settings.config import PruningConfig
+from ..settings.errors import ConfigError
 from .callback import PruningCallback
 from .checkpoints import last_complete_checkpoint
 
 #: The folder of the condensed model, below that of the pruned one.
 CONDENSED = "condensed"
+#: The file that says what a run trained on.
+DATA_NAME = "training_data.json"
 #: Loads a task's model from a path; takes the keyword arguments of `from_pretrained`, and `dropout`.
 Load = Callable[..., PreTrainedModel]
 
@@ -121,6 +126,7 @@ def run_stage(
         All metrics.
 
     Raises:
+        ConfigError: `output_dir` holds a run on other data, which would go on.
         ValueError: a file of results that an earlier run left in `output_dir` cannot be read; names the file.
     """
     for path in sorted(Path(str(args.output_dir)).glob("*_results.json")):
@@ -133,6 +139,7 @@ def run_stage(
     )
     metrics: dict[str, float] = {}
     if args.do_train:
+        _note_data(trainer)
         if args.do_eval and resumed_checkpoint(args) is None:
             trainer.evaluate()  # what a model card compares with
         metrics |= train(trainer)
@@ -165,6 +172,35 @@ def make_trainer(
     if distillation is None:
         return Trainer(**settings)
     return DistillationTrainer(teacher=teacher, distillation=distillation, **settings)
+
+
+def _note_data(trainer: Trainer) -> None:
+    """Note in `output_dir` what a run trains on; refuse to go on by itself with a run on other data.
+
+    Raises:
+        ConfigError: the last checkpoint is of a run on other data. One that `resume_from_checkpoint` names is taken.
+    """
+    args, now = trainer.args, described(trainer.train_dataset)
+    file = Path(str(args.output_dir), DATA_NAME)
+    before = read_object(file).get("train_dataset", now) if file.is_file() else now
+    if before != now and args.resume_from_checkpoint is None and resumed_checkpoint(args) is not None:
+        allowed = f"is not the data of the run in {args.output_dir}, {before!r}, which would go on; choose another output_dir."
+        raise ConfigError("train_dataset", now, allowed)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({"train_dataset": now}, indent=2) + "\n")
+
+
+def described(data: Dataset, rows: int = 64) -> str:
+    """A fingerprint of a dataset: its length, and a digest of its columns and of `rows` evenly spaced rows.
+
+    It takes a few milliseconds, however large the data; changes in other rows go unnoticed.
+    """
+    places = sorted({round(place * (len(data) - 1) / max(rows - 1, 1)) for place in range(rows)}) if len(data) else []
+    table = data.with_format("arrow")[places]
+    digest = hashlib.sha256(repr((data.column_names, [str(kind) for kind in table.schema.types], table.to_pylist())).encode())
+    return f"{len(data)} rows, {digest.hexdigest()[:16]}"
 
 
 def resumed_checkpoint(args: TrainingArguments) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...settings.errors import closest
 from ..spec import ArchitectureSpec
 from ..written import as_json, from_json
 from . import decoders, encoder_decoders, encoders, vision_and_audio
@@ -56,9 +57,10 @@ def spec_for(model_type: str) -> ArchitectureSpec:
         ValueError: the family has none; explains how to write one.
     """
     if model_type not in SPECS:
+        match = closest(model_type, SPECS)
         raise ValueError(
-            f"model_type={model_type!r} has no architecture spec; known are {', '.join(sorted(SPECS))}. "
-            "Describe where its projections live in an `hf_prune.model.ArchitectureSpec` and pass it to "
+            f"model_type={model_type!r} has no architecture spec{f', unlike {match!r}' if match else ''}; {len(SPECS)} families "
+            "have. Describe where its projections live in an `hf_prune.model.ArchitectureSpec` and pass it to "
             "`hf_prune.model.register_architecture`; `hf_prune.infer_architecture(model)` may find and prove one."
         )
     return SPECS[model_type]
