@@ -34,9 +34,7 @@ def layer_counts(spec: ArchitectureSpec) -> dict[str, str]:
         ConfigError: layers share their weights, so none can be removed alone.
     """
     if not spec.depths:
-        allowed = (
-            f"its layers ({', '.join(spec.layers)}) share their weights, so they cannot be counted one by one, nor one removed."
-        )
+        allowed = f"its layers ({', '.join(spec.layers)}) cannot be counted one by one, so none can be removed."
         raise ConfigError("model_type", ", ".join(spec.model_types), allowed)
     return dict(zip(spec.layers, spec.depths))
 
