@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 import hf_prune
 
-from .files import check_new_file, check_new_folder
+from .files import check_new_file, check_new_folder, read_object
 from .settings.config import CONFIG_NAME, PruningConfig
 from .settings.errors import closest_path
 
@@ -512,6 +512,9 @@ def plan(
 def card(
     path: Folder,
     measure: Annotated[bool, typer.Option(help="Measure the latency ratio of a condensed model.")] = True,
+    runtimes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What benchmark --runtimes --json printed; the card says its best row.")
+    ] = None,
     against: Against = None,
     batch_size: Rows = 8,
     tokens: Tokens = 128,
@@ -519,11 +522,13 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card, with pictures, into a model's folder, from the files that are there."""
-    from .hub.card import CARD_NAME, write_card
+    from .hub.card import CARD_NAME, runtime_facts, write_card
     from .measure.latency import compare
 
     folder = local(str(path), download=False)
+    best = None if runtimes is None else runtime_facts(read_object(runtimes))
     model, facts = load(folder), hf_prune.CardFacts.load(folder)
+    facts.runtimes = best or facts.runtimes
     facts.model_name = facts.model_name or folder.resolve().name
     if measure and (against or getattr(model.config, "hf_prune", None) is not None):
         dense = load(local(against)) if against else None

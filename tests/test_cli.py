@@ -135,6 +135,28 @@ def test_benchmark_and_card(cli: CommandLine, condensed: Path, masked: Path, tmp
     assert "Protocol: batch of 2 × 8" in (tmp_path / "README.md").read_text()
 
 
+def test_a_card_says_which_file_is_fastest(cli: CommandLine, tmp_path: Path) -> None:
+    condense(halved(how="out")).save_pretrained(tmp_path / "small")
+    best = {"runtime": "onnx", "dtype": "int8-dynamic", "bytes": 2_500_000, "speedup": {"1x32": 5.5, "8x128": 4.25}}
+    report = {
+        "best": best | {"command": "--format onnx --quantize int8-dynamic", "metric": 0.5},
+        "machine": {"name": "a processor", "flags": ["avx2", "avx512_vnni"], "cores": 2},
+        "protocol": "1 thread, CPU time, median of 2 forwards in turn",
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    cli("card", tmp_path / "small", "--no-measure", "--runtimes", tmp_path / "report.json")
+    card = " ".join((tmp_path / "small" / "README.md").read_text().split())
+    assert "is of onnx in int8-dynamic, of 2.5 MB: 5.50 at 1x32, 4.25 at 8x128 times as fast as the dense model" in card
+    assert "(a processor, avx2, avx512_vnni; 1 thread, CPU time, median of 2 forwards in turn)" in card
+    assert 'hf-prune export "small" OUT --format onnx --quantize int8-dynamic' in card
+    assert CardFacts.load(tmp_path / "small").runtimes["bytes"] == 2_500_000
+    cli("card", tmp_path / "small", "--no-measure")
+    assert "5.50 at 1x32" in (tmp_path / "small" / "README.md").read_text()
+    (tmp_path / "report.json").write_text(json.dumps(report | {"best": None}))
+    cli("card", tmp_path / "small", "--no-measure", "--runtimes", tmp_path / "report.json", code=1)
+    assert "with a best row" in " ".join(cli.err.split())
+
+
 def test_plan(cli: CommandLine, masked: Path, tmp_path: Path) -> None:
     HALF.to_json_file(tmp_path / "half.json")
     groups = cli.json("plan", masked, tmp_path / "half.json")["groups"]

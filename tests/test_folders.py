@@ -217,7 +217,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["condense", "convert"])
+@pytest.mark.parametrize("command", ["condense", "convert", "export"])
 def test_nothing_is_written_over(command: str, cli: CommandLine, folder: Path, tmp_path: Path) -> None:
     put(tmp_path, "full/precious")
     put(tmp_path, "file")

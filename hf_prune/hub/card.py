@@ -35,7 +35,7 @@ from ..model import SPECS
 from ..model.wrappers import transformers_model
 from ..settings.checks import check_types, dataclass_from_json_file
 from ..settings.config import WHILE_TRAINING, WITHOUT_TRAINING, PruningConfig
-from ..settings.errors import within
+from ..settings.errors import ConfigError, within
 from ..version import __version__
 from .family import Family, number
 from .files import MODULES_NAME
@@ -80,6 +80,7 @@ class CardFacts:
         comparison: a [`Comparison`] as a dictionary.
         budget: of a target in costs its field as `target`, and what was `asked`, what that became as `predicted` by the costs of
             what was pruned, and as `measured` of the condensed model, as far as that is known.
+        runtimes: the fastest file that was measured, see [`runtime_facts`].
         family: of a run to several targets, what it made: a [`Family`] as a dictionary.
         vocabulary: of a model that lacks tokens, the `data` that they were chosen from, and a [`VocabularyReport`] of held-back
             rows of it as a dictionary.
@@ -104,6 +105,7 @@ class CardFacts:
     history: list[dict[str, float]] = field(default_factory=list)
     comparison: dict[str, Any] | None = None
     budget: dict[str, Any] = field(default_factory=dict)
+    runtimes: dict[str, Any] = field(default_factory=dict)
     family: dict[str, Any] = field(default_factory=dict)
     vocabulary: dict[str, Any] = field(default_factory=dict)
 
@@ -170,6 +172,7 @@ class CardFacts:
             "metrics": {},
             "history": [],
             "comparison": None,
+            "runtimes": {},
             "family": {},
         }
         return replace(self, **own | changes)
@@ -185,6 +188,21 @@ def budget_facts(config: PruningConfig, predicted: float | None) -> dict[str, An
     if config.cost_target is None:
         return {}
     return {"target": config.cost_target, "asked": config.cost_targets[-1], "predicted": predicted}
+
+
+def runtime_facts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """[`CardFacts.runtimes`]: the best row of what `hf-prune benchmark --runtimes … --json` prints, and where it was measured.
+
+    Raises:
+        ConfigError: it is something else, or no row is good enough.
+    """
+    try:
+        best = {name: report["best"][name] for name in ("runtime", "dtype", "bytes", "speedup", "command")}
+        machine = {name: report["machine"][name] for name in ("name", "flags")}
+        return {**best, **machine, "protocol": report["protocol"]}
+    except (KeyError, TypeError):
+        allowed = "must be what `hf-prune benchmark --runtimes … --json` prints, with a best row."
+        raise ConfigError("runtimes", sorted(report), allowed) from None
 
 
 def model_card(
@@ -238,6 +256,7 @@ def model_card(
         size_before=_size(twin),
         removable=0 if condensed or stock.config.model_type not in SPECS else condense_plan(stock).parameters,
         comparison=comparison,
+        runtimes=facts.runtimes,
         budget=_budget_row(facts.budget),
         family=None if not facts.family else _family_rows(Family.from_dict(facts.family)),
         costs=[] if comparison is None else [_cost("dense", comparison.dense), _cost("this model", comparison.model)],

@@ -35,7 +35,8 @@ def save_made_from(
         ValueError: there is something at `out`, or something in `source` cannot be read; see [`CardFacts.load`].
     """
     facts = CardFacts.load(source)
-    facts.comparison, facts.family = None, {}  # the first was measured on the other model, the second lies beside it
+    # the first two were measured on the other model, the third lies beside it
+    facts.comparison, facts.runtimes, facts.family = None, {}, {}
     config = PruningConfig.from_pretrained(source) if Path(source, CONFIG_NAME).is_file() else None
     with new_folder(out, replace) as folder:
         return write_made_from(model, source, folder, config, facts)
