@@ -291,6 +291,18 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "stablelm": lambda: transformers.StableLmConfig(**_grouped(use_qkv_bias=True)),
 }
 
+
+def _there(make: Callable[[], PreTrainedConfig]) -> bool:
+    """Whether the installed version of transformers has a family."""
+    try:
+        make()
+    except AttributeError:
+        return False
+    return True
+
+
+MORE_FAMILIES = {family: make for family, make in MORE_FAMILIES.items() if _there(make)}
+
 #: Of the first, those that are another one but for their name, or for what is no matter here (a window, a tokenizer, a head).
 TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
 
