@@ -27,7 +27,7 @@ from hf_prune.condense.prove import ArchitectureError, prove_architecture
 from hf_prune.model import SPECS, ArchitectureSpec, Part, blocks, find_blocks
 from hf_prune.model.blocks import outlines
 from hf_prune.model.families import INFERRED
-from hf_prune.model.written import as_json, as_source, from_json
+from hf_prune.model.spelled import as_json, as_source, from_json
 
 
 def with_block(spec: ArchitectureSpec, kind: str, **changes: Any) -> ArchitectureSpec:

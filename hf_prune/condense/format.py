@@ -28,7 +28,7 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
 - `original`, only if the stock config itself was changed (all layers agreed, see `stock.py`; the hidden size became smaller; tokens
   or experts went), has the values of its attributes in the model that pruning started from (`{"intermediate_size": 3072}`). It is
   informative: no size is read from it.
-- `architecture`, only in a family that hf_prune has no record of, is the spec that was inferred (`model/written.py`).
+- `architecture`, only in a family that hf_prune has no record of, is the spec that was inferred (`model/spelled.py`).
 
 A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
 

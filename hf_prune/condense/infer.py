@@ -20,8 +20,8 @@ from ..model.config_names import with_names
 from ..model.families import INFERRED, recall, remember
 from ..model.flow import LayerCall, layer_calls
 from ..model.propose import COPIES, blocks_of, layer_paths
+from ..model.spelled import as_source
 from ..model.wrappers import transformers_models
-from ..model.written import as_source
 from .prove import ArchitectureError, Outputs, apart, dtype_for, failing, prove_architecture
 from .resize import keep_units
 from .snapshot import unchanged

@@ -34,7 +34,7 @@ from ..condense.refusal import NEEDED, NEEDED_OR_REMOTE, accept, refuse_stock_co
 from ..files import write_text
 from ..model import ArchitectureSpec, blocks, spec_for
 from ..model.families import carry
-from ..model.written import as_source
+from ..model.spelled import as_source
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...settings.errors import closest
 from ..spec import ArchitectureSpec
-from ..written import as_json, from_json
+from ..spelled import as_json, from_json
 from . import decoders, encoder_decoders, encoders, vision_and_audio
 
 #: `config.model_type` → spec.
@@ -35,7 +35,7 @@ def recall(config: Any) -> bool:
     """Register the spec that the config of a condensed model carries, unless a record describes its family. Whether it did.
 
     Raises:
-        ValueError: what it carries is no spec; see `written.from_json`.
+        ValueError: what it carries is no spec; see `spelled.from_json`.
     """
     entry, model_type = getattr(config, "hf_prune", None), str(config.model_type)
     if isinstance(entry, dict) and "architecture" in entry and (model_type not in SPECS or model_type in INFERRED):

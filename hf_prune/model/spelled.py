@@ -1,4 +1,4 @@
-"""Specs in writing: as Python, ready to be a record, and as JSON, as the config of a condensed model has them."""
+"""Specs spelled out: as Python, ready to be a record, and as JSON, as the config of a condensed model has them."""
 
 from __future__ import annotations
 
