@@ -16,7 +16,7 @@ import reloading
 import torch
 from helpers import prune_at_once
 from torch import Tensor, nn
-from transformers import BioGptConfig, BioGptModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, SplinterConfig, SplinterModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_prune.model
@@ -80,6 +80,8 @@ WRONG: dict[str, tuple[str, Any]] = {
     ),
     "no norm after the output": ("albert", lambda spec: bert(spec, residual_norm="")),
     "a norm that adds its input, though it does not": ("gpt2", lambda spec: bert(spec, after=(), residual_norm="resid_dropout")),
+    "no norm over the queries and keys of all heads": ("olmo2", lambda spec: bert(spec, by_head=())),
+    "no table with a column for every head": ("swin", lambda spec: bert(spec, by_head=())),
     "two missing readers": ("deberta-v2", lambda spec: bert(spec, extra=())),
     "one missing reader": ("deberta-v2", lambda spec: bert(spec, extra=spec.attentions[0].extra[:1])),
     "no position bias": ("t5", lambda spec: bert(spec, position_bias="")),
@@ -160,21 +162,21 @@ def forgetting() -> Iterator[None]:
     INFERRED.clear()
 
 
-def biogpt() -> PreTrainedModel:
+def splinter() -> PreTrainedModel:
     """A model of a family of transformers that has no record."""
-    assert "biogpt" not in SPECS
+    assert "splinter" not in SPECS
     torch.manual_seed(0)
-    return models.randomize(BioGptModel(BioGptConfig(**models._bert_like(), bos_token_id=1, eos_token_id=2))).eval()
+    return models.randomize(SplinterModel(SplinterConfig(**models._bert_like()))).eval()
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_pruning_and_condensing_infer_what_they_do_not_know(
     adapted: bool, forgetting: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = biogpt()
+    whole = splinter()
     model: Any = whole
     if adapted:
-        settings = peft.LoraConfig(target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False)
+        settings = peft.LoraConfig(target_modules=["query", "value", "intermediate.dense"], init_lora_weights=False)
         model = peft.get_peft_model(whole, settings).eval()
     halve(model)
     assert [record.levelname for record in caplog.records if "it inferred this one" in record.message] == ["WARNING"]
@@ -186,9 +188,9 @@ def test_pruning_and_condensing_infer_what_they_do_not_know(
     whole = model.unload() if adapted else whole
     before = condensing.outputs(whole)
     whole.save_pretrained(tmp_path)
-    SPECS.pop("biogpt")
+    SPECS.pop("splinter")
     INFERRED.clear()
-    loaded = BioGptModel.from_pretrained(tmp_path)
+    loaded = SplinterModel.from_pretrained(tmp_path)
     assert condensing.gap(before, condensing.outputs(loaded)) <= 1e-5
     models.zero_units(find_blocks(loaded)[1], [0], "out")
     condense(loaded)
@@ -198,7 +200,7 @@ def test_pruning_and_condensing_infer_what_they_do_not_know(
 @pytest.mark.slow
 def test_a_checkpoint_carries_what_was_inferred(forgetting: None, tmp_path: Path) -> None:
     """Fresh processes load it, with hf_prune, and by remote code without."""
-    model, name = biogpt(), "biogpt-AutoModel"
+    model, name = splinter(), "splinter-AutoModel"
     halve(model)
     condense(model).save_pretrained(tmp_path / "first" / name)
     reloading.save_expected(model, tmp_path / "first" / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..model import SPECS, ArchitectureSpec, AttentionSpec, Block, FeedForwardSp
 from ..model.blocks import body, body_prefix, hidden_into, hidden_of, layer_lists
 from ..model.config_names import with_names
 from ..model.families import INFERRED, recall, remember
-from ..model.flow import LayerCall, layer_calls
+from ..model.flow import Changes, LayerCall, layer_calls
 from ..model.propose import COPIES, blocks_of, layer_paths
 from ..model.spelled import as_source
 from ..model.wrappers import transformers_models
@@ -189,8 +189,14 @@ def _misfit(model: PreTrainedModel, guess: BlockSpec, call: LayerCall, paths: li
         (block,) = (block for block in blocks(model, spec) if body_prefix(model) + block.layer == call.name)
         for units, groups in _trials(block):
             gone = torch.ones(block.num_units, dtype=torch.bool).index_fill(0, units, False).nonzero().flatten()
-            what, silent = f"without {len(gone)} {block.unit}s the layer returns", block.features(gone)
-            wanted = _returned(call, {block.output.module: lambda given, silent=silent: given.index_fill(-1, silent, 0)})
+            what = f"without {len(gone)} {block.unit}s the layer returns"
+            unheard = {block.output.module: _without(block.features(gone))}
+            unseen = {}
+            if any(entry.forward for _, _, entry in block.by_head):  # a norm over all heads sees their queries and keys
+                left = torch.ones(block.num_groups, dtype=torch.bool).index_fill(0, groups, False).nonzero().flatten()
+                for role, parts in (("query", gone), ("key", left)):
+                    unseen[block.roles[role].module] = _without(block.roles[role].rows[block.features(parts)])
+            wanted = _returned(call, outputs=unseen, inputs=unheard)
             own = None if block.own_units is None else [block.own_units[unit] for unit in units.tolist()]
             with unchanged(model):
                 keep_units(block, units, groups, own_heads=own)
@@ -225,9 +231,13 @@ def _are_probabilities(value: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _returned(call: LayerCall, inputs: Any = None) -> Outputs:
-    """The tensors that a layer returns, with other inputs of some of its modules."""
-    return dict(tensors_of("", call.again(inputs, of="input")))
+def _returned(call: LayerCall, **changes: Changes) -> Outputs:
+    """The tensors that a layer returns, with other inputs or outputs of some of its modules."""
+    return dict(tensors_of("", call.again(**changes)))
+
+
+def _without(features: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_fill(-1, features, 0)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..model import SPECS, ArchitectureSpec, Block, Projection, blocks
-from ..model.blocks import body_prefix, has_bias, hidden_size_name, layer_lists
+from ..model.blocks import body_prefix, has_bias, hidden_size_name, layer_lists, set_at_path
 from ..model.flow import LayerCall, changed_features, layer_calls, noise_at
 from ..model.residual import head_size, resized, twin
 from ..model.resolve import check_spec
@@ -131,8 +131,8 @@ def check_config(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     """Check that the config attributes that the spec names make the blocks that it says, where the family takes other values."""
     found = blocks(model, spec)
     width = head_size(found)
-    size = getattr(model.config, hidden_size_name(model.config))
-    if spec.heads and width is not None:
+    size = getattr(model.config, hidden_size_name(model.config), None)  # several towers have several
+    if spec.heads and width is not None and size is not None:
         wide = blocks(twin(model, resized(model.config, spec, 2 * size, width)), spec)
         for block, other in zip(found, wide):
             if block.kind == "attention" and block.num_units * width == size and other.unit_width != width:
@@ -142,7 +142,7 @@ def check_config(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
         smaller = copy.deepcopy(model.config)
         halves = {name: max(found[place].sizes[name] // 2, 1) for place in own for name in found[place].sizes if name in widths}
         for name, half in (halves | ({"head_dim": width} if "head_dim" in widths else {})).items():
-            setattr(smaller, widths[name], half)
+            set_at_path(smaller, widths[name], half)
         try:
             narrow = blocks(twin(model, smaller), spec)
         except Exception:  # a family may want its heads to fill the hidden size, or to be two at least
@@ -173,7 +173,9 @@ def check_flow(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
         if call is None:
             raise ArchitectureError(model, block.layer, "is not called in a pass of the model")
         for role, part in zip(block.roles, block.inputs):
-            _check_reach(model, call, block, role, part, seed=number)
+            extra = part.part in getattr(block.spec, "extra", ())
+            if not extra or call.inputs_of([part.module]) != [None]:  # LUKE's of entities, in a batch of words
+                _check_reach(model, call, block, role, part, seed=number)
 
 
 def _check_reach(model: PreTrainedModel, call: LayerCall, block: Block, role: str, part: Projection, seed: int) -> None:

@@ -22,7 +22,7 @@ def stand_in(model: PreTrainedModel, dtype: torch.dtype = torch.float64) -> PreT
         try:
             made: Any = type(model)(copy.deepcopy(model.config))
         except TypeError:  # a class that is not made of its config alone
-            made = copy.deepcopy(model)
+            made = copy.deepcopy(model).requires_grad_()
         made = made.to("cpu", dtype).eval()
         randomize(made)
     return made  # type: ignore[no-any-return]
@@ -30,12 +30,14 @@ def stand_in(model: PreTrainedModel, dtype: torch.dtype = torch.float64) -> PreT
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Give every parameter random values: matrices of a size at which no softmax saturates, vectors around what they were."""
+    """Give every parameter random values: matrices of a size at which no softmax saturates, vectors around what they were.
+
+    What a family does not train (tables of sines, which some do not save) stays as it is.
+    """
     done: set[int] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_()
-            if id(parameter) in done:
+            if id(parameter) in done or not parameter.requires_grad:
                 continue
             done.add(id(parameter))
             noise = torch.randn_like(parameter)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .blocks import Block, blocks, layer_lists
+from .blocks import Block, at_path, blocks, layer_lists, set_at_path
 from .residual import twin
 from .spec import ArchitectureSpec
 
@@ -34,23 +35,34 @@ def _in_list(model: PreTrainedModel, path: str, block: Block) -> bool:
     return block.layer.rpartition(".")[0] in layer_lists(model, path)
 
 
-def _built(model: PreTrainedModel, changes: dict[str, int]) -> PreTrainedModel | None:
-    """A model of the same class by a config with other numbers, on the meta device; None if the family refuses them."""
+def _built(model: PreTrainedModel, changes: dict[str, int], by_layer: bool = False) -> PreTrainedModel | None:
+    """A model of the same class by a config with other numbers, on the meta device; None if the family refuses them.
+
+    Args:
+        model: the model.
+        changes: attribute → number.
+        by_layer: whether lists that are as long as an old number have an entry for each layer, and become as long as the new one.
+    """
     config: Any = copy.deepcopy(model.config)
     try:
         for name, number in changes.items():
-            for other, listed in vars(config).items():  # one entry a layer
-                if isinstance(listed, list) and len(listed) == getattr(config, name, None):
-                    setattr(config, other, listed[:number])
-            setattr(config, name, number)
+            owner, before = at_path(config, name.rpartition(".")[0]), at_path(config, name)
+            for other, listed in list(vars(owner).items()) if by_layer else ():
+                if isinstance(listed, list) and len(listed) == before:
+                    setattr(owner, other, listed[:number])
+            set_at_path(config, name, number)
         return twin(model, config)
     except Exception:  # checks of the family's own, of any kind
         return None
 
 
 def _named(model: PreTrainedModel, number: int) -> Iterator[str]:
-    """The attributes of a model's config with this number."""
-    yield from (name for name, value in vars(model.config).items() if type(value) is int and value == number)
+    """The attributes of a model's config with this number, and those of the configs in it, by their dotted paths."""
+    configs = {"": model.config} | {
+        f"{name}.": value for name, value in vars(model.config).items() if isinstance(value, PreTrainedConfig)
+    }
+    for prefix, config in configs.items():
+        yield from (prefix + name for name, value in vars(config).items() if type(value) is int and value == number)
 
 
 def _lengths(model: PreTrainedModel, spec: ArchitectureSpec) -> dict[str, int]:
@@ -62,8 +74,8 @@ def _depth(model: PreTrainedModel, spec: ArchitectureSpec, path: str) -> str:
     lengths = _lengths(model, spec)
     if path not in lengths or lengths[path] < 2:
         return ""
-    for name in _named(model, lengths[path]):
-        other = _built(model, {name: lengths[path] - 1})
+    for by_layer, name in itertools.product((False, True), _named(model, lengths[path])):
+        other = _built(model, {name: lengths[path] - 1}, by_layer)
         if other is not None and _lengths(other, spec) == lengths | {path: lengths[path] - 1}:
             return name
     return ""

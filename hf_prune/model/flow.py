@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Modules → what is done to a tensor that goes into them or comes out.
+Changes = Mapping[nn.Module, Callable[[Tensor], Tensor]]
+
 #: What an undisturbed value may differ by: less than this of the largest is the order of a sum, more is an effect.
 _EFFECT = 1e-9
 
@@ -28,19 +31,19 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
     @torch.no_grad()
-    def again(self, changes: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None, of: str = "output") -> Any:
+    def again(self, outputs: Changes | None = None, inputs: Changes | None = None) -> Any:
         """What the layer returns when it is called again.
 
         Args:
-            changes: modules of the layer → what is done to the tensors that they put out, or are given.
-            of: `"output"` or `"input"`.
+            outputs, inputs: modules of the layer → what is done to the tensors that they put out, or are given.
         """
-        handles = []
-        for module, change in (changes or {}).items():
-            if of == "output":
-                handles.append(module.register_forward_hook(lambda module, args, output, change=change: change(output)))
-            else:
-                handles.append(module.register_forward_pre_hook(lambda module, args, change=change: (change(args[0]), *args[1:])))
+        handles = [
+            module.register_forward_hook(lambda module, args, output, change=change: change(output))
+            for module, change in (outputs or {}).items()
+        ] + [
+            module.register_forward_pre_hook(lambda module, args, change=change: (change(args[0]), *args[1:]))
+            for module, change in (inputs or {}).items()
+        ]
         try:
             return self.layer(*_fresh(self.args), **_fresh(self.kwargs))
         finally:
@@ -48,19 +51,17 @@ class LayerCall:
                 handle.remove()
 
     @torch.no_grad()
-    def inputs_of(
-        self, modules: Sequence[nn.Module], changes: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None
-    ) -> list[Tensor | None]:
+    def inputs_of(self, modules: Sequence[nn.Module], outputs: Changes | None = None) -> list[Tensor | None]:
         """The first input of each of some modules while the layer is called again; None for one that is not called.
 
         Args:
             modules: modules of the layer.
-            changes: modules of the layer → what is done to the tensors that they put out, `[..., features]` → the same shape.
+            outputs: modules of the layer → what is done to the tensors that they put out, `[..., features]` → the same shape.
         """
         seen: dict[nn.Module, Tensor] = {}
         handles = [module.register_forward_pre_hook(lambda module, args: _note(seen, module, args)) for module in modules]
         try:
-            self.again(changes)
+            self.again(outputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -20,8 +20,10 @@ def longest_row(model: PreTrainedModel) -> int | None:
 def padding_of_positions(model: PreTrainedModel) -> int | None:
     """The id of the padding, from behind which RoBERTa counts positions; None where they are counted from zero."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    others = (
-        module for module in model.modules() if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-    )
+    try:
+        tokens = model.get_input_embeddings()
+    except NotImplementedError:  # a model of several towers
+        tokens = None
+    others = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
     paddings = [table.padding_idx for table in others if table.num_embeddings == positions and table.padding_idx is not None]
     return max(paddings, default=None)

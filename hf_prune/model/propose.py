@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .blocks import _rows, at_path, body, out_features
 from .flow import LayerCall, Reach, reached
-from .spec import AttentionSpec, FeedForwardSpec, Part
+from .spec import AttentionSpec, ByHead, FeedForwardSpec, Part
 
 #: How many outputs of a module are probed at most, and how many of them at a time.
 PROBES, COPIES = 192, 16
@@ -77,12 +77,13 @@ def blocks_of(call: LayerCall, alike: Sequence[nn.Module] = ()) -> list[list[Att
     linears: dict[str, Any] = {
         name: module for name, module in call.layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
-    modules = list(linears.values())
-    flow = {name: reached(call, module, modules, _some(out_features(module)), COPIES) for name, module in linears.items()}
+    modules, norms = list(linears.values()), _norms_behind(call, linears)
+    probed = {name: call.layer.get_submodule(norms.get(name, name)) for name in linears}
+    flow = {name: reached(call, probed[name], modules, _some(out_features(linears[name])), COPIES) for name in linears}
     found: list[list[AttentionSpec] | list[FeedForwardSpec]] = []
     for name, output in linears.items():
         reaching = {source: reach[output] for source, reach in flow.items() if source != name and reach[output]}
-        here = _Output(call, alike, name, in_features(output), linears, reaching)
+        here = _Output(call, alike, name, in_features(output), linears, reaching, norms)
         neurons = list(_feed_forwards(here))
         heads = [] if neurons else list(itertools.islice(_attentions(here), GUESSES))
         found += [some for some in (neurons, heads) if some]
@@ -100,6 +101,7 @@ class _Output:
         size: how many features its input has.
         linears: the linear modules of the layer.
         sources: module → output → what that reaches in the input.
+        norms: module → the norm over all of its outputs that they go through; what these reach is told from there.
     """
 
     call: LayerCall
@@ -108,6 +110,33 @@ class _Output:
     size: int
     linears: Mapping[str, nn.Module]
     sources: Mapping[str, Mapping[int, Reach]]
+    norms: Mapping[str, str]
+
+
+def _norms_behind(call: LayerCall, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The linear modules whose whole output is what a norm is given (queries and keys of all heads): the names of both."""
+    outputs: dict[str, Tensor] = {}
+    found: dict[str, str] = {}
+
+    def note(name: str, args: tuple[Any, ...], result: Any) -> None:
+        if name in linears:
+            outputs.setdefault(name, result)
+        else:
+            found.update({source: name for source, value in outputs.items() if args and args[0] is value})
+
+    vectors = {name for name, module in call.layer.named_modules() if [value.ndim for value in module.parameters()] == [1]}
+    handles = [
+        module.register_forward_hook(lambda module, args, result, name=name: note(name, args, result))
+        for name, module in call.layer.named_modules()
+        if name in linears or name in vectors
+    ]
+    try:
+        with torch.no_grad():
+            call.again()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _some(size: int) -> list[int]:
@@ -283,6 +312,11 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
         if type(number) is int and all(at_path(other, name) == number for other in siblings)
     }
     meanings = {"heads": heads, "key_value_heads": heads // each, "width": output.size, "groups": each}
+    by_head = tuple(
+        ByHead(f"{output.norms[part.path]}.weight", role=role, forward="StockMean")
+        for role, part in (("query", query), ("key", key))
+        if part.path in output.norms
+    )
     for head_size in sorted(
         (name for name, number in numbers.items() if number == width and "." not in name),
         key=_looks_like("head_dim head_size size dim"),
@@ -295,7 +329,20 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
             for (after, norm), (bias, table) in itertools.product(_afterwards(output, path), _biases(module, heads)):
                 forwards = (*(["OwnHeads"] if bias else []), *own)
                 yield AttentionSpec(
-                    path, query, key, value, Part(output.name), head_size, sizes, after, norm, tuple(extra), bias, table, forwards
+                    path,
+                    query,
+                    key,
+                    value,
+                    Part(output.name),
+                    head_size,
+                    sizes,
+                    after,
+                    norm,
+                    tuple(extra),
+                    bias,
+                    table,
+                    forwards,
+                    by_head,
                 )
 
 
