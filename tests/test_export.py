@@ -274,6 +274,21 @@ def test_too_few_rows_and_no_tokenizer(cli: CommandLine, home: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.ones(8, 41, dtype=torch.long)}, "longer than the 40 positions"),
+        ({"input_ids": torch.full((8, 4), 99)}, "is beyond the 99 tokens"),
+        ({"input_idx": torch.ones(8, 4, dtype=torch.long)}, "Did you mean 'input_ids'?"),
+        ({"input_ids": torch.ones(7, 4, dtype=torch.long)}, "must give at least 8 rows"),
+    ],
+)
+def test_rows_that_the_model_does_not_take_are_refused(batch: dict[str, Tensor], message: str, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        export_model(models.tiny("bert"), home / "small", tmp_path / "out", batches=[batch])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_with_adapters_is_refused(home: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = models.tiny("bert")

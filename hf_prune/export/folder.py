@@ -22,6 +22,7 @@ from ..hub.files import carry_over
 from ..measure.memory import megabytes
 from ..measure.tables import as_text
 from ..model.changeable import check_changeable
+from ..oneshot.calibration import calibration
 from ..oneshot.data import load_tokenizer
 from ..settings.errors import ConfigError, closest
 from . import gguf, onnx, openvino, per_layer_config
@@ -223,7 +224,8 @@ def export_model(
         opset: of ONNX; by default what its exporter recommends.
 
     Raises:
-        ConfigError: a setting cannot be used, or the model is quantized, sharded, has adapters or no weights.
+        ConfigError: a setting cannot be used, the model is quantized, sharded, has adapters or no weights, or gives NaN, or rows
+            are fewer than 8, longer than the model has positions for, or of other inputs than it takes.
         ImportError: a package is not installed; says what to install.
         ExportError: exporter or runtime do not take the model, or the file computes something else; names the reason. The bound of
             what differs is 1e-4 of an output's largest value, for quantized files 0.3 of the output in root mean square; of a
@@ -236,6 +238,8 @@ def export_model(
     for check in (check_changeable, known.check):
         check(model)
     config = copy.deepcopy(model.config)
+    if batches:
+        batches = calibration(model, batches, sum(len(next(iter(batch.values()))) for batch in batches), 0.0, False, 0).batches
     with new_folder(out) as folder:
         left = carry_over(source, folder)
         save_config(model, folder)
