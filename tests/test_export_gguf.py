@@ -95,9 +95,9 @@ def test_what_is_generated_is_the_same(tmp_path: Path) -> None:
     prompt = [65, 70, 75]
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     wanted = model.generate(torch.tensor([prompt]), **settings)[0, 3:].tolist()
-    server = written._server(tmp_path / "out" / "model.gguf")
+    server = written.serve(tmp_path / "out" / "model.gguf")
     request = {"prompt": prompt, "n_predict": 12, "temperature": 0, "ignore_eos": True, "return_tokens": True}
-    assert written._asked(server, "/completion", request)["tokens"] == wanted
+    assert written.ask(server, "/completion", request)["tokens"] == wanted
 
 
 def test_the_command_writes_a_file_for_a_users_runtime(cli: CommandLine, tmp_path: Path) -> None:

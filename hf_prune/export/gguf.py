@@ -268,10 +268,10 @@ def compare(model: Any, tokenizer: Any, file: Path, prompts: Sequence[list[int]]
         ExportError: llama.cpp does not load the file, splits a text otherwise than the tokenizer, or a log-probability differs by
             more than the bound.
     """
-    server = _server(file)
+    server = serve(file)
     for text in _TEXTS:
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if (found := _asked(server, "/tokenize", {"content": text, "add_special": False})["tokens"]) != wanted:
+        if (found := ask(server, "/tokenize", {"content": text, "add_special": False})["tokens"]) != wanted:
             raise ExportError(f"llama.cpp's tokenizer makes {found} of {text!r}, and not {wanted}; nothing was written.")
     gaps, same = [], 0
     # What llama.cpp draws is always the same letter, since it says nothing where a token ends the text or is part of a letter;
@@ -280,7 +280,7 @@ def compare(model: Any, tokenizer: Any, file: Path, prompts: Sequence[list[int]]
     for prompt in prompts:
         likely = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1).topk(TOP)
         request = {"prompt": prompt, "n_predict": 1, "n_probs": 4 * TOP, "logit_bias": [[letter, 1e4]], "cache_prompt": False}
-        answer = _asked(server, "/completion", request)
+        answer = ask(server, "/completion", request)
         given = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
         lowest = min(given.values())
         gaps += [abs(given.get(token, lowest) - value) for value, token in zip(likely.values.tolist(), likely.indices.tolist())]
@@ -300,7 +300,7 @@ def compare(model: Any, tokenizer: Any, file: Path, prompts: Sequence[list[int]]
     return agreement
 
 
-def _server(file: Path) -> Any:
+def serve(file: Path) -> Any:
     """llama.cpp with a file, on the CPU, with keys and values in float32."""
     import xllamacpp
 
@@ -314,7 +314,7 @@ def _server(file: Path) -> Any:
         return xllamacpp.Server(settings)
 
 
-def _asked(server: Any, path: str, request: Mapping[str, Any]) -> Any:
+def ask(server: Any, path: str, request: Mapping[str, Any]) -> Any:
     """What llama.cpp's server answers to a request."""
     body = json.dumps(request).encode()
     asked = urllib.request.Request(server.listening_address + path, body, {"Content-Type": "application/json"})

@@ -53,11 +53,11 @@ def measure(
     batches = [{"input_ids": torch.tensor([prompt])} for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder:
         made = export_model(model, options.model, Path(folder, "out"), "gguf", quantize=quantize, batches=batches)
-        server = gguf._server(Path(folder, "out", made.file))
+        server = gguf.serve(Path(folder, "out", made.file))
         equal, first = 0, []
         for prompt, tokens in zip(prompts, wanted):
             request = {"prompt": prompt, "n_predict": len(tokens), "temperature": 0, "ignore_eos": True, "return_tokens": True}
-            found = gguf._asked(server, "/completion", request)["tokens"]
+            found = gguf.ask(server, "/completion", request)["tokens"]
             equal += found == tokens
             first.append(next((place for place, pair in enumerate(zip(found, tokens)) if pair[0] != pair[1]), len(tokens)))
     agreement = made.to_dict()["agreement"]
