@@ -37,8 +37,14 @@ def infer_architecture(model: PreTrainedModel) -> ArchitectureSpec:
     """Find and prove the spec of a model that no record describes.
 
     Modules, shapes and one traced pass of a random stand-in propose what the blocks are; names of classes and `model_type` are not
-    looked at. What is proposed is tried layer by layer, and what fits is proven: see [`prove_architecture`], which also says what
-    the whole costs. The model itself, its mode, dtype, device and torch's random state stay as they are.
+    looked at. What is proposed is tried layer by layer, and what fits is proven: see [`prove_architecture`]. Nothing of this hangs
+    on the weights; the model itself, its mode, dtype, device and torch's random state stay as they are.
+
+    It takes a second or two for a tiny model, and for BERT-base one and a half minutes of a core and 2.7 GB. What it finds are
+    lists of layers that are alike, with attention of two heads at least and feed-forward blocks, of plain Linear and Conv1D modules
+    whose activation is a module, in all arrangements that an [`ArchitectureSpec`] can say, but for biases that are given by head
+    (BLOOM), tables of positions by head (Swin, BEiT), scales and norms of what a block adds, which only the removal of layers
+    needs, and experts.
 
     Args:
         model: a transformers model, from transformers or of somebody's own.

@@ -56,8 +56,8 @@ def prove_architecture(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
     can be removed in every layer, unevenly, and nothing else changes. Specs that are equal by symmetry (query and key swapped where
     no heads share keys) pass alike.
 
-    The cost is a model of the same size in float64 on the CPU, about sixty passes of a short batch, and three saved checkpoints in
-    the temporary folder: 2 seconds for a tiny model, half a minute for BERT-base.
+    The cost is a model of the same size in float64 on the CPU, some eighty passes of a short batch, and three saved checkpoints in
+    the temporary folder: a second for a tiny model, one minute of a core for BERT-base.
 
     Args:
         model: a transformers model, in any dtype and on any device.

@@ -5,7 +5,8 @@ module attributes that hold sizes. Everything that deals with heads and neurons 
 and knows nothing else about a family. `find_blocks(model)` returns the modules of a model as [`Block`]s, which know their units:
 how many there are, which rows and columns belong to them, and how the config names their number.
 
-To add a family, write one `ArchitectureSpec` and pass it to `register_architecture`, in every process that condenses or loads:
+Where there is no record, `hf_prune.infer_architecture` finds and proves one. To add a family, write one `ArchitectureSpec` and pass
+it to `register_architecture`, in every process that condenses or loads:
 
     register_architecture(
         ArchitectureSpec(
