@@ -16,7 +16,7 @@ import reloading
 import torch
 from helpers import prune_at_once
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, SplinterConfig, SplinterModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, SplinterConfig, SplinterModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_prune.model
@@ -208,6 +208,84 @@ def test_a_checkpoint_carries_what_was_inferred(forgetting: None, tmp_path: Path
     assert reloading.reload("remote", tmp_path / "by-import", tmp_path / "by-remote")[name]["gap"] <= 1e-5
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "by-import" / name / file).read_bytes() == (tmp_path / "first" / name / file).read_bytes()
+
+
+#: A model with code of its own: queries, keys and values packed for each group of heads, names that tell nothing.
+REMOTE = """
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+class Settings(PreTrainedConfig):
+    model_type = "somebodys"
+    def __init__(self, vocab_size=60, hidden_size=32, a=4, b=2, c=24, d=3, **kwargs):
+        self.vocab_size, self.hidden_size, self.a, self.b, self.c, self.d = vocab_size, hidden_size, a, b, c, d
+        super().__init__(**kwargs)
+
+class Mixer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.p, self.q, self.r = config.a, config.b, config.hidden_size // config.a
+        self.x = nn.Linear(config.hidden_size, (self.p + 2 * self.q) * self.r)
+        self.y = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states):
+        rows, tokens, _ = hidden_states.shape
+        packed = self.x(hidden_states).view(rows, tokens, self.q, -1, self.r).permute(0, 2, 3, 1, 4)
+        query = packed[:, :, :-2].flatten(1, 2)
+        key, value = (packed[:, :, [at]].expand(-1, -1, query.shape[1] // self.q, -1, -1).flatten(1, 2) for at in (-2, -1))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.y(mixed.transpose(1, 2).reshape(rows, tokens, -1)), None
+
+class Step(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n, self.m = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
+        self.f, self.g, self.s = Mixer(config), nn.Linear(config.hidden_size, 2 * config.c), nn.SiLU()
+        self.h = nn.Linear(config.c, config.hidden_size)
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.f(self.n(hidden_states))[0]
+        gate, up = self.g(self.m(hidden_states)).chunk(2, dim=-1)
+        return hidden_states + self.h(self.s(gate) * up)
+
+class Somebodys(PreTrainedModel):
+    config_class = Settings
+    _supports_sdpa = True
+    def __init__(self, config):
+        super().__init__(config)
+        self.e, self.z = nn.Embedding(config.vocab_size, config.hidden_size), nn.ModuleList(Step(config) for _ in range(config.d))
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        states = [self.e(input_ids)]
+        for step in self.z:
+            states.append(step(states[-1]))
+        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=tuple(states))
+"""
+
+
+def test_a_model_with_code_of_its_own(forgetting: None, tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "somebodys.py").write_text(REMOTE)
+    code = {"AutoConfig": "somebodys.Settings", "AutoModel": "somebodys.Somebodys"}
+    (tmp_path / "first" / "config.json").write_text(json.dumps({"model_type": "somebodys", "auto_map": code}))
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    model = models.randomize(AutoModel.from_config(config, trust_remote_code=True)).eval()
+    halve(model)
+    before, ids = model.num_parameters(), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        wanted = model(ids).hidden_states
+        condense(model)
+        assert model.num_parameters() < before
+        assert condensing.gap(list(wanted), list(model(ids).hidden_states)) <= 1e-5
+        model.save_pretrained(tmp_path / "second")
+        SPECS.pop("somebodys")
+        INFERRED.clear()
+        loaded = AutoModel.from_pretrained(tmp_path / "second", trust_remote_code=True)
+        assert condensing.gap(list(wanted), list(loaded(ids).hidden_states)) <= 1e-5
 
 
 def test_another_config_of_a_family_is_inferred_again(forgetting: None) -> None:

@@ -322,7 +322,7 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
         key=_looks_like("head_dim head_size size dim"),
     ):
         choices = {name: _meanings(name, number, meanings, name in read) for name, number in numbers.items() if name != head_size}
-        choices = {name: some for name, some in choices.items() if some}
+        choices = {name: some for name, some in choices.items() if some != [""]}
         for said in itertools.product(*choices.values()):
             sizes = {name: meaning for name, meaning in zip(choices, said) if meaning}
             own = ("OwnConfig",) if any("." in name for name in sizes) else ()
@@ -346,7 +346,7 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
                 )
 
 
-#: What names of sizes look like; a number that a module does not read is a size only if its name is like that.
+#: What names of sizes look like.
 _HINTS = {
     "key_value_heads": r"(kv|key_value).*heads",
     "heads": r"^(?!.*(kv|key_value)).*heads?$",
@@ -356,9 +356,12 @@ _HINTS = {
 
 
 def _meanings(name: str, number: int, meanings: Mapping[str, int], read: bool) -> list[str]:
-    """What a number of a module may mean, what its name suggests first; `""` for nothing that heads change."""
+    """What a number of a module may mean, what its name suggests first; `""` for nothing that heads change.
+
+    A number that the module does not read (but a spec may need) means what its name suggests.
+    """
     hinted = [meaning for meaning, hint in _HINTS.items() if meanings[meaning] == number and re.search(hint, name)]
-    if not read:
+    if hinted and not read:
         return hinted[:1]
     return list(dict.fromkeys((*hinted, "", *(what for what, size in meanings.items() if size == number and number > 1))))
 
