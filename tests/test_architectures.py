@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_prune import PruningConfig, PruningRule, condense
+from hf_prune import ConfigError, PruningConfig, PruningRule, condense, latency_table, prune, shrink_depth, shrink_hidden
 from hf_prune.model import (
     SPECS,
     ArchitectureSpec,
@@ -27,6 +27,7 @@ from hf_prune.model import (
     find_blocks,
     register_architecture,
 )
+from hf_prune.model.blocks import layer_lists
 from hf_prune.pruning.patterns import build_groups
 from hf_prune.settings.patterns import parse_pattern
 
@@ -190,6 +191,52 @@ def test_interleaved_projections_are_cut(neox: PreTrainedModel, adapted: bool, t
     if not adapted:
         neox.save_pretrained(tmp_path)
         assert condensing.gap(before, condensing.outputs(GPTNeoXForCausalLM.from_pretrained(tmp_path))) <= 1e-5
+
+
+def batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    return [models.ragged_batch(model, seed=seed) for seed in range(2)]
+
+
+def narrower(model: PreTrainedModel) -> None:
+    shrink_hidden(model, 24)
+
+
+def narrower_by_data(model: PreTrainedModel) -> None:
+    shrink_hidden(model, 24, batches(model))
+
+
+def shallower(model: PreTrainedModel) -> None:
+    lists = [path for path in SPECS[model.config.model_type].layers if layer_lists(model, path)]
+    shrink_depth(model, dict.fromkeys(lists, 2) if len(lists) > 1 else 2, batches(model))
+
+
+def pruned(model: PreTrainedModel) -> None:
+    patterns = {"attention": "head", "feed_forward": "neuron"}
+    rules = [PruningRule(pattern=patterns[kind]) for kind in dict.fromkeys(block.kind for block in find_blocks(model))]
+    prune(model, PruningConfig(rules=rules, criterion="magnitude", target_sparsity=0.5), batches(model))
+    parameters = model.num_parameters()
+    assert condense(model).num_parameters() < parameters
+
+
+def timed(model: PreTrainedModel) -> None:
+    assert latency_table(model, batch_size=2, length=8, repeats=1).total > 0
+
+
+@pytest.mark.parametrize("stage", [narrower, narrower_by_data, shallower, pruned, timed])
+@pytest.mark.parametrize("family", models.MORE_FAMILIES)
+def test_what_else_is_done_to_a_family_works_or_is_refused_in_words(
+    family: str, stage: Callable[[PreTrainedModel], None], tmp_path: Path
+) -> None:
+    model = models.tiny(family)
+    try:
+        stage(model)
+    except ConfigError:
+        return
+    batch = models.ragged_batch(model)
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted, found = (one(**batch)[0] for one in (model, type(model).from_pretrained(tmp_path)))
+    assert float((wanted - found).abs().max()) <= 1e-6
 
 
 def changed(spec: ArchitectureSpec, block: str = "", **changes: Any) -> ArchitectureSpec:

@@ -137,6 +137,9 @@ def members(model: PreTrainedModel, spec: ArchitectureSpec) -> list[Member]:
         if axes:
             layer = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
             found.append(_member(name, module, axes, layer))
+    if not found:
+        name = hidden_size_name(model.config)
+        raise ConfigError("model", type(model).__name__, f"has no stream of one width that {name} of its config gives.")
     return _with_heads_apart(found)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..condense.layers import depths
 from ..condense.resize import own_sizes
 from ..condense.snapshot import all_or_nothing, own_configs
-from ..model import ArchitectureSpec, blocks, spec_for
+from ..model import ArchitectureSpec, Block, blocks, spec_for
 from ..model.blocks import hidden_size_name
 from ..model.changeable import check_changeable
 from ..model.residual import Member, head_size, members, resized, twin
@@ -95,7 +95,8 @@ def shrink_hidden(
             small, plan = _rotated(model, config, found, seen, rows.batches[0])
         else:
             hidden = getattr(model.config, hidden_size_name(model.config))
-            parts = by_weights(found, hidden, apart=False) if seen is None else list(seen.squares.values())
+            parts = list(seen.squares.values()) if seen is not None else []
+            parts = parts or by_weights(found, hidden, apart=False)  # norms without weights are not seen
             small, stream = _made(model, config), strongest(importance(parts), size)
             plan = selection(model, small, found, stream, _apart(model, found, seen, size), pre_norm, seen)
         narrow(model, small, found, plan)
@@ -115,7 +116,14 @@ def check_size(model: PreTrainedModel, size: int) -> None:
     Raises:
         ConfigError: it cannot; names the closest that it can have.
     """
-    spec, now = spec_for(model.config.model_type), getattr(model.config, hidden_size_name(model.config))
+    spec, now = spec_for(model.config.model_type), getattr(model.config, hidden_size_name(model.config), None)
+    if now is None:
+        raise ConfigError(
+            "model", type(model).__name__, "has several towers, each with a hidden size of its own; shrink a tower alone."
+        )
+    if any(block.scale or block.norm for block in (*spec.attentions, *spec.feed_forwards)):
+        allowed = "scales or normalises what its blocks add to the hidden states; channels leave models that add it as it is."
+        raise ConfigError("model", type(model).__name__, allowed)
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < now:
         raise ConfigError("size", size, f"must be a whole number from 1 to {now - 1}; the hidden size is {now}.")
     width = head_size(blocks(model, spec))
@@ -141,7 +149,10 @@ def _config(model: PreTrainedModel, spec: ArchitectureSpec, size: int) -> Any:
     """The config of a model with a smaller hidden size, with the sizes of its blocks and the original ones in `hf_prune`."""
     own = blocks(model, spec)
     config = resized(model.config, spec, size, head_size(own))
-    stock = {(block.layer, block.key): block for block in blocks(twin(model, copy.deepcopy(config)), spec)}
+    try:
+        stock = {(block.layer, block.key): block for block in blocks(twin(model, copy.deepcopy(config)), spec)}
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError("size", size, f"gives no {type(model).__name__} ({' '.join(str(error).split())}).") from None
     entry = copy.deepcopy(getattr(model.config, "hf_prune", None) or {"version": 1, "layers": {}})
     layers: dict[str, dict[str, Any]] = {}
     for block in own:
@@ -151,6 +162,8 @@ def _config(model: PreTrainedModel, spec: ArchitectureSpec, size: int) -> Any:
                 f"would change the width of the heads of {block.layer}; the spec of the family has to say what it follows from."
             )
             raise ConfigError("size", size, allowed)
+        if reason := _tied_to_heads(block, other, spec):
+            raise ConfigError("size", size, f"cannot be said of {type(model).__name__}: {reason} of {block.layer}.{block.key}.")
         said = entry["layers"].get(block.layer, {}).get(block.key, {})
         if said.keys() - block.sizes.keys() or block.sizes != other.sizes:
             layers.setdefault(block.layer, {})[block.key] = said | block.sizes
@@ -158,6 +171,18 @@ def _config(model: PreTrainedModel, spec: ArchitectureSpec, size: int) -> Any:
     changed = {name: value for name, value in before.items() if getattr(config, name) != value}
     config.hf_prune = entry | {"layers": layers, "original": changed | entry.get("original", {})}
     return config
+
+
+def _tied_to_heads(block: Block, stock: Block, spec: ArchitectureSpec) -> str:
+    """What of a block loading would take from a number of heads or neurons that is no longer the block's; `""` if nothing."""
+    fewer = [name for name, size in block.sizes.items() if size > stock.sizes[name] and name != "num_attention_heads"]
+    if fewer:
+        return f"from the hidden size follows {fewer[0]}"
+    if spec.heads and block.own_units is not None:
+        return "from the number of heads follow the position biases"
+    if spec.heads and any(entry.forward for _, _, entry in block.by_head):
+        return "from the number of heads follows the width of the norms over all heads"
+    return ""
 
 
 def _made(model: PreTrainedModel, config: Any) -> PreTrainedModel:
