@@ -7,7 +7,7 @@ everywhere, ragged padded batches. The columns:
 - gradient: the same of the gradients of surviving parameters, without dropout, relative to a parameter's largest above one
 - greedy, beams: tokens and logits for a left-padded batch, nothing left of the attention in the first layer of each stack
 - LoRA: every third family under adapters of all projections with random values: largest difference of all outputs, of what is
-  condensed, and of what is merged afterwards, from the masked model
+  condensed, and of what is merged afterwards, from the masked model, relative to the largest above one
 - parameters: after, before
 - import, remote code: largest difference after loading in a fresh process; the second loads what the first saved again
 - saved twice: both files equal, and the weights and sizes that a loaded model saves
@@ -81,7 +81,7 @@ def adapted_gap(family: str) -> float:
     assert adapted.num_parameters() < parameters
     gaps = [condensing.gap(masked, condensing.outputs(model))]
     gaps.append(condensing.gap(masked, condensing.outputs(adapted.merge_and_unload())))
-    return max(gaps)
+    return max(gaps) / max(1.0, *(float(value.abs().max()) for value in masked))
 
 
 def generates(family: str, beams: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers import prune_at_once
 from torch import Tensor, nn
-from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers import CONFIG_MAPPING, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_prune import ConfigError, PruningConfig, PruningRule, condense, latency_table, prune, shrink_depth, shrink_hidden
@@ -28,6 +29,8 @@ from hf_prune.model import (
     register_architecture,
 )
 from hf_prune.model.blocks import layer_lists
+from hf_prune.model.families import INFERRED
+from hf_prune.model.families.refused import REFUSED
 from hf_prune.pruning.patterns import build_groups
 from hf_prune.settings.patterns import parse_pattern
 
@@ -148,6 +151,16 @@ def test_specs_find_every_block(family: str) -> None:
     neurons = {"bloom": {128}, "swin": {40, 80}, "swinv2": {40, 80}, "mpt": {128}, "dinov2": {64}, "dinov2_with_registers": {64}}
     assert {block.num_units for block in found if block.kind == "feed_forward"} == neurons.get(family, {40} if plain else set())
     assert {block.unit_width for block in attentions} == {8}
+
+
+def test_every_record_has_a_row_and_is_in_the_guide() -> None:
+    guide = (Path(__file__).parents[1] / "docs/guides/condense.md").read_text()
+    rows = {config().model_type for config in models.EVERY_FAMILY.values()}
+    assert rows == SPECS.keys() - INFERRED.keys() - {"toy"}
+    listed = set(re.findall(r"[\w-]+", guide[guide.index("## Families") :]))
+    assert [name for name in (*rows, *REFUSED) if name not in listed] == []
+    assert not rows & REFUSED.keys()
+    assert [name for name in REFUSED if name not in CONFIG_MAPPING] == []
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..model import SPECS, ArchitectureSpec, AttentionSpec, Block, FeedForwardSpec, blocks
 from ..model.blocks import body, body_prefix, hidden_into, hidden_of, layer_lists
 from ..model.config_names import with_names
-from ..model.families import INFERRED, recall, remember
+from ..model.families import INFERRED, recall, remember, why_not
 from ..model.flow import Changes, LayerCall, layer_calls
 from ..model.propose import COPIES, blocks_of, layer_paths
 from ..model.spelled import as_source
@@ -87,7 +87,7 @@ def learn_architecture(model: Any) -> None:
             spec = infer_architecture(one)
         except ValueError as error:
             raise ValueError(
-                f"hf_prune has no record of model_type={model_type!r} and could not infer one. {error}. "
+                f"hf_prune has no record of model_type={model_type!r}{why_not(model_type)} and could not infer one. {error}. "
                 "Describe it in an `hf_prune.model.ArchitectureSpec` and pass that to `hf_prune.model.register_architecture`."
             ) from error
         remember(spec, model_type, source)

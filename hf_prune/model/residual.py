@@ -110,6 +110,9 @@ def members(model: PreTrainedModel, spec: ArchitectureSpec) -> list[Member]:
     if stock.keys() != wide.keys():
         some = min(stock.keys() ^ wide.keys())
         raise ConfigError("model", type(model).__name__, f"has {some} at one hidden size and not at another.")
+    made = _made_along(model, stock, wide)
+    if made:
+        raise ConfigError("model", type(model).__name__, f"has {made}, which follows from the hidden size and is in no checkpoint.")
     own = _own_dimensions(found_blocks)
     layers = [
         f"{body_prefix(model)}{name}.{index}"
@@ -146,6 +149,15 @@ def members(model: PreTrainedModel, spec: ArchitectureSpec) -> list[Member]:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+    for name, module in model.named_modules():  # attributes of neither kind
+        yield from ((f"{name}.{key}", value) for key, value in vars(module).items() if isinstance(value, Tensor))
+
+
+def _made_along(model: PreTrainedModel, stock: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> str:
+    """A tensor along the stream that a model makes itself whenever it is loaded; `""` if there is none."""
+    kept = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    kept -= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return next((name for name in stock if name not in kept and stock[name].shape != wide[name].shape), "")
 
 
 def _own_dimensions(found: list[Block]) -> dict[tuple[nn.Module, str], set[int]]:

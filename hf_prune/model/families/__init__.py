@@ -9,6 +9,7 @@ from ...settings.errors import closest
 from ..spec import ArchitectureSpec
 from ..spelled import as_json, from_json
 from . import decoders, encoder_decoders, encoders, vision_and_audio
+from .refused import REFUSED
 
 #: `config.model_type` → spec.
 SPECS: dict[str, ArchitectureSpec] = {}
@@ -50,17 +51,23 @@ def carry(config: Any) -> None:
         config.hf_prune = config.hf_prune | {"architecture": as_json(SPECS[config.model_type])}
 
 
+def why_not(model_type: str) -> str:
+    """In parentheses why a family has no record, if that is known."""
+    return f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+
+
 def spec_for(model_type: str) -> ArchitectureSpec:
     """The spec of a family.
 
     Raises:
-        ValueError: the family has none; explains how to write one.
+        ValueError: the family has none; explains why it cannot have one, or how to write one.
     """
     if model_type not in SPECS:
         match = closest(model_type, SPECS)
         raise ValueError(
-            f"model_type={model_type!r} has no architecture spec{f', unlike {match!r}' if match else ''}; {len(SPECS)} families "
-            "have. Describe where its projections live in an `hf_prune.model.ArchitectureSpec` and pass it to "
+            f"model_type={model_type!r} has no architecture spec{why_not(model_type) or f', unlike {match!r}' * bool(match)}; "
+            f"{len(SPECS)} "
+            "families have. Describe where its projections live in an `hf_prune.model.ArchitectureSpec` and pass it to "
             "`hf_prune.model.register_architecture`; `hf_prune.infer_architecture(model)` may find and prove one."
         )
     return SPECS[model_type]

@@ -57,8 +57,8 @@ MOBILEBERT = replace(
     as_hidden=(),
 )
 
-#: The activation is a function that no module holds, so neurons stay.
-ESM = replace(PRE_NORM_BERT, model_types=("esm",), feed_forwards=(), pre_norm=False, widths=())
+#: The activation is a function that no module holds, so neurons stay; so do layers, as a head reads the attention of all of them.
+ESM = replace(PRE_NORM_BERT, model_types=("esm",), feed_forwards=(), depths=(), pre_norm=False, widths=())
 
 #: The encoder computes biases for all of its heads from the positions of words in a text and on a page.
 LAYOUTLM3 = replace(

@@ -63,7 +63,7 @@ SWIN = replace(
 #: One tower of a model with two: a tower alone is a model, too.
 CLIP_TOWER = replace(
     VIT,
-    model_types=("clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"),
+    model_types=("clip_text_model", "clip_vision_model", "siglip_vision_model"),
     layers=("encoder.layers",),
     attentions=(bart_like("self_attn"),),
     feed_forwards=(feed_forward("mlp.fc1 mlp.fc2", "mlp.activation_fn"),),
@@ -86,13 +86,16 @@ CLIP = replace(
 #: BERT's blocks in ViT's layers.
 VIDEOMAE = replace(
     VIT,
-    model_types=("videomae", "yolos", "dpt"),
+    model_types=("videomae",),
     layers=("encoder.layer",),
     attentions=(bert_like("attention.attention", "query key value", output=Part("attention.output.dense")),),
     feed_forwards=(BERT_FFN,),
     widths=(NEURONS,),
     heads=OWN_HEADS,
 )
+
+#: Positions are added anew between layers, of whose number they have a dimension, so all stay.
+YOLOS = replace(VIDEOMAE, model_types=("yolos",), depths=(), pre_norm=False)
 
 DATA2VEC_VISION = replace(
     VIDEOMAE,
@@ -130,7 +133,7 @@ _conformer = tuple(
 #: Convolutions between attention and the feed-forward blocks stay as they are.
 CONFORMER = replace(
     VIT,
-    model_types=("wav2vec2-conformer", "wav2vec2-bert"),
+    model_types=("wav2vec2-conformer",),
     layers=("encoder.layers",),
     attentions=(
         attention(
