@@ -121,7 +121,7 @@ def check_size(model: PreTrainedModel, size: int) -> None:
         raise ConfigError(
             "model", type(model).__name__, "has several towers, each with a hidden size of its own; shrink a tower alone."
         )
-    if any(block.scale or block.norm for block in (*spec.attentions, *spec.feed_forwards)):
+    if any(one.scale or one.norm for one in spec.attentions) or any(one.scale or one.norm for one in spec.feed_forwards):
         allowed = "scales or normalises what its blocks add to the hidden states; channels leave models that add it as it is."
         raise ConfigError("model", type(model).__name__, allowed)
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < now:
