@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model import spec_for
+from ..model.families import carry
 from ..model.lora import zeros_held
 from .layers import remove_layers
 from .plan import BlockPlan, CondensePlan
@@ -30,6 +31,7 @@ def cut(model: PreTrainedModel, plan: CondensePlan, select: Select = torch.index
                 return_memory()
     remove_layers(model, spec_for(model.config.model_type), plan.removed)
     model.config.hf_prune = plan.entry(getattr(model.config, "hf_prune", None))
+    carry(model.config)
 
 
 @torch.no_grad()
