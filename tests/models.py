@@ -309,6 +309,9 @@ TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
 #: Those whose feed-forward blocks are no neurons of hf_prune's: experts.
 ATTENTION_ALONE = ("esm", "segformer", "qwen2_moe", "mixtral", "olmoe", "qwen3_moe", "phimoe", "granitemoe", "ernie4_5_moe")
 
+#: One for each thing that a record can say and none of the first families needs.
+REPRESENTATIVES = ("phi3", "falcon-grouped", "olmo2", "bloom", "gemma2", "dinov2", "swin", "clip")
+
 #: All of them.
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
 

@@ -649,6 +649,51 @@ def test_generates_the_same_with_fewer_layers(family: str) -> None:
     assert model.config.hf_prune["removed_layers"]
 
 
+def test_heads_stay_whose_queries_a_norm_over_all_heads_sees() -> None:
+    """OLMo 2: what such a head adds is nothing, but the others are divided by the size of its queries."""
+    model = models.tiny("olmo2-grouped")
+    attention = find_blocks(model)[2]
+    output, query, key = (attention.roles[role].layer.weight for role in ("output", "query", "key"))
+    with torch.no_grad():
+        output[:, :24] = 0  # the first group of two heads, and the first of the second
+        query[:8] = 0
+    reason = "3 dead heads stay, because a norm over all heads sees their queries and keys"
+    assert [plan.left_out for plan in condense_plan(model).blocks] == ["", "", reason, "", "", ""]
+    assert reason in str(condense_plan(model))
+    with torch.no_grad():
+        query[:16] = key[:8] = 0
+    wanted = outputs(model)
+    condense(model)
+    assert sizes(model)["model.layers.1.self_attn"] == 2
+    assert gap(wanted, outputs(model)) <= 1e-5
+
+
+def test_a_layer_stays_behind_whose_norm_is_a_constant() -> None:
+    """Gemma 2 has an RMSNorm on what a block adds, which leaves zeros; a LayerNorm adds its bias."""
+    for norm, gone in ((None, {"layers": [1]}), (nn.LayerNorm, {})):
+        model = models.tiny("gemma2")
+        for layer in model.model.layers if norm else ():
+            layer.post_feedforward_layernorm = norm(32)
+            nn.init.normal_(layer.post_feedforward_layernorm.bias)
+        models.empty_layers(model, {1})
+        assert condense_plan(model).removed == gone
+        wanted = outputs(model)
+        condense(model)
+        assert gap(wanted[:1], outputs(model)[:1]) <= 1e-5
+
+
+def test_one_tower_loses_layers() -> None:
+    model = models.tiny("clip", "bare")
+    for block in find_blocks(model):
+        if block.layer == "vision_model.encoder.layers.1":
+            models.zero_units(block, list(range(block.num_units)), "out")
+    wanted = outputs(model)
+    condense(model)
+    assert model.config.hf_prune["removed_layers"] == {"vision_model.encoder.layers": [1]}
+    assert [model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers] == [3, 2]
+    assert gap(wanted[:1], outputs(model)[:1]) <= 1e-5
+
+
 def test_layers_removed_again() -> None:
     model = five_layers("llama-with-biases", "causal-lm")
     models.zero_units(find_blocks(model)[5], [3, 4], "in")

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..condense.layers import depths
 from ..condense.resize import own_sizes
@@ -178,6 +179,9 @@ def _tied_to_heads(block: Block, stock: Block, spec: ArchitectureSpec) -> str:
     fewer = [name for name, size in block.sizes.items() if size > stock.sizes[name] and name != "num_attention_heads"]
     if fewer:
         return f"from the hidden size follows {fewer[0]}"
+    output = stock.output.layer
+    if output.weight.shape[0 if isinstance(output, Conv1D) else 1] != stock.num_units * stock.unit_width:
+        return "from the hidden size follows the width of the output projection"
     if spec.heads and block.own_units is not None:
         return "from the number of heads follow the position biases"
     if spec.heads and any(entry.forward for _, _, entry in block.by_head):
