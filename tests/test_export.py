@@ -109,7 +109,8 @@ def test_a_folder_has_what_others_look_for(home: Path) -> None:
     assert str(home) not in (home / "onnx" / "onnx" / "model.onnx").read_bytes().decode("latin-1")
 
 
-@pytest.mark.parametrize("quantize", ["int8", pytest.param("int8-dynamic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
 def test_onnx_in_int8(quantize: str, cli: CommandLine, home: Path, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     made = cli.json(
