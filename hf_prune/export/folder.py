@@ -186,11 +186,11 @@ def check_export(format: str, quantize: str | None = None, has_rows: bool = Fals
         others = [name for name in known.quantizations if name != CALIBRATED]
         hint = f", or take {others[0]!r}" if others else ""
         raise ConfigError("quantize", quantize, f"finds its scales by calibration rows; give data{hint}.")
+    if opset is not None and format != "onnx":
+        raise ConfigError("opset", opset, f"is a setting of onnx; {format} has none.")
     needed = (*known.packages, *(known.quantizations[quantize] if quantize else ()))
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(f"format={format!r}: needs {', '.join(missing)}; `pip install hf-prune[{known.extra}]`.")
-    if opset is not None and format != "onnx":
-        raise ConfigError("opset", opset, f"is a setting of onnx; {format} has none.")
     if format == "onnx":
         onnx.check_opset(opset)
 
