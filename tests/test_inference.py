@@ -84,6 +84,7 @@ WRONG: dict[str, tuple[str, Any]] = {
     "no table with a column for every head": ("swin", lambda spec: bert(spec, by_head=())),
     "two missing readers": ("deberta-v2", lambda spec: bert(spec, extra=())),
     "one missing reader": ("deberta-v2", lambda spec: bert(spec, extra=spec.attentions[0].extra[:1])),
+    "missing readers that the pass does not call": ("luke", lambda spec: bert(spec, extra=())),
     "no position bias": ("t5", lambda spec: bert(spec, position_bias="")),
     "a position bias that is not passed on": ("t5", lambda spec: bert(spec, position_bias="taken")),
     "a shared position bias left out": ("mpnet", lambda spec: bert(spec, position_bias="")),

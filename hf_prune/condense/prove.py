@@ -16,7 +16,7 @@ from logging import CRITICAL
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -172,10 +172,24 @@ def check_flow(model: PreTrainedModel, spec: ArchitectureSpec) -> None:
         call = calls.get(body_prefix(model) + block.layer)
         if call is None:
             raise ArchitectureError(model, block.layer, "is not called in a pass of the model")
+        if unseen := _unseen(call, block):
+            raise ArchitectureError(
+                model,
+                f"{block.layer}.{block.key}",
+                f"{unseen[0]} is not called in a pass of the model, so it may read or make heads",
+            )
         for role, part in zip(block.roles, block.inputs):
             extra = part.part in getattr(block.spec, "extra", ())
             if not extra or call.inputs_of([part.module]) != [None]:  # LUKE's of entities, in a batch of words
                 _check_reach(model, call, block, role, part, seed=number)
+
+
+def _unseen(call: LayerCall, block: Block) -> list[str]:
+    """The linear modules of an attention module that the spec does not name and the pass does not call."""
+    known = {part.layer for part in block.projections}
+    inside = block.module.named_modules() if block.module is not None else ()
+    others = {module: name for name, module in inside if isinstance(module, (nn.Linear, Conv1D)) and module not in known}
+    return [name for (module, name), given in zip(others.items(), call.inputs_of(list(others))) if given is None]
 
 
 def _check_reach(model: PreTrainedModel, call: LayerCall, block: Block, role: str, part: Projection, seed: int) -> None:
