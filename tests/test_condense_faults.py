@@ -430,7 +430,11 @@ def test_widened_as_it_is_read_a_model_computes_as_in_float64(family: str, dtype
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.double()
-    wanted = verify.all_outputs(model)
+    try:
+        wanted = verify.all_outputs(model)
+    except RuntimeError:  # experts have no kernel in float64, and a mask may be too large for what stays in float32
+        assert not seen.wide
+        return
     if not seen.wide:  # the mask of a query that sees nothing is −inf in a softmax in float32
         assert any(not value.isfinite().all() for value in wanted.values())
         return
