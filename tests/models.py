@@ -287,7 +287,9 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "hubert": lambda: transformers.HubertConfig(**_bert_like(), **_SOUND),
     "unispeech": lambda: transformers.UniSpeechConfig(**_bert_like(), **_SOUND),
     "unispeech-sat": lambda: transformers.UniSpeechSatConfig(**_bert_like(), **_SOUND),
-    "data2vec-audio": lambda: transformers.Data2VecAudioConfig(**_bert_like(), **_SOUND),
+    "data2vec-audio": lambda: transformers.Data2VecAudioConfig(
+        **_bert_like(), **_SOUND | {"num_conv_pos_embeddings": 1}, conv_pos_kernel_size=3
+    ),
     "stablelm": lambda: transformers.StableLmConfig(**_grouped(use_qkv_bias=True)),
 }
 
