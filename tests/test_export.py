@@ -170,6 +170,20 @@ def test_what_differs_is_not_kept(home: Path, tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+@pytest.mark.parametrize("quantized", [False, True, None])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_agrees_with_nothing_else(value: float, quantized: bool | None) -> None:
+    """Nor in a batch after the first: nothing is larger than NaN. What PyTorch leaves undefined, padding say, may be so."""
+    batches = [{"input_ids": torch.ones(2, 3, dtype=torch.long)} for _ in range(3)]
+    wanted = {"logits": torch.arange(12.0).view(2, 6)}
+    wrong = {"logits": wanted["logits"].index_fill(1, torch.tensor([2]), value)}
+    given = iter([wanted, wrong, wanted])
+    with pytest.raises(compare.ExportError, match="2 of 12 values of its logits are not finite"):
+        compare.compare(lambda batch: next(given), lambda batch: wanted, batches, quantized)
+    found = compare.compare(lambda batch: wrong, lambda batch: wrong, batches, quantized)
+    assert (found.difference, found.error) == (0, 0)
+
+
 def test_a_model_that_gives_nan_is_refused(home: Path, tmp_path: Path) -> None:
     model = models.tiny("bert", num_hidden_layers=1)
     with torch.no_grad():

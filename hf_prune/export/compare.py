@@ -94,7 +94,8 @@ def compare(
         rows += len(next(iter(batch.values())))
         for name, value in wanted.items():
             found = _checked(name, value, given)
-            gap = (found - value.float()).double()
+            gap = (found - value.float()).double().nan_to_num()  # what is finite in neither is alike
+            value = value.nan_to_num()
             squares[name] = _plus(squares.get(name), float(gap.square().sum()), float(value.double().square().sum()))
             peaks[name] = _most(peaks.get(name), float(gap.abs().max()), float(value.abs().max()))
             if name == "logits" and value.shape[-1] > 1:
@@ -118,6 +119,11 @@ def _checked(name: str, wanted: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     if found is None or found.shape != wanted.shape:
         shape = "is missing" if found is None else f"has the shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
         raise ExportError(f"the file computes something else: its {name} {shape}.")
+    wrong = int((found.isfinite() != wanted.isfinite()).sum())
+    if wrong:
+        raise ExportError(
+            f"the file computes something else: {wrong} of {wanted.numel()} values of its {name} are not finite, or should not be."
+        )
     return found.float()
 
 
