@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_prune import condense, export_model
 from hf_prune.export import gguf as written
+from hf_prune.export import llama_cpp
 from hf_prune.export.compare import ExportError
 from hf_prune.settings.errors import ConfigError
 
@@ -95,9 +96,16 @@ def test_what_is_generated_is_the_same(tmp_path: Path) -> None:
     prompt = [65, 70, 75]
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     wanted = model.generate(torch.tensor([prompt]), **settings)[0, 3:].tolist()
-    server = written.serve(tmp_path / "out" / "model.gguf")
     request = {"prompt": prompt, "n_predict": 12, "temperature": 0, "ignore_eos": True, "return_tokens": True}
-    assert written.ask(server, "/completion", request)["tokens"] == wanted
+    with llama_cpp.serving(tmp_path / "out" / "model.gguf", 128) as server:
+        assert llama_cpp.ask(server, "/completion", request)["tokens"] == wanted
+
+
+def test_a_file_that_llama_cpp_does_not_load_is_an_error(tmp_path: Path) -> None:
+    """Whatever it does upon it; and no process is left."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ExportError, match=r"llama\.cpp does not load the file: "), llama_cpp.serving(tmp_path / "model.gguf", 128):
+        pass
 
 
 def test_the_command_writes_a_file_for_a_users_runtime(cli: CommandLine, tmp_path: Path) -> None:

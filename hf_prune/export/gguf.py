@@ -8,7 +8,6 @@ computes what Llama does, with biases where there are some. Others are written a
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..condense import needs_hf_prune
 from ..settings.errors import ConfigError
-from .compare import Agreement, ExportError, one_sentence, quietly
+from .compare import Agreement, ExportError, quietly
+from .llama_cpp import ask, serving
 
 FILE = "model.gguf"
 #: Families that compute what Llama does → the architecture of models whose layers are equal.
@@ -268,23 +268,23 @@ def compare(model: Any, tokenizer: Any, file: Path, prompts: Sequence[list[int]]
         ExportError: llama.cpp does not load the file, splits a text otherwise than the tokenizer, or a log-probability differs by
             more than the bound.
     """
-    server = serve(file)
-    for text in _TEXTS:
-        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if (found := ask(server, "/tokenize", {"content": text, "add_special": False})["tokens"]) != wanted:
-            raise ExportError(f"llama.cpp's tokenizer makes {found} of {text!r}, and not {wanted}; nothing was written.")
     gaps, same = [], 0
-    # What llama.cpp draws is always the same letter, since it says nothing where a token ends the text or is part of a letter;
-    # log-probabilities are those before.
-    letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
-    for prompt in prompts:
-        likely = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1).topk(TOP)
-        request = {"prompt": prompt, "n_predict": 1, "n_probs": 4 * TOP, "logit_bias": [[letter, 1e4]], "cache_prompt": False}
-        answer = ask(server, "/completion", request)
-        given = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
-        lowest = min(given.values())
-        gaps += [abs(given.get(token, lowest) - value) for value, token in zip(likely.values.tolist(), likely.indices.tolist())]
-        same += max(given, key=lambda token: given[token]) == int(likely.indices[0])
+    with serving(file, 2 * _PROMPT) as server:
+        for text in _TEXTS:
+            wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if (found := ask(server, "/tokenize", {"content": text, "add_special": False})["tokens"]) != wanted:
+                raise ExportError(f"llama.cpp's tokenizer makes {found} of {text!r}, and not {wanted}; nothing was written.")
+        # What llama.cpp draws is always the same letter, since it says nothing where a token ends the text or is part of a letter;
+        # log-probabilities are those before.
+        letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+        for prompt in prompts:
+            likely = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1).topk(TOP)
+            request = {"prompt": prompt, "n_predict": 1, "n_probs": 4 * TOP, "logit_bias": [[letter, 1e4]], "cache_prompt": False}
+            answer = ask(server, "/completion", request)
+            given = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+            lowest = min(given.values())
+            gaps += [abs(given.get(token, lowest) - value) for value, token in zip(likely.values.tolist(), likely.indices.tolist())]
+            same += max(given, key=lambda token: given[token]) == int(likely.indices[0])
     found = torch.tensor(gaps)
     agreement = Agreement(
         rows=len(prompts),
@@ -298,26 +298,3 @@ def compare(model: Any, tokenizer: Any, file: Path, prompts: Sequence[list[int]]
         measured = f"log-probabilities differ by {agreement.difference:.2e}"
         raise ExportError(f"the file computes something else: {measured}; allowed: {agreement.bound:g}.")
     return agreement
-
-
-def serve(file: Path) -> Any:
-    """llama.cpp with a file, on the CPU, with keys and values in float32."""
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(file)
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 2 * _PROMPT, 1, 0
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.warmup, settings.verbosity = False, -1
-    with one_sentence("llama.cpp does not load the file"):
-        return xllamacpp.Server(settings)
-
-
-def ask(server: Any, path: str, request: Mapping[str, Any]) -> Any:
-    """What llama.cpp's server answers to a request."""
-    body = json.dumps(request).encode()
-    asked = urllib.request.Request(server.listening_address + path, body, {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(asked, timeout=60) as answer:
-        return json.load(answer)

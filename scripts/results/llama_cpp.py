@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import condense, export_model
 from hf_prune.export import gguf
+from hf_prune.export.llama_cpp import ask, serving
 from hf_prune.model import find_blocks
 
 
@@ -53,13 +54,13 @@ def measure(
     batches = [{"input_ids": torch.tensor([prompt])} for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder:
         made = export_model(model, options.model, Path(folder, "out"), "gguf", quantize=quantize, batches=batches)
-        server = gguf.serve(Path(folder, "out", made.file))
         equal, first = 0, []
-        for prompt, tokens in zip(prompts, wanted):
-            request = {"prompt": prompt, "n_predict": len(tokens), "temperature": 0, "ignore_eos": True, "return_tokens": True}
-            found = gguf.ask(server, "/completion", request)["tokens"]
-            equal += found == tokens
-            first.append(next((place for place, pair in enumerate(zip(found, tokens)) if pair[0] != pair[1]), len(tokens)))
+        with serving(Path(folder, "out", made.file), 128) as server:
+            for prompt, tokens in zip(prompts, wanted):
+                request = {"prompt": prompt, "n_predict": len(tokens), "temperature": 0, "ignore_eos": True, "return_tokens": True}
+                found = ask(server, "/completion", request)["tokens"]
+                equal += found == tokens
+                first.append(next((place for place, pair in enumerate(zip(found, tokens)) if pair[0] != pair[1]), len(tokens)))
     agreement = made.to_dict()["agreement"]
     return {"bytes": made.bytes, **agreement, "equal_continuations": equal, "equal_tokens": sum(first) / len(first)}
 
