@@ -336,11 +336,14 @@ def heads(value: Any) -> dict[str, Any]:
 
 
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "a list": ([], "config.hf_prune is []; it must be an object with keys among: version, layers, removed_layers, original."),
+    "a list": (
+        [],
+        "config.hf_prune is []; it must be an object with keys among: version, layers, removed_layers, original, architecture.",
+    ),
     "empty": ({}, "config.hf_prune['version'] is None; this code reads version 1."),
     "unknown key": (
         {**heads(1), "layer": {}},
-        "config.hf_prune has an unknown key 'layer'; allowed: version, layers, removed_layers, original. Did you mean",
+        "config.hf_prune has an unknown key 'layer'; allowed: version, layers, removed_layers, original, architecture. Did",
     ),
     "newer version": (entry({}, 2), "['version'] is 2; this code reads version 1."),
     "version as text": (entry({}, "1"), "['version'] is '1'; this code reads version 1."),

@@ -203,6 +203,7 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     generator = torch.Generator().manual_seed(0)
     text, vision = (getattr(config, f"{kind}_config", config) for kind in ("text", "vision"))
     padding, end = (getattr(text, f"{name}_token_id", None) for name in ("pad", "eos"))
+    image = getattr(config, "image_token_id", None)  # stands in a text where an image is read
     tokens = min(tokens, longest_row(model) or tokens)
     lengths = torch.linspace(tokens, min(shortest, tokens), rows).long()
     mask = (torch.arange(tokens) < lengths[:, None]).long()
@@ -211,7 +212,8 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
         # any tokens but padding, from whose place RoBERTa counts positions, and one that ends the row, as BART's classifier wants
         ends = [end] if isinstance(end, int) else end or []
         usable = torch.ones(text.vocab_size, dtype=torch.bool)
-        usable[[token for token in (*ends, padding or 0) if 0 <= token < text.vocab_size]] = False
+        special = (*ends, padding or 0, padding or 0 if image is None else image)
+        usable[[token for token in special if 0 <= token < text.vocab_size]] = False
         choices = usable.nonzero().flatten()
         drawn = choices[torch.randint(len(choices), (rows, tokens), generator=generator)]
         if config.is_encoder_decoder and ends:
@@ -231,7 +233,7 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
         "token_type_ids": lambda: torch.randint(config.type_vocab_size, (rows, tokens), generator=generator),
         "decoder_input_ids": ids,
     }
-    if vision is not config:  # a tower for texts, one for images
+    if vision is not config and image is None:  # a tower for texts, one for images
         makers["pixel_values"] = images
     if model.main_input_name == "pixel_values":  # by the noise a masked autoencoder chooses what it does not see
         patches = math.prod(_height_and_width(getattr(vision, "image_size", 0))) // getattr(vision, "patch_size", 1) ** 2
