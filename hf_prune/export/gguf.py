@@ -262,7 +262,7 @@ def prompts_of(batches: Iterable[Mapping[str, Tensor]]) -> list[list[int]]:
 
 def compare(model: Any, tokenizer: Any, file: Path, prompts: Sequence[list[int]], quantized: bool) -> Agreement:
     """Compare a file in llama.cpp with the model: the log-probabilities of the likeliest tokens after each prompt, and how texts
-    are split texts.
+    are split into tokens.
 
     Raises:
         ExportError: llama.cpp does not load the file, splits a text otherwise than the tokenizer, or a log-probability differs by

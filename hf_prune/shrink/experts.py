@@ -6,7 +6,7 @@ between two runs, never as masks. What is left computes exactly what the whole m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,8 @@ from .outline import cut_to, outline, sized, tensors
 
 #: How experts are chosen.
 CRITERIA = ("reap", "frequency")
-#: What transformers' modules of experts take: tokens `[n, hidden]`, and the experts `[n, k]` of each with their weights `[n, k]`.
+#: How many tensors transformers' modules of experts take: tokens `[n, hidden]`, the experts of each `[n, k]`, and their weights
+#: `[n, k]`.
 _TAKEN = 3
 
 
@@ -168,18 +169,13 @@ def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         ConfigError: there are none, each expert is a module, or something else depends on their number.
     """
-    config, name = model.config, _number(model)
-    number, kind = getattr(config, name), type(model).__name__
-    old = outline(model)
-    try:
-        setattr(config, name, number - 1)
-        new = outline(model)
-    finally:
-        setattr(config, name, number)
+    name, kind = _number(model), type(model).__name__
+    number = getattr(model.config, name)
+    old, new = outline(model), outline(model, **{name: number - 1})
     if tensors(old).keys() != tensors(new).keys():
         raise ConfigError("model", kind, "keeps each expert in a module of its own; those in one parameter can leave it.")
     shapes, differing = tensors(old), sized(old, new)
-    names = dict.fromkeys(path.rpartition(".")[0] for path in differing if shapes[path].dim() == _TAKEN)
+    names = dict.fromkeys(path.rpartition(".")[0] for path in differing if shapes[path].dim() > 2)
     if not names:
         raise ConfigError("model", kind, f"has no parameter with an entry for each of the {number} experts of its config.")
     parents = tuple(f"{path.rpartition('.')[0]}." for path in names)
@@ -211,7 +207,7 @@ def _routed(
 
 
 @contextmanager
-def _listening(modules: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
+def _listening(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
     """Call `note(name, args, kwargs)` before each forward of some modules."""
     handles = [
         module.register_forward_pre_hook(lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True)

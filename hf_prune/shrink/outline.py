@@ -15,14 +15,20 @@ from ..condense.snapshot import Snapshot
 from ..settings.errors import ConfigError
 
 
-def outline(model: PreTrainedModel) -> nn.Module:
+def outline(model: PreTrainedModel, **sizes: int) -> nn.Module:
     """A model of the same class and config without weights, not condensed.
+
+    Args:
+        model: the model; it and its config stay as they are.
+        sizes: what the config says instead.
 
     Raises:
         ConfigError: the class needs more than its config.
     """
     config: Any = copy.deepcopy(model.config)
     config.hf_prune = None
+    for name, size in sizes.items():
+        setattr(config, name, size)
     kind: Any = type(model)
     try:
         with torch.device("meta"):
