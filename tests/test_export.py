@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune import condense, export_model
-from hf_prune.export import compare, onnx
+from hf_prune.export import compare, onnx, runtimes
 from hf_prune.settings.errors import ConfigError
 
 #: Family → task head. One encoder, one decoder, one of both; the rest is slow.
@@ -342,6 +342,24 @@ def test_runtimes_are_compared(cli: CommandLine, home: Path, tmp_path: Path) -> 
     printed = cli(*given)
     assert "finds its scales by calibration rows" in printed
     assert "Best here: " in printed
+
+
+def test_the_best_file_is_one_that_is_exported() -> None:
+    """Neither one that loses too much, nor one that would be refused for what it computes."""
+
+    def row(model: str, dtype: str, speedup: float, metric: float, error: float) -> runtimes.RuntimeRow:
+        agreement = compare.Agreement(rows=8, difference=error, error=error, same=None, bound=1.0)
+        return runtimes.RuntimeRow(model, "onnx", dtype, 8, {"1x8": 1.0}, {"1x8": 1.0}, agreement, metric, {"1x8": speedup}, "")
+
+    rows = (
+        row("dense", "float32", 9.0, 0.80, 0.0),
+        row("model", "float32", 2.0, 0.80, 1e-6),
+        row("model", "int8-dynamic", 3.0, 0.78, 0.1),
+        row("model", "int8", 4.0, 0.80, 0.31),
+    )
+    report = runtimes.RuntimeReport(rows, {}, "accuracy", {}, "")
+    assert report.best is rows[1]
+    assert runtimes.RuntimeReport((rows[0], *rows[2:]), {}, "accuracy", {}, "").best is None
 
 
 @pytest.mark.parametrize(

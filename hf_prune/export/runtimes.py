@@ -26,7 +26,7 @@ from ..measure.tables import as_text
 from ..oneshot.data import read_file, row_length, text_columns
 from ..settings.errors import ConfigError, closest
 from . import onnx, openvino
-from .compare import Agreement, ExportError, Run, compare
+from .compare import QUANTIZED, Agreement, ExportError, Run, compare
 from .folder import check_export
 from .inputs import as_exported, example_batches, outputs_of
 
@@ -110,16 +110,20 @@ class RuntimeReport:
 
     @property
     def best(self) -> RuntimeRow | None:
-        """The fastest row of the model that loses at most 1.5 points against the dense one in PyTorch; None if none does."""
+        """The fastest row of the model that loses at most 1.5 points against the dense one in PyTorch, and that `hf-prune export`
+        would not refuse; None if there is none."""
         floor = (self.rows[0].metric or 0.0) - _LOST
-        fine = [row for row in self.rows if row.model == "model" and (row.metric is None or row.metric >= floor)]
+        kept = [row for row in self.rows if row.model == "model" and row.agreement.error <= QUANTIZED]
+        fine = [row for row in kept if row.metric is None or row.metric >= floor]
         return max(fine, key=lambda row: row.fast, default=None)
 
     def advice(self, path: str) -> str:
         """What to do for the fastest file of a model, in a line or two."""
         best = self.best
         if best is None:
-            return f"No row is within {100 * _LOST:g} points of the dense model."
+            return (
+                f"No row is within {100 * _LOST:g} points of the dense model, and agrees with PyTorch as far as an export has to."
+            )
         times = ", ".join(f"{value:.2f} at {shape}" for shape, value in best.speedup.items())
         start = f"Best here: {best.runtime} {best.dtype}, times as fast as dense PyTorch in float32: {times}."
         if best.command is None:
