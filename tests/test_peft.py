@@ -351,10 +351,15 @@ def test_removed_rows_lose_every_bias() -> None:
 @pytest.mark.parametrize("criterion", ["magnitude", "fpgm", "wanda", "apoz", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_are_chosen_by_the_merged_weight(family: str, criterion: str) -> None:
-    """The same units go as from the merged model without adapters."""
+    """The same units go as from the merged model without adapters.
+
+    In float64, since in float32 the two models' activations differ by rounding, which decides between rows whose scores nearly tie.
+    """
     inputs = batch(family)
     chosen = []
-    for model in (adapted(family).train(), adapted(family).merge_and_unload().requires_grad_(True).train()):
+    for merged in (False, True):
+        model = adapted(family, torch.float64)
+        model = model.merge_and_unload().requires_grad_(True).train() if merged else model.train()
         pruner = Pruner(model, config("1xchannel", criterion=criterion), 1)
         list(steps(model, pruner, inputs, 1, lr=0.0))
         chosen.append(zeros_of(model))
