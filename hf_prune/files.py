@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+#: What comes after a folder's name: of the lock that the process which writes it holds until it ends, however it ends; and of
+#: where the folder lies that is being replaced.
+_LOCK, _REPLACED = ".lock", ".replaced"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -62,6 +70,9 @@ def check_new_file(path: str | os.PathLike[str]) -> None:
 def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the body is done; if the body raises, nothing is changed.
 
+    It lies in a hidden folder beside, `.NAME-….unfinished`. What a process that was killed has left there, the next one to write
+    the same folder removes.
+
     Args:
         path: the folder.
         replace: replace an existing folder.
@@ -69,14 +80,31 @@ def new_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[
     Raises:
         ValueError: see [`check_new_folder`]; with `replace`, an existing folder is allowed.
     """
+    target = Path(path).resolve()
+    _remove_left_over(target)
     if not (replace and Path(path).is_dir()):
         check_new_folder(path)
-    target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".unfinished", dir=target.parent) as beside,
+        FileLock(Path(beside, target.name + _LOCK)),
+    ):
         unfinished = Path(beside, target.name)
         unfinished.mkdir()
         yield unfinished
         if replace and target.is_dir():
-            os.replace(target, Path(beside, "replaced"))
+            os.replace(target, Path(beside, target.name + _REPLACED))
         os.replace(unfinished, target)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove what killed processes have left that wrote a folder; put back what one of them was about to replace."""
+    for lock in target.parent.glob(f".{glob.escape(target.name)}-*.unfinished/{glob.escape(target.name + _LOCK)}"):
+        try:
+            with FileLock(lock, timeout=0):
+                replaced = lock.with_name(target.name + _REPLACED)
+                if replaced.is_dir() and not target.exists():
+                    os.replace(replaced, target)
+        except (Timeout, FileNotFoundError):  # somebody is still writing, or has just ended
+            continue
+        shutil.rmtree(lock.parent, ignore_errors=True)

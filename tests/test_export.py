@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +213,29 @@ def test_a_folder_is_written_whole_or_not_at_all(
     with pytest.raises((OSError, KeyboardInterrupt)):
         export_model(models.tiny("bert", num_hidden_layers=1), home / "small", tmp_path / "deep" / "out")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_a_killed_export_leaves_nothing_half_written(format: str, home: Path, tmp_path: Path) -> None:
+    """By SIGKILL, in processes of their own; what lies beside goes with the next export."""
+    pytest.importorskip(format)
+    whole = {f"out/{name}" for name in names_in(home / "onnx") - {"onnx/model.onnx"}}
+    whole |= {"out/onnx/model.onnx"} if format == "onnx" else {f"out/openvino/openvino_model.{end}" for end in ("xml", "bin")}
+    (tmp_path / "folder").mkdir()
+    script = Path(__file__).with_name("killed_exports.py")
+    done = subprocess.run(
+        [sys.executable, script, home / "small", tmp_path / "folder", format], capture_output=True, text=True, check=True
+    )
+    *killed, last = (json.loads(line) for line in done.stdout.splitlines())
+    assert len(killed) >= 6
+    for report in killed:
+        assert report["status"] == -signal.SIGKILL, report
+        assert {name for name in report["left"] if not name.startswith(".out-")} in (set(), whole), report
+        assert len({name.partition("/")[0] for name in report["left"]}) <= 1, report  # what the one before left is gone
+    assert any(report["left"] for report in killed)
+    assert last["status"] == 0
+    assert set(last["left"]) == whole
 
 
 def test_the_exporters_reason_is_one_sentence(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

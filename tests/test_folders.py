@@ -7,6 +7,9 @@ import inspect
 import json
 import pkgutil
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -19,6 +22,7 @@ from reloading import save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+import hf_prune.files
 from hf_prune import condense, hub
 from hf_prune.files import new_folder, write_text
 from hf_prune.hub import write_card
@@ -290,6 +294,54 @@ def test_a_folder_is_replaced_when_its_successor_is_done(tmp_path: Path) -> None
     assert names_in(tmp_path) == {"out/new"}
     with pytest.raises(ValueError, match="is not empty"), new_folder(tmp_path / "out"):
         pass
+
+
+#: Loads `hf_prune/files.py` alone, which takes no time, writes a folder and kills itself at a moment.
+KILLED = """
+import importlib.util, os, signal, sys
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+moment, seen, replace = int(sys.argv[3]), [], os.replace
+def count():
+    seen.append(None)
+    if len(seen) == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+def replaced(*paths):
+    count()
+    replace(*paths)
+    count()
+os.replace = replaced
+with files.new_folder(sys.argv[2], replace=True) as folder:
+    (folder / "new").write_text("half")
+    count()
+    (folder / "new").write_text("whole")
+"""
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_what_a_killed_process_leaves_is_removed_by_the_next_and_nothing_is_lost(moment: int, tmp_path: Path) -> None:
+    """Killed while it writes, before, between and after the two renames."""
+    put(tmp_path, "out/old")
+    put(tmp_path, ".out-mine/keep")
+    arguments = [str(Path(hf_prune.files.__file__)), str(tmp_path / "out"), str(moment)]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -signal.SIGKILL
+    there = {"out/new"} if moment == 5 else {"out/old"} if moment < 3 else set()
+    assert {name for name in names_in(tmp_path) if name.startswith("out/")} == there
+    (left,) = tmp_path.glob(".out-*.unfinished")
+    with pytest.raises(ValueError, match="is not empty"), new_folder(tmp_path / "out"):  # it puts back what was there
+        pass
+    assert names_in(tmp_path) == (there or {"out/old"}) | {".out-mine/keep"}
+    assert not left.exists()
+
+
+def test_what_somebody_is_still_writing_stays(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a-b") as other, new_folder(tmp_path / "a") as first:
+        put(other, "file")
+        put(first, "file")
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a") as second:
+            interrupted(second)
+    assert names_in(tmp_path) == {"a/file", "a-b/file"}
 
 
 def test_a_condensed_model_below_its_source_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

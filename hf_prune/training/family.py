@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -78,7 +77,7 @@ def save_member(trainer: Trainer, pruner: Pruner, config: PruningConfig, asked: 
         model = condense(pruner.copied().eval())
         other = _copied(trainer, model)
         metrics = {} if trainer.eval_dataset is None else _numbers(evaluated(other.evaluate()))
-        with _written(folder) if args.should_save else nullcontext(folder) as unfinished:
+        with new_folder(folder, replace=True) if args.should_save else nullcontext(folder) as unfinished:
             other.save_model(str(unfinished))
             if args.should_save:
                 (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # of the run, not of the model
@@ -118,15 +117,6 @@ def _copied(trainer: Trainer, model: nn.Module) -> Trainer:
         [DefaultFlowCallback()], model, trainer.processing_class, None, None
     )
     return other
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[Path]:
-    """A new folder that replaces one that an interrupted run left; see [`new_folder`]."""
-    for left in folder.parent.glob(f".{folder.name}-*"):  # by a run that was killed while it wrote
-        shutil.rmtree(left, ignore_errors=True)
-    with new_folder(folder, replace=True) as unfinished:
-        yield unfinished
 
 
 # ----------------------------------------------------------------------------------------------------------------- what is told
