@@ -442,8 +442,9 @@ def test_a_run_that_breaks_off_while_a_member_is_written_leaves_nothing_half_don
         run(folder, {}, **saving)
     made = {path.name for path in (folder).iterdir()}
     assert made == {"parameters-0.9", "family.json", "pictures", "checkpoint-4", "checkpoint-8"}
-    left = folder / ".parameters-0.8-killed"  # as a process that is killed leaves it
+    left = folder / ".parameters-0.8-killed.unfinished"  # as a process that is killed leaves it
     left.mkdir()
+    (left / "parameters-0.8.lock").touch()
     shutil.rmtree(folder / "checkpoint-8")
     resumed = trainer_for(
         folder,
