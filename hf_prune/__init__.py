@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .settings.config import PruningConfig, PruningRule
     from .settings.errors import ConfigError
     from .shrink.depth import shrink_depth
+    from .shrink.expert_neurons import shrink_expert_neurons
     from .shrink.experts import shrink_experts
     from .shrink.hidden import shrink_hidden
     from .shrink.vocabulary import prune_vocabulary
@@ -78,6 +79,7 @@ __all__ = [
     "prune_vocabulary",
     "push_to_hub",
     "shrink_depth",
+    "shrink_expert_neurons",
     "shrink_experts",
     "shrink_hidden",
     "sparsity_report",
@@ -125,6 +127,7 @@ _HOMES = {
     ),
     "settings.errors": ("ConfigError",),
     "shrink.depth": ("shrink_depth",),
+    "shrink.expert_neurons": ("shrink_expert_neurons",),
     "shrink.experts": ("shrink_experts",),
     "shrink.hidden": ("shrink_hidden",),
     "shrink.vocabulary": ("prune_vocabulary",),

@@ -282,6 +282,7 @@ def shrink(
     ] = None,
     hidden_size: Annotated[int | None, typer.Option(min=1, help="How wide the hidden stream becomes.")] = None,
     num_experts: Annotated[int | None, typer.Option(min=1, help="How many experts stay in each layer.")] = None,
+    moe_intermediate_size: Annotated[int | None, typer.Option(min=1, help="How many neurons stay in each expert.")] = None,
     criterion: Annotated[
         str, typer.Option(help="How layers are chosen: greedy_removal, removal, consecutive or block_influence.")
     ] = "greedy_removal",
@@ -296,7 +297,8 @@ def shrink(
     seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Take layers, experts or channels of the hidden stream out of a model, judged by unlabelled text, and save it with its card.
+    """Take layers, experts, neurons of experts or channels of the hidden stream out of a model, judged by unlabelled text, and save
+    it with its card.
 
     This changes what the model computes; train it afterwards."""
     from .oneshot.data import calibration_batches, check_file, load_tokenizer
@@ -318,6 +320,7 @@ def shrink(
             num_layers=wanted,
             hidden_size=hidden_size,
             num_experts=num_experts,
+            moe_intermediate_size=moe_intermediate_size,
             criterion=criterion,
             rotate=rotate,
             base_model=path,

@@ -618,22 +618,28 @@ def heads_left(groups: list[list[bool]], copies: bool = True) -> int:
 
 def _mixture(**changes: Any) -> dict[str, Any]:
     """Three layers of eight experts of width 16, of which two serve each token."""
-    sizes = _llama_like(num_attention_heads=4, moe_intermediate_size=16, intermediate_size=16)
-    return {**sizes, "num_experts_per_tok": 2, **changes}
+    return {**_llama_like(num_attention_heads=4, intermediate_size=16), "num_experts_per_tok": 2, **changes}
 
+
+#: The width of experts, in families whose layers without experts have another one.
+_NARROW = {"moe_intermediate_size": 16}
 
 #: Language models with experts. In the groups of DeepSeek's router only the better one is open to a token.
 MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmoe": lambda: transformers.OlmoeConfig(**_mixture(num_experts=8)),
-    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**_mixture(num_experts=8, norm_topk_prob=True, mlp_only_layers=[1])),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_mixture(num_experts=8, **_NARROW, norm_topk_prob=True, mlp_only_layers=[1])
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**_mixture(num_local_experts=8)),
-    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**_mixture(num_experts=8, shared_expert_intermediate_size=16)),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**_mixture(num_experts=8, **_NARROW, shared_expert_intermediate_size=16)),
     "deepseek-v3": lambda: transformers.DeepseekV3Config(
-        **_mixture(n_routed_experts=8, n_group=2, topk_group=1, first_k_dense_replace=1, head_dim=None),
+        **_mixture(n_routed_experts=8, **_NARROW, n_group=2, topk_group=1, first_k_dense_replace=1, head_dim=None),
         **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     ),
-    "glm4-moe": lambda: transformers.Glm4MoeConfig(**_mixture(n_routed_experts=8, first_k_dense_replace=1)),
-    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(**_mixture(moe_num_experts=8, moe_k=2, moe_layer_start_index=1)),
+    "glm4-moe": lambda: transformers.Glm4MoeConfig(**_mixture(n_routed_experts=8, **_NARROW, first_k_dense_replace=1)),
+    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **_mixture(moe_num_experts=8, **_NARROW, moe_k=2, moe_layer_start_index=1)
+    ),
     "gpt-oss": lambda: transformers.GptOssConfig(**_mixture(num_local_experts=8)),
     "granite-moe": lambda: transformers.GraniteMoeConfig(**_mixture(num_local_experts=8)),
     "phi-moe": lambda: transformers.PhimoeConfig(**_mixture(num_local_experts=8)),

@@ -1,4 +1,4 @@
-"""Fewer experts: which go, and what is left."""
+"""Fewer experts, and narrower ones: what goes, and what is left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from helpers import assert_equal, snapshot
 from reloading import reload, save_expected
 from torch import Tensor, nn
 
-from hf_prune import ConfigError, shrink_experts
+from hf_prune import ConfigError, shrink_expert_neurons, shrink_experts
+from hf_prune.condense.stock import smaller
+from hf_prune.shrink.expert_neurons import importances, keep_neurons, most
 from hf_prune.shrink.experts import CRITERIA, contributions, keep_experts, largest
 
 FAST = ("olmoe", "qwen3-moe", "deepseek-v3", "gpt-oss")
@@ -97,10 +99,12 @@ def test_the_result_is_an_ordinary_model(name: str, tmp_path: Path) -> None:
 
 def test_it_loads_where_hf_prune_is_not(tmp_path: Path) -> None:
     """Nor by code of its own; with hf_prune it loads as well, what stock code saved."""
-    model = models.tiny_mixture("olmoe")
-    shrink_experts(model, 3, batches(model))
+    model = models.tiny_mixture("mixtral")
+    shrink_experts(shrink_expert_neurons(model, 8, batches(model)), 3, batches(model))
+    assert model.config.hf_prune["original"] == {"intermediate_size": 16, "num_local_experts": 8}
+    assert smaller(model.config) == {"experts in a layer": (3, 8), "neurons in an expert": (8, 16)}
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    folder = first / f"olmoe-{type(model).__name__}"
+    folder = first / f"mixtral-{type(model).__name__}"
     model.save_pretrained(folder)
     save_expected(model, folder)
     rows = [reload("stock", first, second), reload("import", second, third)]
@@ -211,3 +215,126 @@ def test_all_or_nothing() -> None:
         keep_experts(model, kept, {"input_ids": torch.full((1, 3), 1000)})
     assert_equal(snapshot(model), before)
     assert model.config.num_experts == 8
+
+
+# ------------------------------------------------------------------------------------------------------------ neurons of experts
+
+
+def narrow_by_zeros(model: Any, scores: dict[str, Tensor], number: int) -> None:
+    """Zero what all but the `number` (of 16) best neurons of each expert write, one expert at a time."""
+    for name, worth in scores.items():
+        module: Any = model.get_submodule(name)
+        if worth.ndim == 1:
+            module.weight.data[:, worth.argsort()[: worth.numel() * (16 - number) // 16]] = 0
+            continue
+        for expert, own in enumerate(worth):
+            down = module.down_proj.data[expert]
+            (down.T if module.is_transposed else down)[:, own.argsort()[: 16 - number]] = 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_narrower_experts_are_those_with_zeros(name: str, tmp_path: Path) -> None:
+    """Each loses its own neurons, shared ones too if they are as wide; what is left is an ordinary model of its own class."""
+    model = models.tiny_mixture(name)
+    whole, rows = copy.deepcopy(model), batches(model)
+    scores = importances(whole, _rows(rows))
+    assert shrink_expert_neurons(model, 8, rows) is model
+    zeroed = copy.deepcopy(whole)
+    narrow_by_zeros(zeroed, scores, 8)
+    folder = tmp_path / f"{name}-{type(model).__name__}"
+    model.save_pretrained(folder)
+    fresh = type(model).from_pretrained(folder).eval()
+    for batch in rows:
+        with torch.no_grad():
+            expected = zeroed(**batch).logits
+            assert (model(**batch).logits - expected).abs().max() <= 1e-5
+            assert (whole(**batch).logits - expected).abs().max() > 1e-3
+            assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    for key, parameter in model.named_parameters():
+        if "expert" not in key.replace("shared_expert.", ""):  # routers and all else, Qwen2-MoE's shared expert among it
+            assert torch.equal(parameter, whole.get_parameter(key)), key
+    assert set(fresh.config.hf_prune["original"].values()) == {16}
+
+
+def test_what_a_neuron_is_worth() -> None:
+    """Against every token, expert and neuron of its own, one at a time; padding counts for nothing."""
+    model = models.tiny_mixture("deepseek-v3")
+    given = [models.ragged_batch(model, rows=2)]
+    model.requires_grad_(False)
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("experts", "mlp.gate")):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in blocks(model).items():
+        module.register_forward_pre_hook(lambda _, args, name=name: chosen.update({name: args[1:]}))
+    found = importances(model, _rows(given))
+    read = given[0]["attention_mask"].flatten().bool()
+    layers = ("model.layers.1.mlp", "model.layers.2.mlp")
+    assert found.keys() == {f"{layer}.{part}" for layer in layers for part in ("experts", "shared_experts.down_proj")}
+    for layer in layers:
+        module: Any = model.get_submodule(f"{layer}.experts")
+        expected = torch.zeros(8, 16, dtype=torch.float64)
+        for token, experts, weights, counts in zip(seen[f"{layer}.experts"], *chosen[f"{layer}.experts"], read):
+            for expert, weight in zip(experts, weights):
+                gate, up = (module.gate_up_proj[expert] @ token).chunk(2)
+                for neuron in range(16):
+                    written = (F.silu(gate[neuron]) * up[neuron] * module.down_proj[expert][:, neuron]).norm()
+                    expected[expert, neuron] += float(weight * written * counts)
+        torch.testing.assert_close(found[f"{layer}.experts"], expected, rtol=1e-4, atol=1e-6)
+        shared: Any = model.get_submodule(f"{layer}.shared_experts")
+        tokens = seen[f"{layer}.shared_experts"].flatten(0, -2)[read]
+        used = (F.silu(shared.gate_proj(tokens)) * shared.up_proj(tokens)).abs().sum(0)
+        expected = (used * shared.down_proj.weight.norm(dim=0)).detach().double()
+        torch.testing.assert_close(found[f"{layer}.shared_experts.down_proj"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_that_serves_nobody_keeps_what_writes_most() -> None:
+    model: Any = models.tiny_mixture("olmoe")
+    given = [{"input_ids": torch.tensor([[7]])}]  # two experts of eight serve it
+    scores = importances(model, _rows(given))["model.layers.0.mlp.experts"]
+    idle = [expert for expert in range(8) if scores[expert].max() < 1e-100]
+    assert len(idle) == 6
+    for expert in idle:
+        written = model.model.layers[0].mlp.experts.down_proj[expert].norm(dim=0)
+        assert most(scores[expert], 8).equal(most(written, 8))
+
+
+def _without_layout() -> Any:
+    model = models.tiny_mixture("olmoe")
+    for module in blocks(model).values():
+        del module.is_transposed
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lambda: models.tiny_mixture("olmoe"), {"moe_intermediate_size": 16}, "=16: must be a multiple of 8 below 16, the number"),
+        (lambda: models.tiny_mixture("olmoe"), {"moe_intermediate_size": 0}, "=0: must be a multiple of 8"),
+        (lambda: models.tiny_mixture("olmoe"), {"moe_intermediate_size": 12}, "=12: must be a multiple of 8"),
+        (lambda: models.tiny_mixture("olmoe"), {"moe_intermediate_size": True}, "=True: must be a multiple of 8"),
+        (lambda: models.tiny_mixture("olmoe"), {"calibration_rows": 2}, "must give at least"),
+        (lambda: models.tiny("llama", "causal-lm"), {}, "model='LlamaForCausalLM': has no experts"),
+        (_in_modules, {}, "keeps each expert in a module of its own"),
+        (_without_layout, {}, "'model.layers.0.mlp.experts', which is not of transformers' own layout"),
+    ],
+)
+def test_narrower_refused_and_nothing_changed(make: Callable[[], Any], settings: dict[str, Any], message: str) -> None:
+    model = make()
+    before = snapshot(model)
+    given = [models.ragged_batch(model, rows=6)]
+    with pytest.raises(ConfigError, match=message):
+        shrink_expert_neurons(model, **{"moe_intermediate_size": 8, "dataloader": given, **settings})
+    assert_equal(snapshot(model), before)
+    assert getattr(model.config, "hf_prune", None) is None
+
+
+def test_narrower_all_or_nothing() -> None:
+    model = models.tiny_mixture("gpt-oss")
+    before = snapshot(model)
+    kept = {name: most(torch.rand(8, 16), 8) for name in blocks(model)}
+    with pytest.raises(Exception, match=r".+"):
+        keep_neurons(model, kept, 8, {"input_ids": torch.full((1, 3), 1000)})
+    assert_equal(snapshot(model), before)
+    assert model.config.intermediate_size == 16

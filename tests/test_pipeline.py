@@ -521,17 +521,19 @@ def test_stages_that_shrink_the_whole_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_with_fewer_experts(tmp_path: Path) -> None:
+def test_a_stage_with_fewer_and_narrower_experts(tmp_path: Path) -> None:
     """Every layer has so many, before the stage trains; too few are refused before the first stage."""
     torch.manual_seed(0)
     config = MIXTURES["qwen3-moe"]()
     model = AutoModelForSequenceClassification.from_config(config)
-    stages = [Stage("fewer experts", num_experts=4, distillation=TEACH)]
+    stages = [Stage("fewer experts", num_experts=4, moe_intermediate_size=8, distillation=TEACH)]
     result = pipeline(tmp_path, Recipe(stages, metric="accuracy", training={"max_steps": 2}), model).run()
     assert result.rows[1].parameters < result.rows[0].parameters
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "01-fewer experts")
-    assert small.config.num_experts == 4
+    assert (small.config.num_experts, small.config.moe_intermediate_size) == (4, 8)
     refused(tmp_path / "none", Recipe([Stage("none", num_experts=1)]), r"stages\[0\].num_experts=1: must be a whole number", model)
+    stage = Stage("none", moe_intermediate_size=3)
+    refused(tmp_path / "none", Recipe([stage]), r"stages\[0\].moe_intermediate_size=3: must be a multiple of 8", model)
 
 
 def test_layers_are_dropped_after_neurons_were_pruned(tmp_path: Path) -> None:

@@ -74,14 +74,15 @@ def test_experts_go(cli: CommandLine, tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path / "whole")
     text = ("--data", tmp_path / "text.txt", "--max-length", 8)
     (tmp_path / "text.txt").write_text("\n".join(str(text) for text in SENTENCES))
-    made = cli.json("shrink", tmp_path / "whole", tmp_path / "out", *text, "--num-experts", 3)
-    assert made["smaller"] == {"experts in a layer": [3, 8]}
+    made = cli.json("shrink", tmp_path / "whole", tmp_path / "out", *text, "--num-experts", 3, "--moe-intermediate-size", 8)
+    assert made["smaller"] == {"experts in a layer": [3, 8], "neurons in an expert": [8, 16]}
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.num_experts == 3
+    assert (model.config.num_experts, model.config.moe_intermediate_size) == (3, 8)
     assert model.num_parameters() == made["parameters"] < made["parameters_before"]
     assert "| experts in a layer | 3 of 8 |" in (tmp_path / "out" / "README.md").read_text()
     assert "3 of 8" in cli("inspect", tmp_path / "out")
-    cli("shrink", tmp_path / "whole", tmp_path / "none", *text, "--num-experts", 1, code=1)
+    for wrong in (("--num-experts", 1), ("--moe-intermediate-size", 12)):
+        cli("shrink", tmp_path / "whole", tmp_path / "none", *text, *wrong, code=1)
     assert not (tmp_path / "none").exists()
 
 
@@ -99,7 +100,7 @@ def test_every_list_of_layers(cli: CommandLine, home: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 1, "num_layers=None: must be given, or hidden_size or num_experts."),
+        ((), 1, "num_layers=None: must be given, or hidden_size, num_experts or moe_intermediate_size."),
         (("--num-layers", 3), 1, "num_layers=3: must be a whole number from 1 to 2"),
         (("--hidden-size", 20), 1, "hidden_size=20: must be a multiple of 8"),
         (("--num-layers", "two"), 2, "'two' is no number of layers"),

@@ -25,9 +25,9 @@ The smaller sizes are listed separately, under the config key `hf_prune`:
 - `removed_layers`, beside `layers` and only if there are any, lists the removed layers of the stock model by the path of their
   list (`{"layers": [3, 7]}`). The config's number of layers (and `layer_types`) and the indices in the names under `layers` are
   those of the remaining layers.
-- `original`, only if the stock config itself was changed (all layers agreed, see `stock.py`; the hidden size became smaller; tokens
-  or experts went), has the values of its attributes in the model that pruning started from (`{"intermediate_size": 3072}`). It is
-  informative: no size is read from it.
+- `original`, only if the stock config itself was changed (all layers agreed, see `stock.py`; the hidden size became smaller;
+  tokens, experts, or neurons of experts went), has the values of its attributes in the model that pruning started from
+  (`{"intermediate_size": 3072}`). It is informative: no size is read from it.
 - `architecture`, only in a family that hf_prune has no record of, is the spec that was inferred (`model/spelled.py`).
 
 A model without anything under `layers` is an ordinary one, and nothing in its config keeps stock code from loading it.
@@ -107,6 +107,8 @@ def check_removed(removed: Any, left: dict[str, int]) -> None:
 
 #: The attributes of configs that say how many experts a layer has: one is a config's own, others may be its aliases.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: Those that say how many neurons an expert has: the first that there is, as the second may be of other layers, without experts.
+EXPERT_NEURONS = ("moe_intermediate_size", "intermediate_size")
 
 
 def check_original(original: Any, attributes: Collection[str]) -> None:
@@ -115,7 +117,7 @@ def check_original(original: Any, attributes: Collection[str]) -> None:
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
-    check_keys("config.hf_prune['original']", original, (*attributes, "vocab_size", *EXPERTS))
+    check_keys("config.hf_prune['original']", original, (*attributes, "vocab_size", *EXPERTS, *EXPERT_NEURONS))
     for name, size in original.items():
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(

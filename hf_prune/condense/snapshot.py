@@ -22,6 +22,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
+def taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Some entries of a tensor along a dimension: the same ones everywhere (`index`: `[n]`), or others for each entry of the first
+    dimension (`[first, n]`)."""
+    return tensor.index_select(dim, index) if index.ndim == 1 else tensor.take_along_dim(_beside(index, dim, tensor), dim)
+
+
+def _beside(index: Tensor, dim: int, tensor: Tensor) -> Tensor:
+    """The indices of [`taken`] with the dimensions of the tensor, of size one where they do not matter."""
+    shape = [1] * tensor.ndim
+    shape[: index.ndim - 1] = index.shape[:-1]
+    shape[dim] = index.shape[-1]
+    return index.view(shape)
+
+
 class Held:
     """A parameter or buffer as it is now: by reference, or once it is split by its two parts."""
 
@@ -34,13 +48,13 @@ class Held:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def split(self, tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-        """Let the parameter go, and return the slices of it along `dim` that stay. They must not change in place from now on."""
-        stays = tensor.detach().index_select(dim, kept)
+        """Let the parameter go, and return what stays of it, see [`taken`], which must not change in place from now on."""
+        stays = taken(tensor.detach(), dim, kept)
         hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks  # which cannot be moved to another parameter
         if self._data is not None and type(tensor) is nn.Parameter and tensor.is_contiguous() and not hooks:
-            others = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device).index_fill_(0, kept, False)
-            rest = others.nonzero().flatten()
-            self._parts = [(kept, stays), (rest, tensor.detach().index_select(dim, rest))]
+            others = torch.ones((*kept.shape[:-1], tensor.shape[dim]), dtype=torch.bool, device=tensor.device)
+            rest = others.scatter_(-1, kept, False).nonzero()[:, -1].view(*kept.shape[:-1], -1)
+            self._parts = [(kept, stays), (rest, taken(tensor.detach(), dim, rest))]
             self._dim, self._shape, self._gradient = dim, tensor.shape, tensor.grad
             self._requires_grad, self._attributes = tensor.requires_grad, dict(vars(tensor))
             self.alive, self._data = weakref.ref(tensor), None
@@ -52,7 +66,7 @@ class Held:
         if tensor is None:
             data = self._parts[0][1].new_empty(self._shape)
             for index, part in self._parts:
-                data.index_copy_(self._dim, index, part)
+                data.scatter_(self._dim, _beside(index, self._dim, part).expand(part.shape), part)
             tensor = nn.Parameter(data, requires_grad=self._requires_grad)
             tensor.grad = self._gradient
             vars(tensor).update(self._attributes)
@@ -72,10 +86,10 @@ class Snapshot:
 
     @torch.no_grad()
     def select(self, tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-        """`torch.index_select` from a parameter that the result is to replace, see [`Held.split`]."""
+        """[`taken`] from a parameter that the result is to replace, see [`Held.split`]."""
         held = self._held.get(id(tensor))
         known = held is not None and held.alive() is tensor  # an object that is gone may have left its id to another
-        return held.split(tensor, dim, index) if held is not None and known else tensor.index_select(dim, index)
+        return held.split(tensor, dim, index) if held is not None and known else taken(tensor, dim, index)
 
     def restore(self) -> None:
         """Restore everything."""

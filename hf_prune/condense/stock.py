@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model import ArchitectureSpec, Block, blocks, spec_for
 from ..model.blocks import Adapted, at_path, layer_lists, outlines, set_at_path
-from .format import EXPERTS
+from .format import EXPERT_NEURONS, EXPERTS
 from .layers import entries_by_layer, layer_counts, name_decoder_depth
 
 
@@ -158,6 +158,8 @@ def smaller(config: Any) -> dict[str, tuple[int, int]]:
     for name in EXPERTS:
         if name in entry.get("original", {}):
             names["experts in a layer"] = name
+    if any(hasattr(config, name) for name in EXPERTS):
+        names["neurons in an expert"] = next((name for name in EXPERT_NEURONS if hasattr(config, name)), "")
     if gone := entry.get("removed_layers"):
         counts = layer_counts(spec_for(config.model_type))
         names |= {f"layers in {path}": counts[path] for path in gone}

@@ -75,7 +75,7 @@ def check_experts(model: PreTrainedModel, num_experts: int) -> None:
     Raises:
         ConfigError: the model has no experts, or keeps them in a way that is not known; the router has too few to choose from.
     """
-    _experts(model)
+    expert_modules(model)
     name, config = _number(model), model.config
     now, chosen = getattr(config, name), getattr(config, "num_experts_per_tok", None) or 1
     groups, open_groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
@@ -89,14 +89,14 @@ def check_experts(model: PreTrainedModel, num_experts: int) -> None:
 @torch.no_grad()
 def contributions(model: PreTrainedModel, rows: Rows, criterion: str) -> dict[str, Tensor]:
     """What each expert is worth: the name of the module of a layer's experts → `[experts]`, on the CPU. See [`shrink_experts`]."""
-    modules = _experts(model)
+    modules = expert_modules(model)
     number = getattr(model.config, _number(model))
     sums = {name: torch.zeros(number, dtype=torch.float64) for name in modules}
     served = {name: torch.zeros(number, dtype=torch.float64) for name in modules}
     for batch in rows.batches:
-        for name, tokens, chosen, weights in _routed(model, modules, batch):
-            for expert in sorted(set(chosen.flatten().tolist())):
-                place, rank = (chosen == expert).nonzero(as_tuple=True)
+        for name, given in seen(model, modules, batch):
+            tokens, chosen, weights = routing(model, given)
+            for expert, place, rank in served_by(chosen):
                 served[name][expert] += len(place)
                 if criterion == "reap":
                     alone = torch.full((len(place), 1), expert, device=chosen.device)
@@ -129,24 +129,24 @@ def keep_experts(model: PreTrainedModel, kept: Mapping[str, Tensor], batch: Mapp
         kept: the name of the module of a layer's experts → the indices of those that stay, ascending, equally many in each layer.
         batch: what the smaller model has to be able to read.
     """
-    name, modules = _number(model), _experts(model)
+    name, modules = _number(model), expert_modules(model)
     before, (number,) = getattr(model.config, name), {len(indices) for indices in kept.values()}
-    parents = {path.rpartition(".")[0]: kept[path] for path in modules}
+    parents = {path.rpartition(".")[0]: torch.zeros(before, dtype=torch.bool).index_fill(0, kept[path], True) for path in modules}
 
     def of_layer(tensor: str) -> Tensor:
-        return next(indices for parent, indices in parents.items() if tensor.startswith(f"{parent}."))
+        return next(stays for parent, stays in parents.items() if tensor.startswith(f"{parent}."))
 
     with all_or_nothing(model) as snapshot:
         own_configs(model)
         old = outline(model)
-        _write(model, name, number)
-        cut_to(model, old, outline(model), of_layer, (before, "experts, as the config says"), snapshot)
+        write_size(model, name, number)
+        cut_to(model, old, outline(model), of_layer, "experts, as the config says", snapshot)
         with still(model):
             model(**batch)
 
 
-def _write(model: PreTrainedModel, name: str, number: int) -> None:
-    """Write the number of experts into a model's configs, and the one before into `config.hf_prune`."""
+def write_size(model: PreTrainedModel, name: str, number: int) -> None:
+    """Write a number into all of a model's configs that have it, and the one before into `config.hf_prune`."""
     entry = getattr(model.config, "hf_prune", None) or {"version": 1, "layers": {}}
     model.config.hf_prune = entry | {"original": {name: getattr(model.config, name)} | entry.get("original", {})}
     for config in configs_of(model):
@@ -163,7 +163,7 @@ def _number(model: PreTrainedModel) -> str:
     return own[0]
 
 
-def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
+def expert_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules of experts, by name: those with parameters of an entry for every expert, and of matrices.
 
     Raises:
@@ -185,25 +185,41 @@ def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {path: model.get_submodule(path) for path in names}
 
 
-def _routed(
+def seen(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor]
-) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """What each module of experts is given for a batch, padding aside: name, tokens `[n, hidden]`, experts and weights `[n, k]`."""
-    found: list[tuple[str, Tensor, Tensor, Tensor]] = []
+) -> list[tuple[str, tuple[Tensor, ...]]]:
+    """What some modules are given for a batch, padding aside: the name of each, and its tensors, `[n, …]`."""
+    found: list[tuple[str, tuple[Tensor, ...]]] = []
     mask = batch.get("attention_mask")
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(given) != _TAKEN:
-            allowed = f"gives its experts {len(given)} tensors; known are three: tokens, the experts of each, and their weights."
-            raise ConfigError("model", type(model).__name__, allowed)
-        tokens, chosen, weights = (value.flatten(0, -2) for value in given)
-        read = slice(None) if mask is None or mask.numel() != len(tokens) else mask.flatten().bool()
-        found.append((name, tokens[read], chosen[read], weights[read]))
+        given = [value.flatten(0, -2) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        read = slice(None) if mask is None or mask.numel() != len(given[0]) else mask.flatten().bool()
+        found.append((name, tuple(value[read] for value in given)))
 
     with _listening(modules, note):
         model(**batch)
     return found
+
+
+def routing(model: PreTrainedModel, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a module of experts is given: tokens `[n, hidden]`, the experts of each `[n, k]`, and their weights `[n, k]`.
+
+    Raises:
+        ConfigError: it takes something else.
+    """
+    if len(given) != _TAKEN:
+        allowed = f"gives its experts {len(given)} tensors; known are three: tokens, the experts of each, and their weights."
+        raise ConfigError("model", type(model).__name__, allowed)
+    tokens, chosen, weights = given
+    return tokens, chosen, weights
+
+
+def served_by(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that serves a token, with the places of its tokens and its ranks there; `chosen`: `[n, k]`."""
+    for expert in sorted(set(chosen.flatten().tolist())):
+        places, ranks = (chosen == expert).nonzero(as_tuple=True)
+        yield expert, places, ranks
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From a model's folder to that of one with fewer layers or experts or a smaller hidden size: shrink, save, reload, compare."""
+"""From a model's folder to that of one with fewer layers or experts, or narrower ones: shrink, save, reload, compare."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..oneshot.walk import Rows
 from ..settings.config import CONFIG_NAME, PruningConfig
 from ..settings.errors import ConfigError, within
 from .depth import check_depth, shrink_depth
+from .expert_neurons import check_expert_neurons, shrink_expert_neurons
 from .experts import check_experts, shrink_experts
 from .hidden import check_size, shrink_hidden
 
@@ -82,12 +83,13 @@ def shrink_to_folder(
     num_layers: int | dict[str, int] | None = None,
     hidden_size: int | None = None,
     num_experts: int | None = None,
+    moe_intermediate_size: int | None = None,
     criterion: str = "greedy_removal",
     rotate: bool = False,
     base_model: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> ShrunkFolder:
-    """Shrink a model in place, layers first, experts last, and save it beside the one that it was loaded from, all or nothing.
+    """Shrink a model in place, layers first, experts last, and save it beside the one that it came from, all or nothing.
 
     Args:
         model: as `source` has it.
@@ -97,16 +99,18 @@ def shrink_to_folder(
         num_layers, criterion: see [`shrink_depth`].
         hidden_size, rotate: see [`shrink_hidden`].
         num_experts: see [`shrink_experts`].
+        moe_intermediate_size: see [`shrink_expert_neurons`].
         base_model: what the card says the model was made from.
         settings: what else the card lists.
 
     Raises:
-        ConfigError: nothing is asked for, or see [`shrink_depth`], [`shrink_hidden`] and [`shrink_experts`].
+        ConfigError: nothing is asked for, or see [`shrink_depth`], [`shrink_hidden`], [`shrink_experts`] and
+            [`shrink_expert_neurons`].
         RuntimeError: the reloaded model computes something else.
         ValueError: there is something at `out`, or something in `source` cannot be read.
     """
-    if num_layers is None and hidden_size is None and num_experts is None:
-        raise ConfigError("num_layers", None, "must be given, or hidden_size or num_experts.")
+    if all(size is None for size in (num_layers, hidden_size, num_experts, moe_intermediate_size)):
+        raise ConfigError("num_layers", None, "must be given, or hidden_size, num_experts or moe_intermediate_size.")
     if num_layers is not None:
         check_depth(model, num_layers)
     if hidden_size is not None:
@@ -114,6 +118,8 @@ def shrink_to_folder(
             check_size(model, hidden_size)
     if num_experts is not None:
         check_experts(model, num_experts)
+    if moe_intermediate_size is not None:
+        check_expert_neurons(model, moe_intermediate_size)
     rows = calibration(model, batches, sum(len(next(iter(batch.values()))) for batch in batches), 0.0, labels=False, seed=0)
     chosen = [batch for index, batch in enumerate(batches) if index % _HELD_OUT]
     held_out = Rows(rows.batches[::_HELD_OUT], [~part for part in rows.held_out[::_HELD_OUT]]) if chosen else Rows([], [])
@@ -128,6 +134,8 @@ def shrink_to_folder(
             shrink_hidden(model, hidden_size, chosen or batches, rotate=rotate)
         if num_experts is not None:
             shrink_experts(model, num_experts, chosen or batches)
+        if moe_intermediate_size is not None:
+            shrink_expert_neurons(model, moe_intermediate_size, chosen or batches)
         with still(model), torch.no_grad():
             error = divergence(model, held_out, dense)
         listed = {} if error is None else {"held-out error": f"{error:.4g}"}

@@ -56,15 +56,16 @@ def sized(old: nn.Module, new: nn.Module) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def cut_to(
-    model: PreTrainedModel, old: nn.Module, new: nn.Module, kept: Callable[[str], Tensor], size: tuple[int, str], snapshot: Snapshot
+    model: PreTrainedModel, old: nn.Module, new: nn.Module, kept: Callable[[str], Tensor], what: str, snapshot: Snapshot
 ) -> None:
     """Cut all of a model that has a size, where its outlines differ, and set the attributes of its modules in which they do.
 
     Args:
         model: the model, changed in place.
         old, new: outlines with the old and the new size.
-        kept: the name of a parameter or buffer → which indices of the size stay in it.
-        size: the old size, and what has it, in words.
+        kept: the name of a parameter or buffer → which entries stay of its dimensions that have the size, bool, `[size]`; or
+            `[first, size]`, equally many for each entry of its first dimension.
+        what: has the size, in words.
         snapshot: of the model, which makes what goes recoverable.
 
     Raises:
@@ -75,12 +76,14 @@ def cut_to(
         whole = found.get(name)
         if id(whole) in made:
             continue
-        if whole is None or any(whole.shape[dim] != size[0] for dim in dims):
+        stays = kept(name)
+        if whole is None or any(whole.shape[dim] != stays.shape[-1] for dim in dims):
             there = "none" if whole is None else f"one of the shape {tuple(whole.shape)}"
-            raise ConfigError("model", type(model).__name__, f"must have {name!r} with {size[0]} {size[1]}; it has {there}.")
+            raise ConfigError("model", type(model).__name__, f"must have {name!r} with {stays.shape[-1]} {what}; it has {there}.")
+        index = stays.nonzero()[:, -1].view(*stays.shape[:-1], -1).to(whole.device)
         cut: Tensor = whole
         for dim in dims:
-            cut = snapshot.select(cut, dim, kept(name).to(cut.device))
+            cut = snapshot.select(cut, dim, index)
         made[id(whole)] = nn.Parameter(cut, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else cut
     modules, before = dict(model.named_modules()), dict(old.named_modules())
     for name, tensor in found.items():  # those that others have, too

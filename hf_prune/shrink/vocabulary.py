@@ -312,7 +312,8 @@ def _cut(model: PreTrainedModel, plan: VocabularyPlan, snapshot: Snapshot) -> No
     new = outline(model)
     if not sized(old, new) and len(kept) < size:
         raise ConfigError("model", type(model).__name__, "has no embeddings or logits of tokens; must have some.")
-    cut_to(model, old, new, lambda name: kept, (size, "tokens, which config.vocab_size says"), snapshot)
+    stays = torch.zeros(size, dtype=torch.bool).index_fill(0, kept, True)
+    cut_to(model, old, new, lambda name: stays, "tokens, which config.vocab_size says", snapshot)
 
 
 def _renumber(model: PreTrainedModel, ids: Tensor, size: int) -> None:

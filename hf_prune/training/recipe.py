@@ -46,6 +46,7 @@ from ..settings.checks import check_share, check_type, check_types, dataclass_fr
 from ..settings.config import PruningConfig, PruningRule
 from ..settings.errors import ConfigError, closest, within
 from ..shrink.depth import check_depth, drop_layers, remove_first, shrink_depth
+from ..shrink.expert_neurons import check_expert_neurons, shrink_expert_neurons
 from ..shrink.experts import check_experts, shrink_experts
 from ..shrink.hidden import shrink_hidden
 from ..shrink.vocabulary import prune_vocabulary
@@ -70,6 +71,7 @@ class Stage:
         num_layers: how many layers stay, before the stage trains; see [`shrink_depth`]. Training rows say which.
         hidden_size: how wide the hidden stream becomes, before the stage trains; see [`shrink_hidden`].
         num_experts: how many experts stay in each layer, before the stage trains; see [`shrink_experts`].
+        moe_intermediate_size: how many neurons stay in each expert, before the stage trains; see [`shrink_expert_neurons`].
         dropout: every dropout probability of the model, see [`set_dropout`]; 0 suits a student that copies a teacher.
         recover: after block pruning by role (pattern `"auto"`), restore all weights of every head (or neuron) that still has some
             blocks: `"before"` restores the values from before the stage, for the whole model; `"trained"` keeps the trained ones.
@@ -90,6 +92,7 @@ class Stage:
     num_layers: int | dict[str, int] | None = None
     hidden_size: int | None = None
     num_experts: int | None = None
+    moe_intermediate_size: int | None = None
     dropout: float | None = None
     recover: str | None = None
     neurons_per_head: float | None = None
@@ -121,7 +124,8 @@ class Stage:
     @property
     def reshapes(self) -> bool:
         """Whether it takes something from the whole model before it trains."""
-        return any(part is not None for part in (self.num_layers, self.hidden_size, self.num_experts))
+        sizes = (self.num_layers, self.hidden_size, self.num_experts, self.moe_intermediate_size)
+        return any(size is not None for size in sizes)
 
     def config(self, sparsity: Mapping[str, float]) -> PruningConfig | None:
         """The stage's pruning config; under `neurons_per_head` one rule for each block's neurons. `sparsity`: block → share."""
@@ -409,6 +413,8 @@ class Pipeline:
                 shrink_hidden(model, stage.hidden_size)
         if stage.num_experts is not None:
             check_experts(model, stage.num_experts)
+        if stage.moe_intermediate_size is not None:
+            check_expert_neurons(model, stage.moe_intermediate_size)
         if stage.reshapes:
             with _refused("train_dataset", len(self.train_dataset)):
                 calibration(model, self._calibration(model, args), None, 0.0, labels=False, seed=args.seed)
@@ -459,6 +465,8 @@ class Pipeline:
             shrink_hidden(model, stage.hidden_size, self._calibration(model, args))
         if stage.num_experts is not None:
             shrink_experts(model, stage.num_experts, self._calibration(model, args))
+        if stage.moe_intermediate_size is not None:
+            shrink_expert_neurons(model, stage.moe_intermediate_size, self._calibration(model, args))
         config = self._pruning(stage, model)
         callbacks = [] if config is None else [PruningCallback(config)]
         trainer = self._trainer(stage, args, model, callbacks, self._teaching(stage, args, dense))
