@@ -227,7 +227,7 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: transformers.MixtralConfig(**_grouped(num_local_experts=4)),
     "olmoe": lambda: transformers.OlmoeConfig(**_bert_like(**_special()), num_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **_llama_like(), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        **_llama_like(), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1]
     ),
     "phimoe": lambda: transformers.PhimoeConfig(**_grouped(num_local_experts=4)),
     "granitemoe": lambda: transformers.GraniteMoeConfig(**_grouped(num_local_experts=4)),
@@ -309,7 +309,7 @@ MORE_FAMILIES = {family: make for family, make in MORE_FAMILIES.items() if _ther
 TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
 
 #: Those whose feed-forward blocks are no neurons of hf_prune's: experts.
-ATTENTION_ALONE = ("esm", "segformer", "qwen2_moe", "mixtral", "olmoe", "qwen3_moe", "phimoe", "granitemoe", "ernie4_5_moe")
+ATTENTION_ALONE = ("esm", "segformer", "mixtral", "olmoe", "phimoe", "granitemoe")
 
 #: One for each thing that a record can say and none of the first families needs.
 REPRESENTATIVES = ("phi3", "falcon-grouped", "olmo2", "bloom", "gemma2", "dinov2", "swin", "clip")

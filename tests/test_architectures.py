@@ -145,10 +145,12 @@ def test_specs_find_every_block(family: str) -> None:
     )
     assert len(layers) == (2 if family == "albert" else 3 * stacks)
     assert len(attentions) - cross == len(layers)
-    plain = 0 if family in models.ATTENTION_ALONE else {"mobilebert": 4, "wav2vec2-conformer": 2}.get(family, 1)
-    assert len(found) - len(attentions) == len(layers) * plain
+    plain = len(layers) * {"mobilebert": 4, "wav2vec2-conformer": 2}.get(family, family not in models.ATTENTION_ALONE)
+    plain = 1 if family == "qwen3_moe" else plain  # the others have experts
+    assert len(found) - len(attentions) == plain
     assert cross == (3 if any(name.startswith("decoder") for name in layers) and stacks == 2 else 0)
     neurons = {"bloom": {128}, "swin": {40, 80}, "swinv2": {40, 80}, "mpt": {128}, "dinov2": {64}, "dinov2_with_registers": {64}}
+    neurons |= {"qwen2_moe": {16}, "ernie4_5_moe": {32}}
     assert {block.num_units for block in found if block.kind == "feed_forward"} == neurons.get(family, {40} if plain else set())
     assert {block.unit_width for block in attentions} == {8}
 

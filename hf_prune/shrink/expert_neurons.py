@@ -152,8 +152,8 @@ class _Narrowed:
     """
 
     attribute: str
-    modules: Mapping[str, Any]
-    downs: Mapping[str, Any]
+    modules: dict[str, Any]
+    downs: dict[str, Any]
 
 
 def _narrowed(model: PreTrainedModel) -> _Narrowed:
@@ -206,4 +206,5 @@ def activations(module: Any, expert: int, tokens: Tensor) -> Tensor:
 
 def _written(module: Any) -> Tensor:
     """The norm of what each neuron of each expert writes, `[experts, neurons]`."""
-    return torch.linalg.vector_norm(module.down_proj, dim=2 if module.is_transposed else 1, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(module.down_proj, dim=2 if module.is_transposed else 1, dtype=torch.float64)
+    return norms

@@ -210,11 +210,33 @@ NANOCHAT = replace(LLAMA, model_types=("nanochat",), feed_forwards=(feed_forward
 #: Experts stay as they are, so no layer is ever empty.
 MIXTURES = replace(
     LLAMA,
-    model_types=("mixtral", "qwen3_moe", "phimoe", "qwen2_moe", "ernie4_5_moe", "granitemoe"),
+    model_types=("mixtral", "phimoe", "granitemoe"),
     feed_forwards=(),
     pre_norm=False,
     widths=(HEADS | {"num_key_value_heads": "num_key_value_heads"},),
 )
+
+_dense = replace(GATED, optional=True)
+
+
+def _shared(name: str) -> FeedForwardSpec:
+    """The feed-forward block beside the experts that serves every token."""
+    gate, up, down = (Part(f"mlp.{name}.{part}_proj") for part in ("gate", "up", "down"))
+    return FeedForwardSpec(gate=gate, up=up, down=down, activation=f"mlp.{name}.act_fn", optional=True)
+
+
+#: Layers without experts among others.
+QWEN3_MOE = replace(MIXTURES, model_types=("qwen3_moe",), feed_forwards=(_dense,), widths=LLAMA.widths)
+
+QWEN2_MOE = replace(
+    MIXTURES,
+    model_types=("qwen2_moe",),
+    feed_forwards=(_dense, _shared("shared_expert")),
+    widths=({**MIXTURES.widths[0], "intermediate_size": "shared_expert_intermediate_size"},),
+)
+
+#: The width of shared experts is a multiple of that of the others.
+ERNIE_MOE = replace(MIXTURES, model_types=("ernie4_5_moe",), feed_forwards=(_dense, _shared("shared_experts")))
 
 #: Norms over the queries and keys of all heads, and experts.
 OLMOE = replace(
