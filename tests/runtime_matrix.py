@@ -22,6 +22,7 @@ import torch
 from hf_prune import ConfigError, condense, export_model
 from hf_prune.export import openvino
 from hf_prune.export.compare import ExportError, compare
+from hf_prune.export.graphs import has_cache, joined
 from hf_prune.export.inputs import as_exported, example_batches, outputs_of
 
 FORMATS = ("onnx", "openvino")
@@ -42,13 +43,15 @@ def outcomes(family: str, head: str) -> dict[str, Any]:
         except (ConfigError, ExportError) as error:
             return {name: {"reason": str(error)} for name in FORMATS}
         with as_exported(model) as plain:
+            kind = "with its cache" if has_cache(plain, example_batches(plain)[0]) else made.file
             try:
-                openvino.write(folder / "out" / made.file, folder / "model.xml")
-                run = openvino.open_file(folder / "model.xml")
+                for source in (folder / "out" / "onnx").iterdir():
+                    openvino.write(source, folder / f"openvino_{source.stem}.xml")
+                run = joined(folder / f"openvino_{Path(made.file).stem}.xml", openvino.open_file)
                 other: Any = {"difference": compare(run, partial(outputs_of, plain), example_batches(plain), False).difference}
             except ExportError as error:
                 other = {"reason": str(error)}
-    return {"onnx": {"difference": made.agreement.difference}, "openvino": other}
+    return {"files": kind, "onnx": {"difference": made.agreement.difference}, "openvino": other}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_prune import condense, export_model
-from hf_prune.export import compare, onnx, runtimes
+from hf_prune.export import compare, graphs, onnx, openvino, runtimes
 from hf_prune.settings.errors import ConfigError
 
 #: Family → task head. One encoder, one decoder, one of both; the rest is slow.
@@ -77,8 +77,8 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(("family", "head"), ALL)
 def test_onnx(family: str, head: str, tmp_path: Path) -> None:
-    """Compared by the library on batches of three shapes, and here on one more, as ONNX Runtime's users run it."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+    """Compared by the library on batches of three shapes, and here on one more."""
+    pytest.importorskip("onnxruntime")
     model = condensed(family, head)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     (tmp_path / "source").mkdir()
@@ -87,11 +87,61 @@ def test_onnx(family: str, head: str, tmp_path: Path) -> None:
     assert not model.training
     assert model.config.use_cache if hasattr(model.config, "use_cache") else True
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    session = onnxruntime.InferenceSession(tmp_path / "out" / made.file, providers=["CPUExecutionProvider"])
     model.set_attn_implementation("eager")
     batch = models.ragged_batch(model, 7, 12)
-    given = session.run(None, {put.name: batch[put.name].numpy() for put in session.get_inputs()})[0]
-    assert float((torch.from_numpy(given) - first(model, batch)).abs().max()) <= 1e-5
+    given = graphs.joined(tmp_path / "out" / made.file, onnx.open_file)(batch)
+    assert float((next(iter(given.values())) - first(model, batch)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family == "llama" else pytest.mark.slow) for family in models.GENERATORS]
+)
+def test_what_is_written_in_onnx_runtime_is_the_same(family: str, tmp_path: Path) -> None:
+    """A loop that needs nothing but ONNX Runtime, over the files, inputs and outputs that optimum names."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = condensed(family, models.GENERATORS[family])
+    (tmp_path / "source").mkdir()
+    export_model(model, tmp_path / "source", tmp_path / "out")
+    files = {
+        path.stem: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for path in (tmp_path / "out" / "onnx").iterdir()
+    }
+    start = models.ragged_batch(model, 2, 6)
+    start.pop("decoder_input_ids", None)
+    start = {name: value[:1, :2] if name in ("input_ids", "attention_mask") else value[:1] for name, value in start.items()}
+    settings: dict[str, Any] = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_beams": 1}
+    wanted = model.generate(**start, **settings)[0, -10:-1].tolist()  # some families have a way of ending
+    if "encoder_model" in files:
+        found = [model.generation_config.decoder_start_token_id]
+        given = {put.name: start[put.name].numpy() for put in files["encoder_model"].get_inputs()}
+        (states,) = files["encoder_model"].run(None, given)
+        beside = {"encoder_hidden_states": states, "encoder_attention_mask": given.get("attention_mask")}
+        for _ in range(9):
+            given = beside | {"input_ids": np.array([found])}
+            (logits,) = files["decoder_model"].run(None, {put.name: given[put.name] for put in files["decoder_model"].get_inputs()})
+            found.append(chosen(model, logits))
+    else:
+        found = start["input_ids"][0].tolist()
+        session = files["model"]
+        pairs = [put for put in session.get_inputs() if put.name.startswith("past_key_values.")]
+        assert len(pairs) == 2 * model.config.num_hidden_layers
+        past = {put.name: np.zeros((1, put.shape[1], 0, put.shape[3]), np.float32) for put in pairs}
+        new = found
+        for _ in range(9):
+            positions = np.arange(len(found) - len(new), len(found))[None]
+            given = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(found)), np.int64), "position_ids": positions}
+            logits, *states = session.run(None, {put.name: ({**given, **past})[put.name] for put in session.get_inputs()})
+            past = dict(zip(past, states))
+            new = [chosen(model, logits)]
+            found.append(new[0])
+    assert found[-9:] == wanted
+
+
+def chosen(model: PreTrainedModel, logits: Any) -> int:
+    """The likeliest token that does not end the text."""
+    ends = model.generation_config.eos_token_id
+    logits[..., [ends] if isinstance(ends, int) else ends or []] = -np.inf
+    return int(logits[0, -1].argmax())
 
 
 def test_a_folder_has_what_others_look_for(home: Path) -> None:
@@ -135,20 +185,20 @@ def test_onnx_in_int8(quantize: str, cli: CommandLine, home: Path, tmp_path: Pat
     ("family", "head"), [pytest.param(*case.values, marks=() if case.values[0] == "bert" else pytest.mark.slow) for case in ALL]
 )
 def test_openvino(family: str, head: str, tmp_path: Path) -> None:
-    """Compared by the library on batches of three shapes, and here on one more, as OpenVINO's users run it."""
-    openvino = pytest.importorskip("openvino")
+    """Compared by the library on batches of three shapes, and here on one more."""
+    pytest.importorskip("openvino")
     model = condensed(family, head)
     (tmp_path / "source").mkdir()
     made = export_model(model, tmp_path / "source", tmp_path / "out", "openvino")
     assert made.agreement.difference <= 1e-5
-    assert names_in(tmp_path / "out") >= {"openvino/openvino_model.xml", "openvino/openvino_model.bin", "config.json"}
+    names = {made.file, made.file.replace("decoder", "encoder")}
+    assert names_in(tmp_path / "out") >= {"config.json", *names, *(name.replace(".xml", ".bin") for name in names)}
     assert not any(path.name.startswith("tmp") for path in tmp_path.rglob("*"))
     assert str(tmp_path) not in (tmp_path / "out" / made.file).read_text()
-    compiled = openvino.compile_model(tmp_path / "out" / made.file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     model.set_attn_implementation("eager")
     batch = models.ragged_batch(model, 7, 12)
-    given = compiled({put.any_name: batch[put.any_name].numpy() for put in compiled.inputs})[0]
-    assert float((torch.from_numpy(given) - first(model, batch)).abs().max()) <= 1e-5
+    given = graphs.joined(tmp_path / "out" / made.file, openvino.open_file)(batch)
+    assert float((next(iter(given.values())) - first(model, batch)).abs().max()) <= 1e-5
 
 
 @pytest.mark.slow
@@ -186,6 +236,17 @@ def test_what_is_not_finite_agrees_with_nothing_else(value: float, quantized: bo
     assert (found.difference, found.error) == (0, 0)
 
 
+def test_padding_is_not_compared_and_tokens_are() -> None:
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    wanted = {"logits": torch.ones(2, 3, 4)}
+    padding, token = (wanted["logits"].clone() for _ in range(2))
+    padding[1, 2], token[1, 1] = torch.nan, 1.1
+    found = compare.compare(lambda batch: {"logits": padding}, lambda batch: wanted, [batch], False)
+    assert (found.difference, found.rows, found.same) == (0, 2, 1)
+    with pytest.raises(compare.ExportError, match="differ by 1"):
+        compare.compare(lambda batch: {"logits": token}, lambda batch: wanted, [batch], False)
+
+
 def test_a_model_that_gives_nan_is_refused(home: Path, tmp_path: Path) -> None:
     model = models.tiny("bert", num_hidden_layers=1)
     with torch.no_grad():
@@ -199,7 +260,7 @@ def full(*args: object) -> None:
     raise OSError("No space left on device")
 
 
-def killed(model: object, batch: object, file: Path, opset: object) -> None:
+def killed(graph: object, file: Path, opset: object) -> None:
     file.parent.mkdir()
     file.write_bytes(b"half")
     raise KeyboardInterrupt

@@ -75,7 +75,7 @@ def compare(
     batches: Iterable[Mapping[str, Tensor]],
     quantized: bool | None,
 ) -> Agreement:
-    """Compare a file in its runtime with what is expected of it, output by output.
+    """Compare a file in its runtime with what is expected of it, output by output, where there is no padding.
 
     Args:
         run: the file in its runtime.
@@ -93,13 +93,14 @@ def compare(
         wanted, given = expected(batch), run(batch)
         rows += len(next(iter(batch.values())))
         for name, value in wanted.items():
-            found = _checked(name, value, given)
+            value, found = (_attended(one, batch) for one in (value, _matching(name, value, given)))
+            _check_finite(name, value, found)
             gap = (found - value.float()).double().nan_to_num()  # what is finite in neither is alike
             value = value.nan_to_num()
             squares[name] = _plus(squares.get(name), float(gap.square().sum()), float(value.double().square().sum()))
             peaks[name] = _most(peaks.get(name), float(gap.abs().max()), float(value.abs().max()))
             if name == "logits" and value.shape[-1] > 1:
-                here, there = (_attended(one.argmax(-1), batch) for one in (value, found))
+                here, there = value.argmax(-1), found.argmax(-1)
                 same, predictions = same + int((here == there).sum()), predictions + here.numel()
     agreement = Agreement(
         rows=rows,
@@ -114,23 +115,26 @@ def compare(
     return agreement
 
 
-def _checked(name: str, wanted: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+def _matching(name: str, wanted: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     found = given.get(name)
     if found is None or found.shape != wanted.shape:
         shape = "is missing" if found is None else f"has the shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
         raise ExportError(f"the file computes something else: its {name} {shape}.")
+    return found.float()
+
+
+def _check_finite(name: str, wanted: Tensor, found: Tensor) -> None:
     wrong = int((found.isfinite() != wanted.isfinite()).sum())
     if wrong:
         raise ExportError(
             f"the file computes something else: {wrong} of {wanted.numel()} values of its {name} are not finite, or should not be."
         )
-    return found.float()
 
 
-def _attended(predicted: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Predictions without those for padding, where there is one for each token."""
+def _attended(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """What there is for each token, `[rows, tokens, width]`, without padding, for which any value will do; `[tokens, width]`."""
     mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-    return predicted[mask.bool()] if mask is not None and mask.shape == predicted.shape else predicted
+    return output[mask.bool()] if mask is not None and output.ndim == 3 and mask.shape == output.shape[:2] else output
 
 
 def _plus(before: tuple[float, float] | None, *more: float) -> tuple[float, float]:

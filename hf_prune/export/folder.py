@@ -27,6 +27,7 @@ from ..oneshot.data import load_tokenizer
 from ..settings.errors import ConfigError, closest
 from . import gguf, onnx, openvino, per_layer_config
 from .compare import Agreement, compare
+from .graphs import Graph, graphs_of, joined
 from .inputs import as_exported, check_finite, example_batches, outputs_of
 
 #: One batch of so many is held out: no scale is chosen by it.
@@ -51,10 +52,12 @@ class Job:
         """What PyTorch gives."""
         return outputs_of(self.model, batch)
 
-    @property
-    def calibration(self) -> list[Mapping[str, Tensor]]:
-        """The batches that scales are chosen by."""
-        return [batch for place, batch in enumerate(self.batches) if place % _HELD_OUT] or list(self.batches)
+    def calibration_of(self, graph: Graph) -> list[dict[str, Tensor]]:
+        """What scales of a graph are chosen by, as its file takes it; nothing where they are found for each batch."""
+        if self.quantize != CALIBRATED:
+            return []
+        kept = [batch for place, batch in enumerate(self.batches) if place % _HELD_OUT]
+        return [graph.feed(batch) for batch in kept or self.batches]
 
     @property
     def compared(self) -> list[Mapping[str, Tensor]]:
@@ -89,20 +92,23 @@ CALIBRATED = "int8"
 
 
 def _onnx(job: Job) -> tuple[str, Agreement]:
-    file = job.folder / onnx.FILE
-    onnx.write(job.model, job.examples[0], file, job.opset)
-    if job.quantize:
-        onnx.quantize(file, job.quantize, job.calibration)
-    return onnx.FILE, compare(onnx.open_file(file), lambda batch: outputs_of(job.model, batch), job.compared, bool(job.quantize))
+    for graph in graphs_of(job.model, job.examples[0]):
+        file = job.folder / onnx.FILE.format(graph.name)
+        onnx.write(graph, file, job.opset)
+        if job.quantize:
+            onnx.quantize(file, job.quantize, job.calibration_of(graph))
+    run = joined(file, onnx.open_file)
+    return file.relative_to(job.folder).as_posix(), compare(run, job.expected, job.compared, bool(job.quantize))
 
 
 def _openvino(job: Job) -> tuple[str, Agreement]:
-    file = job.folder / openvino.FILE
     with tempfile.TemporaryDirectory(dir=job.folder.parent) as beside:
-        source = Path(beside, "model.onnx")
-        onnx.write(job.model, job.examples[0], source)
-        openvino.write(source, file, job.calibration if job.quantize else None)
-    return openvino.FILE, compare(openvino.open_file(file), job.expected, job.compared, bool(job.quantize))
+        for graph in graphs_of(job.model, job.examples[0]):
+            source, file = Path(beside, f"{graph.name}.onnx"), job.folder / openvino.FILE.format(graph.name)
+            onnx.write(graph, source)
+            openvino.write(source, file, job.calibration_of(graph) if job.quantize else None)
+    run = joined(file, openvino.open_file)
+    return file.relative_to(job.folder).as_posix(), compare(run, job.expected, job.compared, bool(job.quantize))
 
 
 def _gguf(job: Job) -> tuple[str, Agreement]:
@@ -214,7 +220,8 @@ def export_model(
         model: dense, pruned or condensed, with any head; it stays as it is.
         source: its folder.
         out: the folder to write.
-        format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size. `"openvino"`:
+        format: of `FORMATS`. `"onnx"`: `onnx/model.onnx`, batch and length of any size; a decoder that writes takes and gives its
+            cache, an encoder-decoder that writes is `onnx/encoder_model.onnx` and `onnx/decoder_model.onnx`. `"openvino"`:
             `openvino/openvino_model.xml`, likewise. `"gguf"`: `model.gguf` of a Llama, Mistral or Qwen2, for llama.cpp.
             `"per-layer-config"`: a checkpoint whose config has transformers' `per_layer_config`, for vLLM.
         quantize: what weights and activations become. ONNX, OpenVINO: `"int8"`, with scales found from `batches` once. ONNX:

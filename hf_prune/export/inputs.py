@@ -19,7 +19,8 @@ from ..settings.errors import ConfigError
 #: Rows and tokens of the batches that a file is compared on; it is traced with the first.
 SHAPES = ((3, 16), (2, 9), (4, 5))
 #: What the dimensions of an input are called that may have any size, where they are not batch and sequence.
-_DIMENSIONS = {
+_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
+    "past_key_values": ("batch", None, "past", None),
     "pixel_values": ("batch",),
     "input_features": ("batch",),
     "input_values": ("batch", "samples"),
@@ -72,13 +73,15 @@ def _example(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor
 def any_size(batch: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """The dimensions of each input that may have any size: input → dimension → its name. One of size 1 stays of size 1."""
     return {
-        name: {place: word for place, word in enumerate(_dimensions(name, value)) if value.shape[place] > 1}
+        name: {place: word for place, word in enumerate(_dimensions(name, value)) if word and value.shape[place] > 1}
         for name, value in batch.items()
     }
 
 
-def _dimensions(name: str, value: Tensor) -> tuple[str, ...]:
-    return _DIMENSIONS.get(name) or (("batch", "choices", "sequence") if value.ndim == 3 else ("batch", "sequence"))
+def _dimensions(name: str, value: Tensor) -> tuple[str | None, ...]:
+    return _DIMENSIONS.get(name.partition(".")[0]) or (
+        ("batch", "choices", "sequence") if value.ndim == 3 else ("batch", "sequence")
+    )
 
 
 def check_finite(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> None:

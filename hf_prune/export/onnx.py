@@ -1,7 +1,7 @@
 """ONNX, by `torch.onnx`'s exporter, run and quantized by ONNX Runtime.
 
 The file is `onnx/model.onnx`, with tokenizer and config beside the folder: where optimum, Transformers.js, sentence-transformers
-and text-embeddings-inference look for it. Batch and length may have any size.
+and text-embeddings-inference look for it; an encoder-decoder that writes has two. Batch and length may have any size.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..settings.errors import ConfigError
-from .compare import ExportError, Run, one_sentence, quietly
-from .inputs import any_size, outputs_of
+from .compare import Run, one_sentence, quietly
+from .graphs import Graph, Shapes, check_inputs
 
-FILE = "onnx/model.onnx"
+#: Of a graph's name, the name of its file.
+FILE = "onnx/{}.onnx"
 #: The oldest opset that the exporter writes.
 OLDEST_OPSET = 18
 #: What computes with a weight, and is quantized.
@@ -38,12 +38,11 @@ def check_opset(opset: int | None) -> None:
         raise ConfigError("opset", opset, f"must be from {OLDEST_OPSET} to {newest}.")
 
 
-def write(model: PreTrainedModel, batch: dict[str, Tensor], file: Path, opset: int | None = None) -> None:
-    """Write a model, as it is (see `inputs.as_exported`), with batch and length of any size.
+def write(graph: Graph, file: Path, opset: int | None = None) -> None:
+    """Write a graph, with batch and length of any size.
 
     Args:
-        model: the model.
-        batch: the inputs that the file takes, of any values, more than one row and token.
+        graph: the graph, of a model as `inputs.as_exported` has it.
         file: the file to write; its folder is made.
         opset: the version of ONNX's operators; by default what the exporter recommends.
 
@@ -52,22 +51,13 @@ def write(model: PreTrainedModel, batch: dict[str, Tensor], file: Path, opset: i
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    names = list(outputs_of(model, batch))
-    with one_sentence(f"torch.onnx does not export {type(model).__name__}"), quietly():
-        program: Any = torch.onnx.export(
-            model,
-            (),
-            kwargs=batch,
-            dynamo=True,
-            dynamic_shapes=any_size(batch),
-            output_names=names,
-            opset_version=opset,
-            verbose=False,
-        )
+    name = type(graph.module.model if graph.packed else graph.module).__name__
+    with one_sentence(f"torch.onnx does not export {name}"), quietly():
+        program: Any = torch.onnx.export(graph.module, (), **graph.options(), dynamo=True, opset_version=opset, verbose=False)
     ClearMetadataAndDocStringPass()(program.model)  # the lines of code that an operator came from, with their paths
     written = program.model.opset_imports[""]
     if opset is not None and written != opset:
-        raise ConfigError("opset", opset, f"cannot express {type(model).__name__}; the exporter wrote opset {written}.")
+        raise ConfigError("opset", opset, f"cannot express {name}; the exporter wrote opset {written}.")
     file.parent.mkdir(parents=True, exist_ok=True)
     program.save(file)
 
@@ -78,7 +68,7 @@ def quantize(file: Path, how: str, batches: Sequence[Mapping[str, Tensor]] = ())
     Args:
         file: what [`write`] wrote; it is replaced.
         how: `"int8-dynamic"`: the scale of activations is found for each batch; or `"int8"`: it is found once, from `batches`.
-        batches: calibration rows.
+        batches: calibration rows, as the file takes them.
     """
     import onnx
     from onnxruntime import quantization
@@ -120,24 +110,24 @@ def _reader(file: Path, batches: Sequence[Mapping[str, Tensor]]) -> Any:
     return Reader()
 
 
-def open_file(file: Path, threads: int = 0) -> Run:
-    """A file in ONNX Runtime, on the CPU; 0 threads: as many as it likes.
+def open_file(file: Path, threads: int = 0) -> tuple[Run, Shapes]:
+    """A file in ONNX Runtime, on the CPU, and the shapes of its inputs; 0 threads: as many as it likes.
 
     Raises:
         ExportError: it does not load.
     """
     with one_sentence(f"ONNX Runtime does not load {file.name}"):
         session = _session(file, threads)
-    inputs, outputs = ([entry.name for entry in entries] for entries in (session.get_inputs(), session.get_outputs()))
+    shapes = {entry.name: tuple(entry.shape) for entry in session.get_inputs()}
+    outputs = [entry.name for entry in session.get_outputs()]
 
     def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if lacking := [name for name in inputs if name not in batch]:
-            raise ExportError(f"the file wants {', '.join(lacking)}, which the batch does not have.")
+        check_inputs(shapes, batch)
         with one_sentence("ONNX Runtime does not run the file"):
-            given = session.run(outputs, {name: batch[name].cpu().numpy() for name in inputs})
+            given = session.run(outputs, {name: batch[name].cpu().numpy() for name in shapes})
         return {name: torch.from_numpy(value) for name, value in zip(outputs, given)}
 
-    return run
+    return run, shapes
 
 
 def _session(file: Path, threads: int = 0) -> Any:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compare import ExportError, Run, one_sentence, quietly
+from .compare import Run, one_sentence, quietly
+from .graphs import Shapes, check_inputs
 
-FILE = "openvino/openvino_model.xml"
+#: Of a graph's name, the name of its file.
+FILE = "openvino/openvino_{}.xml"
 
 
 def write(source: Path, file: Path, batches: Sequence[Mapping[str, Tensor]] | None = None) -> None:
@@ -43,8 +45,8 @@ def write(source: Path, file: Path, batches: Sequence[Mapping[str, Tensor]] | No
     openvino.save_model(model, file, compress_to_fp16=False)
 
 
-def open_file(file: Path, threads: int = 0, precision: str = "f32") -> Run:
-    """A file in OpenVINO, on the CPU.
+def open_file(file: Path, threads: int = 0, precision: str = "f32") -> tuple[Run, Shapes]:
+    """A file in OpenVINO, on the CPU, and the shapes of its inputs.
 
     Args:
         file: the `.xml`, or an ONNX file.
@@ -60,13 +62,16 @@ def open_file(file: Path, threads: int = 0, precision: str = "f32") -> Run:
     with one_sentence(f"OpenVINO does not load {file.name}"):
         request = openvino.compile_model(file, "CPU", settings).create_infer_request()
     model = request.get_compiled_model()
-    inputs, outputs = ([entry.any_name for entry in entries] for entries in (model.inputs, model.outputs))
+    shapes = {
+        entry.any_name: tuple(size.get_length() if size.is_static else None for size in entry.partial_shape)
+        for entry in model.inputs
+    }
+    outputs = [entry.any_name for entry in model.outputs]
 
     def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if lacking := [name for name in inputs if name not in batch]:
-            raise ExportError(f"the file wants {', '.join(lacking)}, which the batch does not have.")
+        check_inputs(shapes, batch)
         with one_sentence("OpenVINO does not run the file"):
-            request.infer({name: batch[name].cpu().numpy() for name in inputs})
+            request.infer({name: batch[name].cpu().numpy() for name in shapes})
         return {name: torch.from_numpy(request.get_output_tensor(place).data.copy()) for place, name in enumerate(outputs)}
 
-    return run
+    return run, shapes

@@ -28,6 +28,7 @@ from ..settings.errors import ConfigError, closest
 from . import onnx, openvino
 from .compare import QUANTIZED, Agreement, ExportError, Run, compare
 from .folder import check_export
+from .graphs import whole
 from .inputs import as_exported, example_batches, outputs_of
 
 #: Runtime → the types that a model is measured in there, each with what `hf-prune export` is told for the file.
@@ -298,7 +299,7 @@ class _Files:
         file = self.folder / f"{quantize}.onnx"
         if not file.exists():
             if quantize is None:
-                onnx.write(self.model, self.example, file)
+                onnx.write(whole(self.model, self.example), file)
             else:
                 file.write_bytes(self.onnx().read_bytes())
                 onnx.quantize(file, quantize, self.calibration)
@@ -348,11 +349,11 @@ def _opened(files: _Files, runtime: str, dtype: str, threads: int) -> tuple[Run,
     quantize = dtype if dtype.startswith("int8") else None
     if runtime == "onnx":
         file = files.onnx(quantize)
-        return onnx.open_file(file, threads), file.stat().st_size
+        return onnx.open_file(file, threads)[0], file.stat().st_size
     if runtime == "openvino":
         file = files.openvino(quantize)
         size = file.stat().st_size + file.with_suffix(".bin").stat().st_size
-        return openvino.open_file(file, threads, "bf16" if dtype == "bfloat16" else "f32"), size
+        return openvino.open_file(file, threads, "bf16" if dtype == "bfloat16" else "f32")[0], size
     module: Any = copy.deepcopy(files.model).to(getattr(torch, dtype))
     module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
     called = torch.compile(module) if runtime == "compile" else module
