@@ -132,10 +132,6 @@ def inspect(path: Model, pad_to_multiple_of: Pad = None, as_json: Json = False) 
     for name, sizes in facts["smaller"].items():
         table.add_row(name, f"{sizes['now']:,} of {sizes['before']:,}")
     table.add_row("parameters after condense", f"{facts['parameters_after_condense']:,} (-{saved:,})")
-    if not blocks:
-        table.add_row(
-            "heads and neurons", f"no record of {model.config.model_type}: pruning and condensing infer one, and prove it"
-        )
     for reason, names in report.left_out.items():
         table.add_row(f"not pruned: {', '.join(names)}", reason)
     show(table, blocks_table(blocks) if blocks else report)

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_prune.model
-from hf_prune import PruningConfig, PruningRule, condense
+from hf_prune import PruningConfig, PruningRule, condense, sparsity_report
 from hf_prune.condense.infer import infer_architecture
 from hf_prune.condense.layers import depths
 from hf_prune.condense.prove import ArchitectureError, prove_architecture
 from hf_prune.model import SPECS, ArchitectureSpec, Part, blocks, find_blocks
 from hf_prune.model.blocks import outlines
-from hf_prune.model.families import INFERRED
+from hf_prune.model.families import INFERRED, remember
 from hf_prune.model.spelled import as_json, as_source, from_json
 
 
@@ -48,8 +48,9 @@ def parts(path: str, *order: int, interleaved: bool = False) -> dict[str, Part]:
 
 
 def model_and_spec(family: str) -> tuple[PreTrainedModel, ArchitectureSpec]:
-    more = {"num_attention_heads": 8} if family == "bert-narrow" else {}  # as many heads as twice the width of one
-    model = models.tiny(family.removesuffix("-narrow"), models.GENERATORS.get(family), **more)
+    more: dict[str, object] = {"num_attention_heads": 8} if family == "bert-narrow" else {}  # as many as twice the width of one
+    more |= {"attention_bias": True} if family == "gemma2-biased" else {}  # what a layer without heads still adds
+    model = models.tiny(family.partition("-")[0] if more else family, models.GENERATORS.get(family), **more)
     return model, SPECS[model.config.model_type]
 
 
@@ -96,6 +97,15 @@ WRONG: dict[str, tuple[str, Any]] = {
         "bert",
         lambda spec: with_block(spec, "feed_forwards", up=Part("attention.output.dense")),
     ),
+    "no scale of what a block adds": ("dinov2", lambda spec: bert(spec, scale="")),
+    "the scale of another block": ("dinov2", lambda spec: bert(spec, scale="layer_scale2.lambda1")),
+    "no norms of what blocks add": (
+        "gemma2-biased",
+        lambda spec: with_block(bert(spec, norm=""), "feed_forwards", norm=""),
+    ),
+    "no biases by name": ("mpt", lambda spec: bert(spec, position_bias="", position_arguments={}, forwards=())),
+    "one of two biases by name": ("layoutlmv3", lambda spec: bert(spec, position_arguments={"rel_pos": -3})),
+    "a stream that is not added": ("bloom", lambda spec: bert(spec, adds_residual=False)),
     "post-norm layers thought to only add": ("bert", lambda spec: replace(spec, pre_norm=True)),
     "another attribute for the number of layers": ("vit", lambda spec: replace(spec, depths=("patch_size",))),
     "another attribute for the number of neurons": (
@@ -124,18 +134,11 @@ def test_a_right_spec_is_proven(family: str) -> None:
     prove_architecture(*model_and_spec(family))
 
 
-#: Families whose records say more than can be inferred, and which are refused: biases, tables and slopes with an entry for every
-#: head, heads in a bottleneck (MobileBERT), projections that a batch of words does not call (LUKE), routers that keep a state.
-REFUSED = (
-    *("bloom", "mpt", "umt5", "beit", "swin", "data2vec-vision", "layoutlmv3", "wav2vec2-conformer"),
-    *("mobilebert", "luke", "phimoe"),
-)
-#: Families that are inferred otherwise than their records have it: layers with a scale stay, heads whose positions come from a
-#: network are not found.
-OTHERWISE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "swinv2")
+#: LUKE has projections that a batch of words does not call.
+REFUSED = ("luke",)
 
 
-@pytest.mark.parametrize("family", some("bert", "gpt2", "llama", "modernbert", "t5"))
+@pytest.mark.parametrize("family", some("bert", "gpt2", "llama", "modernbert", "t5", "beit", "bloom"))
 def test_a_family_without_a_record_is_inferred(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of it is found again, under names that nobody knows, and the model stays as it is."""
     known = SPECS[models.EVERY_FAMILY[family]().model_type]
@@ -154,8 +157,6 @@ def test_a_family_without_a_record_is_inferred(family: str, monkeypatch: pytest.
         assert torch.get_rng_state().equal(state)
         assert all(value.equal(before[name]) for name, value in model.state_dict().items())
         assert getattr(model.config, "hf_prune", None) is None
-        if family in OTHERWISE:
-            return
         found, wanted, removable = blocks(model, spec), blocks(model, known), depths(model, known)
     assert outlines(found) == outlines(wanted)
     assert [(block.kind, block.num_units, block.unit_width) for block in found] == [
@@ -316,6 +317,18 @@ def test_a_model_with_code_of_its_own(forgetting: None, tmp_path: Path) -> None:
         assert condensing.gap(wanted, list(loaded(ids).hidden_states)) <= 1e-5
         models.zero_units(find_blocks(loaded)[1], [0], "out")
         condense(loaded)
+
+
+def test_a_report_says_what_it_does_not_count(forgetting: None) -> None:
+    model = splinter()
+    report = sparsity_report(model)
+    assert not report.blocks
+    assert report.no_record is not None
+    assert report.no_record in " ".join(str(report).split())
+    assert "no record of splinter" in report.to_dict()["no_record"]
+    remember(infer_architecture(model), "splinter")
+    report = sparsity_report(model)
+    assert (len(report.blocks), report.no_record) == (6, None)
 
 
 def test_another_config_of_a_family_is_inferred_again(forgetting: None) -> None:

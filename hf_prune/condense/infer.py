@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..model.flow import Changes, LayerCall, layer_calls
 from ..model.propose import COPIES, blocks_of, layer_paths
 from ..model.spelled import as_source
 from ..model.wrappers import transformers_models
-from .prove import ArchitectureError, Outputs, apart, dtype_for, failing, prove_architecture
+from .prove import ArchitectureError, Outputs, apart, check_config, dtype_for, failing, prove_architecture
 from .resize import keep_units
 from .snapshot import unchanged
 from .stand_in import stand_in
@@ -42,9 +42,7 @@ def infer_architecture(model: PreTrainedModel) -> ArchitectureSpec:
 
     It takes a second or two for a tiny model, and for BERT-base one and a half minutes of a core and 2.7 GB. What it finds are
     lists of layers that are alike, with attention of two heads at least and feed-forward blocks, of plain Linear and Conv1D modules
-    whose activation is a module, in all arrangements that an [`ArchitectureSpec`] can say, but for biases that are given by head
-    (BLOOM), tables of positions by head (Swin, BEiT), scales and norms of what a block adds, which only the removal of layers
-    needs, and experts.
+    whose activation is a module, in all arrangements that an [`ArchitectureSpec`] can say. Experts stay as they are.
 
     Args:
         model: a transformers model, from transformers or of somebody's own.
@@ -129,9 +127,9 @@ def propose_architecture(model: PreTrainedModel) -> ArchitectureSpec:
     guesses: dict[str, list[BlockSpec]] = {}
     homes: dict[str, list[LayerCall]] = {}
     for path, found in calls.items():
-        layers = [layer for layers in layer_lists(model, path).values() for layer in layers]
+        members = layer_lists(model, path).values()
         for call in found:
-            for some in blocks_of(call, layers):
+            for some in blocks_of(call, next(layers for layers in members if call.layer in layers)):
                 place = _place(some[0])
                 homes.setdefault(place, []).append(call)
                 guesses.setdefault(place, []).extend(one for one in some if one not in guesses.get(place, []))
@@ -149,8 +147,17 @@ def propose_architecture(model: PreTrainedModel) -> ArchitectureSpec:
         feed_forwards=tuple(one for one in chosen if isinstance(one, FeedForwardSpec)),
     )
     spec = with_names(model, spec)
-    adds = bool(spec.depths) and all(_only_adds(model, call, spec) for path in paths for call in calls[path])
-    return replace(spec, pre_norm=adds)
+    try:
+        check_config(model, spec)
+    except ArchitectureError:  # the width of a head follows from more than the hidden size (MobileBERT)
+        spec = replace(spec, heads=())
+    if not spec.depths or not all(_only_adds(model, call, spec) for path in paths for call in calls[path]):
+        return spec
+
+    def complete(some: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(replace(one, **_on_the_way(model, homes[_place(one)][0], _place(one), spec)) for one in some)
+
+    return replace(spec, pre_norm=True, attentions=complete(spec.attentions), feed_forwards=complete(spec.feed_forwards))
 
 
 def _calls(model: PreTrainedModel, path: str) -> list[LayerCall]:
@@ -192,7 +199,7 @@ def _misfit(model: PreTrainedModel, guess: BlockSpec, call: LayerCall, paths: li
     neurons = (guess,) if isinstance(guess, FeedForwardSpec) else ()
     spec = ArchitectureSpec((), tuple(paths), heads, neurons)
     try:
-        (block,) = (block for block in blocks(model, spec) if body_prefix(model) + block.layer == call.name)
+        (block,) = _blocks(model, call, spec)
         for units, groups in _trials(block):
             gone = torch.ones(block.num_units, dtype=torch.bool).index_fill(0, units, False).nonzero().flatten()
             what = f"without {len(gone)} {block.unit}s the layer returns"
@@ -249,6 +256,31 @@ def _without(features: Tensor) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def _only_adds(model: PreTrainedModel, call: LayerCall, spec: ArchitectureSpec) -> bool:
     """Whether a layer returns what it is given if its blocks put out nothing."""
-    outputs = [block.output.module for block in blocks(model, spec) if body_prefix(model) + block.layer == call.name]
-    given, returned = hidden_into(call.args, call.kwargs), hidden_of(call.again(dict.fromkeys(outputs, torch.zeros_like)))
+    given, returned = hidden_into(call.args, call.kwargs), hidden_of(call.again(_silent(model, call, spec)))
     return given.shape == returned.shape and bool(torch.allclose(given, returned))
+
+
+def _silent(model: PreTrainedModel, call: LayerCall, spec: ArchitectureSpec) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """What lets every block of a layer put out zeros."""
+    return {block.output.module: torch.zeros_like for block in _blocks(model, call, spec)}
+
+
+def _blocks(model: PreTrainedModel, call: LayerCall, spec: ArchitectureSpec) -> list[Block]:
+    return [block for block in blocks(model, spec) if body_prefix(model) + block.layer == call.name]
+
+
+@torch.no_grad()
+def _on_the_way(model: PreTrainedModel, call: LayerCall, place: str, spec: ArchitectureSpec) -> dict[str, str]:
+    """The scale or norm that the result of a block goes through before it is added to the stream, as its spec names it, if any."""
+    given = hidden_into(call.args, call.kwargs)
+    output = next(block.output.module for block in _blocks(model, call, spec) if block.key == place)
+    result = torch.randn(given.shape[-1], generator=torch.Generator().manual_seed(0), dtype=given.dtype)
+    returned = hidden_of(call.again(_silent(model, call, spec) | {output: lambda given: result.expand_as(given).clone()}))
+    added = (returned - given).flatten(0, -2)[0]
+    for name, value in call.layer.named_parameters():
+        if value.shape == added.shape and torch.allclose(value * result, added):
+            return {"scale": name}
+    for name, module in call.layer.named_modules():
+        if {value.shape for value in module.parameters()} == {added.shape} and torch.allclose(module(result), added):
+            return {"norm": name}
+    return {}

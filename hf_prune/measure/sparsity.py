@@ -65,6 +65,8 @@ class SparsityReport:
     parameters: int
     #: What the model lacks because its pruning ended early, if it did.
     shortfall: str | None = None
+    #: Why there are no `blocks`, and what to do about it, if the family has no record.
+    no_record: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -89,11 +91,13 @@ class SparsityReport:
             "modules": [{**asdict(module), "sparsity": module.sparsity} for module in self.modules],
             "blocks": [asdict(block) for block in self.blocks],
             "shortfall": self.shortfall,
+            "no_record": self.no_record,
         }
 
     def __rich__(self) -> Table:
+        caption = "\n".join(filter(None, (self.shortfall, self.no_record)))
         title = f"{self.sparsity:.2%} of the body's weights are zero; {self.parameters:,} parameters in all"
-        table = table_of_modules(title, "module", "shape", "parameters", "zeros", "sparsity", caption=self.shortfall)
+        table = table_of_modules(title, "module", "shape", "parameters", "zeros", "sparsity", caption=caption or None)
         if self.left_out:
             table.add_column("left out of pruning, because")
         for module in self.modules:
@@ -124,7 +128,8 @@ def count_zeros(counted: Iterable[Target | Weight]) -> tuple[int, int]:
 
 
 def sparsity_report(model: Any, shortfall: str | None = None) -> SparsityReport:
-    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known.
+    """Count the true zeros of a model's body, and the heads and neurons left where its architecture is known; where it is not, the
+    report says how to make it so, as that takes longer than to count.
 
     Under LoRA, the zeros of the merged weights count.
 
@@ -140,10 +145,19 @@ def sparsity_report(model: Any, shortfall: str | None = None) -> SparsityReport:
     for weight in body_weights(model):
         zeros, parameters = count_zeros([weight])
         modules.append(ModuleSparsity(weight.name, weight.shape, parameters, zeros, weight.left_out))
-    known = getattr(getattr(inner, "config", None), "model_type", "") in SPECS
-    sizes = tuple(_block_size(block) for block in find_blocks(model)) if known else ()
+    model_type = getattr(getattr(inner, "config", None), "model_type", "")
+    sizes = tuple(_block_size(block) for block in find_blocks(model)) if model_type in SPECS else ()
+    no_record = None if model_type in SPECS else _no_record(model_type)
     total = sum(parameter.numel() for parameter in bare_model(model).parameters())
-    return SparsityReport(tuple(modules), sizes, total, shortfall)
+    return SparsityReport(tuple(modules), sizes, total, shortfall, no_record)
+
+
+def _no_record(model_type: str) -> str:
+    """What a report says in place of heads and neurons."""
+    return (
+        f"no record of {model_type or 'this model'}, so heads and neurons are not counted; pruning and condensing infer one, and "
+        "so does hf_prune.infer_architecture, for register_architecture"
+    )
 
 
 def print_sparsity(model: Any) -> None:

@@ -35,10 +35,13 @@ class LayerCall:
         """What the layer returns when it is called again.
 
         Args:
-            outputs, inputs: modules of the layer → what is done to the tensors that they put out, or are given.
+            outputs, inputs: modules of the layer → what is done to the tensors that they put out, or are given; what else a module
+                puts out (a router its choice) stays.
         """
         handles = [
-            module.register_forward_hook(lambda module, args, output, change=change: change(output))
+            module.register_forward_hook(
+                lambda module, args, output, change=change: change(output) if isinstance(output, Tensor) else None
+            )
             for module, change in (outputs or {}).items()
         ] + [
             module.register_forward_pre_hook(lambda module, args, change=change: (change(args[0]), *args[1:]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import _rows, at_path, body, out_features
+from .blocks import _rows, at_path, body, hidden_of, out_features
 from .flow import LayerCall, Reach, reached
 from .spec import AttentionSpec, ByHead, FeedForwardSpec, Part
 
@@ -251,6 +251,8 @@ def _attentions(output: _Output) -> Iterator[AttentionSpec]:
     each = len(max(apart, key=apart.count))  # how many heads share a key and value
     roles: dict[str, dict[str, dict[int, int]]] = {"query": {}, "key": {}, "value": {}}
     for source, by in output.sources.items():
+        if _one_each(output, source, width):
+            continue
         known = {row: _role(reach, width, each) for row, reach in by.items()}
         if all(role for role, _ in known.values()):
             for row, (role, place) in known.items():
@@ -277,6 +279,13 @@ def _is_run(features: Sequence[int], size: int) -> bool:
     """Whether features are neighbours, more than one, and may be one of several heads."""
     count = len(features)
     return 1 < count < size and features[-1] - features[0] == count - 1 and not size % count and not features[0] % count
+
+
+def _one_each(output: _Output, source: str, width: int) -> bool:
+    """Whether a module has one output for every head, such as a bias by head that a network computes from positions."""
+    rows = output.sources.get(source, {})
+    own = all({feature // width for feature in reach.features} == {row} for row, reach in rows.items())
+    return bool(rows) and own and out_features(output.linears[source]) == output.size // width
 
 
 def _role(reach: Reach, width: int, each: int) -> tuple[str, int]:
@@ -317,6 +326,7 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
         for role, part in (("query", query), ("key", key))
         if part.path in output.norms
     )
+    afterwards, (given, residual) = _afterwards(output, path), _given(output, module)
     for head_size in sorted(
         (name for name, number in numbers.items() if number == width and "." not in name),
         key=_looks_like("head_dim head_size size dim"),
@@ -325,25 +335,21 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
         choices = {name: some for name, some in choices.items() if some != [""]}
         for said in itertools.product(*choices.values()):
             sizes = {name: meaning for name, meaning in zip(choices, said) if meaning}
-            own = ("OwnConfig",) if any("." in name for name in sizes) else ()
-            for (after, norm), (bias, table) in itertools.product(_afterwards(output, path), _biases(module, heads)):
-                forwards = (*(["OwnHeads"] if bias else []), *own)
-                yield AttentionSpec(
-                    path,
-                    query,
-                    key,
-                    value,
-                    Part(output.name),
-                    head_size,
-                    sizes,
-                    after,
-                    norm,
-                    tuple(extra),
-                    bias,
-                    table,
-                    forwards,
-                    by_head,
-                )
+            plain = AttentionSpec(
+                path,
+                query,
+                key,
+                value,
+                Part(output.name),
+                head_size,
+                sizes,
+                extra=tuple(extra),
+                forwards=("OwnConfig",) if any("." in name for name in sizes) else (),
+                by_head=by_head,
+                adds_residual=residual,
+            )
+            for (after, norm), guess in itertools.product(afterwards, _by_head(output, plain, given, heads)):
+                yield replace(guess, after=after, residual_norm=norm)
 
 
 #: What names of sizes look like.
@@ -423,7 +429,39 @@ def _afterwards(output: _Output, path: str) -> list[tuple[tuple[str, ...], str]]
     return [(after, ""), *([(after[:-1], after[-1])] if after else [])]
 
 
-def _biases(module: nn.Module, heads: int) -> list[tuple[str, str]]:
-    """What a module may do with a bias for every head, and the embedding in it that the bias may come from."""
+def _given(output: _Output, module: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """The tensors that a module is given by name, and whether it adds its second argument to what its output projection gives."""
+    seen: dict[str, Tensor] = {}
+    adds = False
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        nonlocal adds
+        seen.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
+        adds = len(args) > 1 and isinstance(args[1], Tensor) and hidden_of(result).equal(args[1])
+
+    handle = module.register_forward_hook(note, with_kwargs=True)
+    try:
+        output.call.again({output.linears[output.name]: torch.zeros_like})
+    finally:
+        handle.remove()
+    return seen, adds
+
+
+def _by_head(output: _Output, plain: AttentionSpec, given: Mapping[str, Tensor], heads: int) -> Iterator[AttentionSpec]:
+    """What an attention block may have an entry of for every head: nothing; parameters of its layer; a bias, from an embedding in
+    it or elsewhere, that layers share; biases that it is given by name."""
+    yield plain
+    many = {name for name in output.linears if not _one_each(output, name, output.size // heads)}
+    parameters = [(name, value) for name, value in output.call.layer.named_parameters() if name.rpartition(".")[0] not in many]
+    places = [[ByHead(name, dim) for dim, size in enumerate(value.shape) if size == heads] for name, value in parameters]
+    if any(places):
+        for own in itertools.product(*filter(None, places)):
+            yield replace(plain, by_head=plain.by_head + own)
+    module = output.call.layer.get_submodule(plain.module)
     tables = [name for name, child in module.named_children() if isinstance(child, nn.Embedding) and child.embedding_dim == heads]
-    return [("", ""), *((way, table) for way in ("taken", "passed on") for table in (*tables, ""))]
+    for way, table in itertools.product(("taken", "passed on"), (*tables, "")):
+        yield replace(plain, position_bias=way, position_table=table, forwards=("OwnHeads", *plain.forwards))
+    along = {name: -3 for name, value in given.items() if value.ndim > 2 and value.shape[-3] == heads}
+    along |= {name: 0 for name, value in given.items() if value.ndim == 3 and value.shape[0] == COPIES * heads}
+    if along:
+        yield replace(plain, position_bias="taken", position_arguments=along, forwards=("OwnBiases", *plain.forwards))
