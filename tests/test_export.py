@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 from card_cases import halved
 from command_line import CommandLine
 from reloading import save_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from hf_prune import condense, export_model
+from hf_prune import Pruner, PruningConfig, condense, export_model
 from hf_prune.export import compare, graphs, onnx, openvino, runtimes
 from hf_prune.settings.errors import ConfigError
 
@@ -58,7 +58,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A condensed classifier with its tokenizer and the data of its task, and what it becomes in ONNX."""
     folder = tmp_path_factory.mktemp("home")
     model = condense(halved(how="out"))
-    model.save_pretrained(folder / "small")
+    model.save_pretrained(folder / "small", max_shard_size="50KB")
+    assert len([*(folder / "small").glob("model-*-of-*.safetensors")]) > 1
     save_tokenizer(folder / "small")
     (folder / "small" / "notes.txt").write_text("mine")
     words = ("one", "two", "three", "four", "five")
@@ -369,6 +370,8 @@ def test_too_few_rows_and_no_tokenizer(cli: CommandLine, home: Path, tmp_path: P
     few.write_text('{"sentence": "one"}\n')
     cli("export", home / "small", tmp_path / "out", *data, few, code=1)
     assert "has 1 rows; it must have at least 8" in " ".join(cli.err.split())
+    cli("export", home / "small", tmp_path / "out", *data, home / "rows.jsonl", "--text-column", "sentense", code=1)
+    assert "Did you mean 'sentence'?" in " ".join(cli.err.split())
     bare = Path(shutil.copytree(home / "small", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
     cli("export", bare, tmp_path / "out", *data, home / "rows.jsonl", code=1)
     assert "has no tokenizer" in " ".join(cli.err.split())
@@ -382,6 +385,7 @@ def test_too_few_rows_and_no_tokenizer(cli: CommandLine, home: Path, tmp_path: P
         ({"input_ids": torch.full((8, 4), 99)}, "is beyond the 99 tokens"),
         ({"input_idx": torch.ones(8, 4, dtype=torch.long)}, "Did you mean 'input_ids'?"),
         ({"input_ids": torch.ones(7, 4, dtype=torch.long)}, "must give at least 8 rows"),
+        ({"input_ids": torch.ones(8, 0, dtype=torch.long)}, "has rows without tokens"),
     ],
 )
 def test_rows_that_the_model_does_not_take_are_refused(batch: dict[str, Tensor], message: str, home: Path, tmp_path: Path) -> None:
@@ -390,13 +394,55 @@ def test_rows_that_the_model_does_not_take_are_refused(batch: dict[str, Tensor],
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_with_adapters_is_refused(home: Path, tmp_path: Path) -> None:
+def with_adapters(model: Any) -> Any:
     peft = pytest.importorskip("peft")
-    model = models.tiny("bert")
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
-    with pytest.raises(ConfigError, match="has adapters; merge them first"):
-        export_model(model, home / "small", tmp_path / "out")
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
+
+
+def in_eight_bits(model: Any) -> Any:
+    model.classifier.weight = nn.Parameter(model.classifier.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+def in_shards(model: Any) -> Any:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model.classifier.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(model.classifier.weight.detach(), mesh))
+    return model
+
+
+def without_weights(model: Any) -> Any:
+    return model.to("meta")
+
+
+def being_pruned(model: Any) -> Any:
+    model.pruner = Pruner(model, PruningConfig(pattern="head"), total_steps=10)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_adapters, "has adapters; merge them first"),
+        (in_eight_bits, "is quantized"),
+        (in_shards, "is sharded over ranks"),
+        (without_weights, "is on the meta device"),
+        (being_pruned, "is attached to a Pruner"),
+    ],
+)
+@pytest.mark.parametrize("format", ["onnx", "per-layer-config"])
+def test_models_whose_weights_cannot_be_read_are_refused(
+    change: Callable[[Any], Any], message: str, format: str, one_rank: None, home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_model(change(models.tiny("bert")), home / "small", tmp_path / "out", format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ runtimes

@@ -34,12 +34,14 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
 def as_exported(model: PreTrainedModel) -> Iterator[Any]:
     """The model as files have it: in evaluation mode, in float32, with eager attention and without a cache; then as it was.
 
-    Eager attention is what the exporter carries for every family, and what the runtimes know and fuse.
+    Eager attention is what the exporter carries for every family, and what the runtimes know and fuse; of the ways to compute
+    experts it carries the one that gathers the weights of each token's.
     """
     plain: Any = model if model.dtype == torch.float32 else copy.deepcopy(model).float()  # type: ignore[no-untyped-call]
     with unchanged(plain), torch.no_grad():
         plain.eval()
         plain.set_attn_implementation("eager")
+        plain.set_experts_implementation("batched_mm")
         for config in configs_of(plain):
             config.return_dict = True
             if hasattr(config, "use_cache"):

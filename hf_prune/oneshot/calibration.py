@@ -151,10 +151,12 @@ def _count_tokens(batch: Batch) -> int:
 
 
 def _check_lengths(model: PreTrainedModel, batch: Batch) -> None:
-    """Raise if a batch has ids or positions that the model has not."""
+    """Raise if a batch has no ids, or ids or positions that the model has not."""
     ids = batch.get("input_ids")
     if ids is None:
         return
+    if not ids.numel():
+        raise ConfigError("dataloader", f"input_ids of shape {tuple(ids.shape)}", "has rows without tokens; leave them out.")
     longest = longest_row(model)
     if longest is not None and ids.shape[1] > longest:
         allowed = f"are longer than the {longest} positions of {type(model).__name__}; truncate them."
