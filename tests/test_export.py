@@ -174,7 +174,12 @@ def test_onnx_in_int8(quantize: str, cli: CommandLine, home: Path, tmp_path: Pat
     assert 1e-4 < found["error"] < found["bound"] == 0.3
     assert 0.5 <= found["same"] <= 1
     assert made["bytes"] == (tmp_path / "out" / "onnx" / "model.onnx").stat().st_size
-    kinds = {node.op_type for node in onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph.node}
+    nodes = onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph.node
+    kinds = {node.op_type for node in nodes}
+    products = {name for node in nodes if node.op_type in ("MatMul", "Gemm") for name in node.output}
+    rounded = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    assert bool(rounded) == (quantize == "int8")
+    assert not products & rounded  # what goes into a product is, what comes out is not
     assert ("DynamicQuantizeLinear" in kinds) == (quantize == "int8-dynamic")
     assert "DequantizeLinear" in kinds
 
@@ -473,25 +478,35 @@ def test_runtimes_are_compared(cli: CommandLine, home: Path, tmp_path: Path) -> 
     assert (tmp_path / "latency.png").stat().st_size > 0
     printed = cli(*given)
     assert "finds its scales by calibration rows" in printed
-    assert "Best here: " in printed
+    assert "Best: " in printed
+    assert "hf-prune export " in printed or "The checkpoint is all it needs" in printed
 
 
 def test_the_best_file_is_one_that_is_exported() -> None:
     """Neither one that loses too much, nor one that would be refused for what it computes."""
 
-    def row(model: str, dtype: str, speedup: float, metric: float, error: float) -> runtimes.RuntimeRow:
+    def row(model: str, dtype: str, small: float, large: float, metric: float, error: float) -> runtimes.RuntimeRow:
         agreement = compare.Agreement(rows=8, difference=error, error=error, same=None, bound=1.0)
-        return runtimes.RuntimeRow(model, "onnx", dtype, 8, {"1x8": 1.0}, {"1x8": 1.0}, agreement, metric, {"1x8": speedup}, "")
+        times, speedup = {"1x8": 1.0, "8x8": 1.0}, {"1x8": small, "8x8": large}
+        return runtimes.RuntimeRow(model, "onnx", dtype, 8, times, times, agreement, metric, speedup, f"--as {dtype}")
 
     rows = (
-        row("dense", "float32", 9.0, 0.80, 0.0),
-        row("model", "float32", 2.0, 0.80, 1e-6),
-        row("model", "int8-dynamic", 3.0, 0.78, 0.1),
-        row("model", "int8", 4.0, 0.80, 0.31),
+        row("dense", "float32", 9.0, 9.0, 0.80, 0.0),
+        row("model", "float32", 2.0, 4.0, 0.80, 1e-6),
+        row("model", "bfloat16", 3.0, 2.0, 0.79, 1e-3),
+        row("model", "int8-dynamic", 5.0, 5.0, 0.78, 0.1),
+        row("model", "int8", 6.0, 6.0, 0.80, 0.31),
     )
     report = runtimes.RuntimeReport(rows, {}, "accuracy", {}, "")
-    assert report.best is rows[1]
-    assert runtimes.RuntimeReport((rows[0], *rows[2:]), {}, "accuracy", {}, "").best is None
+    assert (report.best, report.best_at("1x8"), report.best_at("8x8")) == (rows[1], rows[2], rows[1])
+    assert report.to_dict()["best at 1x8"]["dtype"] == "bfloat16"
+    said = report.advice("small").splitlines()
+    assert said[0].endswith("in float32: 4.00 at 8x8.")
+    assert said[1] == "hf-prune export small OUT --as float32"
+    assert said[2].endswith("in float32: 3.00 at 1x8.")
+    nothing = runtimes.RuntimeReport((rows[0], *rows[3:]), {}, "accuracy", {}, "")
+    assert nothing.best is None
+    assert "No row is within 1.5 points" in nothing.advice("small")
 
 
 @pytest.mark.parametrize(

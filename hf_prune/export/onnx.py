@@ -89,7 +89,11 @@ def quantize(file: Path, how: str, batches: Sequence[Mapping[str, Tensor]] = ())
                 file,
                 _reader(file, batches),
                 activation_type=quantization.QuantType.QUInt8,
-                extra_options={"MatMulConstBOnly": True},  # not of queries with keys: that is slower and less exact
+                extra_options={
+                    "MatMulConstBOnly": True,  # not of queries with keys: that is slower and less exact
+                    # nor what comes out: it is added up and normalized in float32 in any case, and has values far from all others
+                    "OpTypesToExcludeOutputQuantization": _QUANTIZED,
+                },
                 **common,
             )
 

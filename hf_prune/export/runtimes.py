@@ -111,27 +111,31 @@ class RuntimeReport:
 
     @property
     def best(self) -> RuntimeRow | None:
-        """The fastest row of the model that loses at most 1.5 points against the dense one in PyTorch, and that `hf-prune export`
-        would not refuse; None if there is none."""
+        """The fastest row over all shapes; see [`best_at`]."""
+        return self._fastest(lambda row: row.fast)
+
+    def best_at(self, shape: str) -> RuntimeRow | None:
+        """The fastest row of the model at a shape, such as `"8x128"`, that loses at most 1.5 points against the dense one in
+        PyTorch, and that `hf-prune export` would not refuse; None if there is none."""
+        return self._fastest(lambda row: row.speedup[shape])
+
+    def _fastest(self, speed: Callable[[RuntimeRow], float]) -> RuntimeRow | None:
         floor = (self.rows[0].metric or 0.0) - _LOST
         kept = [row for row in self.rows if row.model == "model" and row.agreement.error <= QUANTIZED]
         fine = [row for row in kept if row.metric is None or row.metric >= floor]
-        return max(fine, key=lambda row: row.fast, default=None)
+        return max(fine, key=speed, default=None)
 
     def advice(self, path: str) -> str:
-        """What to do for the fastest file of a model, in a line or two."""
-        best = self.best
-        if best is None:
+        """What to do for the fastest file of a model, at each shape: a line or two for each file."""
+        shapes: dict[str, list[str]] = {}
+        for shape in self.rows[0].cpu:
+            if row := self.best_at(shape):
+                shapes.setdefault(row.name, []).append(shape)
+        if not shapes:
             return (
                 f"No row is within {100 * _LOST:g} points of the dense model, and agrees with PyTorch as far as an export has to."
             )
-        times = ", ".join(f"{value:.2f} at {shape}" for shape, value in best.speedup.items())
-        start = f"Best here: {best.runtime} {best.dtype}, times as fast as dense PyTorch in float32: {times}."
-        if best.command is None:
-            return f"{start} The checkpoint is all it needs."
-        told = " --data FILE" if best.dtype == "int8" else ""
-        hint = ' (compile it with {"INFERENCE_PRECISION_HINT": "bf16"})' if best.dtype == "bfloat16" else ""
-        return f"{start}\nhf-prune export {path} OUT {best.command}{told}{hint}"
+        return "\n".join(_told(row, path, shapes[row.name]) for row in self.rows if row.name in shapes)
 
     def points(self) -> dict[str, tuple[float, float]]:
         """Milliseconds of the largest batch and the metric of each row, by its name, for a picture."""
@@ -140,7 +144,8 @@ class RuntimeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {**asdict(self), "best": None if self.best is None else asdict(self.best)}
+        rows = {"best": self.best} | {f"best at {shape}": self.best_at(shape) for shape in self.rows[0].cpu}
+        return {**asdict(self), **{name: None if row is None else asdict(row) for name, row in rows.items()}}
 
     def __rich__(self) -> Table:
         table = Table(title="Times as fast as the dense model in PyTorch in float32", caption=self.protocol)
@@ -157,6 +162,17 @@ class RuntimeReport:
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
+
+
+def _told(row: RuntimeRow, path: str, shapes: Sequence[str]) -> str:
+    """That a row is best at some shapes, and what writes its file."""
+    times = ", ".join(f"{row.speedup[shape]:.2f} at {shape}" for shape in shapes)
+    start = f"Best: {row.runtime} {row.dtype}, times as fast as dense PyTorch in float32: {times}."
+    if row.command is None:
+        return f"{start} The checkpoint is all it needs."
+    told = " --data FILE" if row.dtype == "int8" else ""
+    hint = ' (compile it with {"INFERENCE_PRECISION_HINT": "bf16"})' if row.dtype == "bfloat16" else ""
+    return f"{start}\nhf-prune export {path} OUT {row.command}{told}{hint}"
 
 
 def check_runtimes(runtimes: Sequence[str]) -> None:
@@ -182,6 +198,7 @@ def benchmark_runtimes(
     lengths: Sequence[int] = (32, 128),
     calibration: Sequence[Mapping[str, Tensor]] = (),
     labelled: Sequence[tuple[Mapping[str, Tensor], Tensor]] = (),
+    metric: Callable[[Run, Sequence[tuple[Mapping[str, Tensor], Tensor]]], float | None] | None = None,
     threads: int = 1,
     repeats: int = 15,
     track: Callable[[range], Iterable[int]] = iter,
@@ -196,7 +213,8 @@ def benchmark_runtimes(
         runtimes: of `RUNTIMES`.
         batch_sizes, lengths: of the batches of full rows, each with each.
         calibration: rows without labels, for the scales of `int8`; without them that type is left out.
-        labelled: rows of a classifier with their labels.
+        labelled: rows with their labels.
+        metric: of a model in a runtime on these, the more the better; by default [`accuracy`], of a classifier.
         threads: of the CPU. Speedups are of CPU time on one thread, and of time on more.
         repeats: timed forwards.
         track: wraps the rounds of measuring, to show progress.
@@ -206,6 +224,7 @@ def benchmark_runtimes(
         ExportError: a model is not exported; see [`export_model`].
     """
     check_runtimes(runtimes)
+    metric = metric or accuracy
     if "torch" not in runtimes:
         runtimes = ("torch", *runtimes)  # what all others are compared with
     models = {"dense": stock_twin(model) if dense is None else dense, "model": model}
@@ -225,7 +244,7 @@ def benchmark_runtimes(
                 left |= reasons
             with torch.inference_mode():
                 cpu, wall = _times({key: entry[0] for key, entry in entries.items()}, batches, repeats, track)
-                metrics = {key: accuracy(entry[0], labelled) for key, entry in entries.items()}
+                metrics = {key: metric(entry[0], labelled) for key, entry in entries.items()}
     finally:
         torch.set_num_threads(before)
     clock = cpu if threads == 1 else wall
@@ -246,7 +265,7 @@ def benchmark_runtimes(
         for key, (_, size, agreement) in entries.items()
     )
     words = f"{threads} thread{'s' * (threads > 1)}, {'CPU time' if threads == 1 else 'time'}, median of {repeats} forwards in turn"
-    return RuntimeReport(rows, left, "accuracy" if labelled else None, machine_facts(), words)
+    return RuntimeReport(rows, left, metric.__name__.replace("_", " ") if labelled else None, machine_facts(), words)
 
 
 def machine_facts() -> dict[str, Any]:
