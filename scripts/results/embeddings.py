@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return float(average_precision_score(labels, seen[-1]))
 
     runtimes = [name for name in RUNTIMES if name != "compile"]
-    rows = calibration_batches(models[1], tokenizer, options.data, max_length=128, rows=256)
+    rows = calibration_batches(models[1], tokenizer, options.data, max_length=128, rows=128)
     report = benchmark_runtimes(
         models[1], models[0], runtimes, calibration=rows, labelled=labelled, metric=average_precision, repeats=options.repeats
     )
