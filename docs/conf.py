@@ -9,8 +9,10 @@ import hf_prune
 
 project, author = "hf_prune", "the hf_prune authors"
 version = release = hf_prune.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+nb_execution_mode = "off"  # notebooks are stored with what they printed; the slow tests run them
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["pages.css"]
 html_title = f"hf_prune {version}"
 myst_heading_anchors = 3
 default_role = "code"

@@ -7,12 +7,14 @@ stdout. Exit codes: 0 success, 1 failure, 2 wrong usage.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +26,7 @@ from typer.core import TyperGroup
 
 import hf_prune
 
+from .compat import when_imported
 from .files import check_new_file, check_new_folder, read_object
 from .settings.config import CONFIG_NAME, PruningConfig
 from .settings.errors import closest_path
@@ -38,6 +41,8 @@ class Commands(TyperGroup):
     """The commands; an error about their input becomes one line on stderr and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        when_imported("transformers.utils.logging", only_bars_of_downloads)
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -45,6 +50,16 @@ class Commands(TyperGroup):
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             stderr.print(Text.assemble(("Error:", "red"), " ", " ".join(str(error).split())), soft_wrap=True)
             raise typer.Exit(1) from None
+
+
+def only_bars_of_downloads(logging: ModuleType) -> None:
+    """Leave out the bars that transformers draws while it reads and writes files, which takes seconds."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
+
+    shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if shown:
+        enable_progress_bars()
 
 
 app = typer.Typer(
@@ -80,7 +95,9 @@ Data = Annotated[Path, typer.Option(metavar="FILE", help="Text: .txt, .csv, .jso
 TextColumns = Annotated[
     list[str] | None,
     typer.Option(
-        "--text-column", help="A column with text; give it twice for pairs. By default the only one, or those of usual names."
+        "--text-column",
+        metavar="COLUMN",
+        help="A column with text; give it twice for pairs. By default the only one, or those of usual names.",
     ),
 ]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row. By default what model and tokenizer allow, at most 512.")]
@@ -208,7 +225,7 @@ def condense(
     path: Model,
     out: Out,
     pad_to_multiple_of: Pad = None,
-    verify: bool = True,
+    verify: Annotated[bool, typer.Option(help="Compare outputs before and after.")] = True,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="Fail unless the result is a stock model, with layers of equal sizes.")
     ] = False,

@@ -2,7 +2,9 @@
 
 A patch wraps a method: [`wrap`] puts a function around it, once. Patches that concern pruning are applied by the modules that own
 the subject: loading and saving of condensed models in `hooks.py`, training and logs in `training/callback.py`, cards in
-`hub/callback.py`. The ones below are independent of it. `tests/test_compat.py` tells for each when it can be removed.
+`hub/callback.py`. The ones below are independent of it. `tests/test_compat.py` tells for each when it can be removed; its tests are
+among those that run with the oldest and the newest libraries that are supported (docs/versions.md). So far each patch, here and
+there, was needed in all releases that were tried: transformers 5.0 to 5.23.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ class _Waiting:
 
 
 def remember_folders() -> None:
-    """Record in `TrainerState.folder` where a state was read from: callbacks see that a run is resumed, but not from where."""
+    """Record in `TrainerState.folder` where a state was read from: callbacks see that a run is resumed, but not from where.
+
+    Needed in transformers 5.0 to 5.23.
+    """
     from transformers import TrainerState
 
     wrap(TrainerState, "load_from_json", _remembering)
@@ -91,7 +96,7 @@ def save_between_steps() -> None:
 
     `JITCheckpointCallback` saves at its next event after the signal, even in the middle of a step: with weights from before the
     step and random states from after it, or before an evaluation that the resumed run will not repeat. Its events are wrapped to
-    wait for one at which nothing is half done, which comes within two steps.
+    wait for one at which nothing is half done, which comes within two steps. Needed in transformers 5.0 to 5.23.
     """
     from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -127,7 +132,8 @@ def _saving_between_steps(
 def auto_classes(model_type: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each Auto class that supports a family, with the names of the model classes that it may load.
 
-    `_model_mapping` is private; the public way would import every model class of the family.
+    `_model_mapping` is private; the public way would import every model class of the family. Needed in
+    transformers 5.0 to 5.23.
     """
     from transformers.models.auto import modeling_auto
 

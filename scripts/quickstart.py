@@ -16,6 +16,7 @@ from pathlib import Path
 
 import rich
 import run_glue
+from datasets import disable_progress_bars
 from rich.table import Table
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -33,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_prune import PruningConfig, PruningRule
 from hf_prune.measure.latency import benchmark
@@ -196,6 +198,8 @@ def compare(home: Path, metrics: dict[str, dict[str, float]]) -> Table:
 
 
 def main() -> None:
+    disable_progress_bars()
+    logging.disable_progress_bar()  # of files; that of the training stays
     train, validation = make_rows(TRAIN_ROWS, SEED), make_rows(VALIDATION_ROWS, SEED + 1)
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)

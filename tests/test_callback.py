@@ -72,6 +72,7 @@ def cubic(step: int, target: float, begin: int = 2, end: int = 10) -> float:
 # ----------------------------------------------------------------------------------------------------------- checkpoints and logs
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_checkpoint_holds_the_logged_share_of_zeros(pattern: str, tmp_path: Path) -> None:
     target = PATTERNS[pattern][1]
@@ -97,6 +98,7 @@ def test_every_checkpoint_holds_the_logged_share_of_zeros(pattern: str, tmp_path
     assert_equal(load_file(tmp_path / "checkpoint-12" / "model.safetensors"), snapshot(trainer.model))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_the_target_is_reached_exactly(scope: str, tmp_path: Path) -> None:
     config = PruningConfig(pattern="1x1", target_sparsity=0.7, scope=scope, **SCHEDULED)
@@ -297,6 +299,7 @@ def test_sparsity_means_the_same_in_logs_report_plan_and_print(tmp_path: Path, c
 # --------------------------------------------------------------------------------------------------------------- loops and resuming
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
 @pytest.mark.parametrize("pattern", ["1x1", "head"])
 def test_a_plain_loop_equals_the_trainer(optimizer: str, pattern: str, tmp_path: Path) -> None:
@@ -333,6 +336,7 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return config, folder, trainer
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("step", [1, 5, 11])
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -401,6 +405,7 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+@pytest.mark.core
 def test_the_best_model_brings_its_own_masks(tmp_path: Path) -> None:
     # Evaluated at step 4 and stopped after step 6: the best model is less sparse than the last one.
     config = PruningConfig(pattern="1x1", frequency=1)

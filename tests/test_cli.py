@@ -57,6 +57,7 @@ def test_inspect(cli: CommandLine, masked: Path, condensed: Path) -> None:
     assert [block["alive"] for block in report["original_blocks"]][:2] == [2, 37]
     assert not report["condensed"]
     printed = cli("inspect", masked)
+    assert cli.err == "", "a bar or a warning that nobody asked for"
     assert "2 of 4 heads" in printed
     assert f"{model.num_parameters():,}" in printed
 

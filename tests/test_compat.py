@@ -16,6 +16,8 @@ import hf_prune.hub.callback
 import hf_prune.training.callback  # noqa: F401  the patches are made where callbacks are
 from hf_prune.compat import auto_classes, wrap
 
+pytestmark = pytest.mark.core
+
 
 def test_wrapping_twice_is_wrapping_once() -> None:
     class Owner:

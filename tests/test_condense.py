@@ -54,6 +54,7 @@ def check_condensed_equals_masked(family: str, head: str, seed: int) -> None:
         assert gap(before[attention][: 1 if removed else None], after[: 1 if removed else None]) <= 1e-5
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("family", "head"), [(family, models.heads_of(family)[-1]) for family in models.EVERY_FAMILY])
 def test_condensed_equals_masked(family: str, head: str) -> None:
     check_condensed_equals_masked(family, head, seed=0)
@@ -194,6 +195,7 @@ def test_decoder_with_an_empty_first_layer_generates_the_same() -> None:
     assert gap(list(before.logits), list(after.logits)) <= 1e-5
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", models.GENERATORS)
 def test_generates_the_same_left_padded(family: str, beams: int) -> None:

@@ -395,6 +395,7 @@ def test_a_student_in_peft_learns_as_its_base_model_would(tmp_path: Path) -> Non
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
 
 
+@pytest.mark.core
 def test_a_condensed_student_is_just_another_student(tmp_path: Path) -> None:
     """Narrower by different numbers of heads and neurons in each layer, one without any head."""
     teacher, rows = sequence_task(seed=1, count=8)

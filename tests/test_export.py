@@ -145,6 +145,7 @@ def chosen(model: PreTrainedModel, logits: Any) -> int:
     return int(logits[0, -1].argmax())
 
 
+@pytest.mark.core
 def test_a_folder_has_what_others_look_for(home: Path) -> None:
     """The layout of optimum and Transformers.js; a tokenizer and a file are all that is needed."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -532,6 +533,7 @@ def test_rows_without_labels_are_no_evaluation(cli: CommandLine, home: Path) -> 
 # ------------------------------------------------------------------------------------------------------------- torch's own exports
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("family", "head"), ALL)
 def test_torch_export(family: str, head: str) -> None:
     model = condensed(family, head, use_cache=False)  # a cache in the output cannot be exported, of stock models neither

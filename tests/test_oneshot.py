@@ -54,6 +54,7 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return found
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_pruned_and_condenses(family: str) -> None:
     """True zeros up to the target, whole heads and neurons, and a smaller model that computes the same."""

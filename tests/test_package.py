@@ -17,23 +17,6 @@ from hf_prune.version import __version__
 
 ROOT = Path(__file__).parents[1]
 
-#: A user's first minute, outside of any checkout.
-SMOKE = """
-import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
-import hf_prune
-
-sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
-model = BertForSequenceClassification(BertConfig(**sizes)).eval()
-batch = {"input_ids": torch.arange(24).view(8, 3)}
-rules = [hf_prune.PruningRule(pattern="head"), hf_prune.PruningRule(pattern="neuron")]
-report = hf_prune.prune(model, hf_prune.PruningConfig(target_sparsity=0.5, rules=rules), [batch], held_out=0.0)
-hf_prune.condense(model).save_pretrained("small")
-again = AutoModelForSequenceClassification.from_pretrained("small").eval()
-assert torch.equal(again(**batch).logits, model(**batch).logits)
-print(hf_prune.__file__)
-"""
-
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,6 +59,8 @@ def test_the_wheel_works_where_the_checkout_is_not(built: Path, tmp_path: Path) 
     others = [path for path in sys.path if path.endswith("site-packages")]
     (site / "libraries.pth").write_text("\n".join(others))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(python), "-c", SMOKE], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(python), str(ROOT / "tests" / "smoke.py")], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1]).is_relative_to(site)

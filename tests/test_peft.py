@@ -143,6 +143,7 @@ def pruner_of(trainer: Trainer) -> Pruner:
 # ------------------------------------------------------------------------------------------------------------- merging, shrinking
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("pattern", ["head", "neuron", "4x1", "2:4"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_trained_merged_and_condensed(family: str, pattern: str, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_the_folder_is_complete_and_says_what_was_done(cli: CommandLine, home: P
     assert "pruned without training" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.core
 def test_no_condense_leaves_zeros(cli: CommandLine, home: Path, tmp_path: Path) -> None:
     common = ("--data", home / "rows.jsonl", "--sparsity", 0.5)
     masked = cli.json("prune", home / BERT, tmp_path / "masked", *common, "--no-condense")

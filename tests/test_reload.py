@@ -237,6 +237,7 @@ def test_code_of_others_is_not_vouched_for(first: str, tmp_path: Path, caplog: p
     assert {code.partition(".")[0] for code in auto_map.values()} == {MODELING}
 
 
+@pytest.mark.core
 def test_every_way_to_a_config_is_let_in(condensed: PreTrainedModel, tmp_path: Path) -> None:
     condensed.save_pretrained(tmp_path)
     config = transformers.BertConfig.from_json_file(tmp_path / "config.json")
@@ -259,6 +260,7 @@ def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.base_model.encoder.named_parameters()}
 
 
+@pytest.mark.core
 def test_other_heads_dtypes_and_devices(condensed: PreTrainedModel, tmp_path: Path) -> None:
     condensed.save_pretrained(tmp_path)
     auto = transformers.AutoModelForTokenClassification

@@ -177,6 +177,7 @@ save_file(snapshot(trainer.model), sys.argv[1] + "/resumed.safetensors")
     assert_equal(load_file(tmp_path / "resumed.safetensors"), snapshot(whole.model))
 
 
+@pytest.mark.core
 def test_a_plain_loop_resumes_exactly() -> None:
     config = PruningConfig(**STATEFUL["movement"], **SCHEDULED)
 

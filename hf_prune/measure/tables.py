@@ -20,6 +20,7 @@ def table_of_modules(title: str, *columns: str, caption: str | None = None) -> T
 
 def as_text(table: RenderableType) -> str:
     """A table, or several, as plain text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=10_000, record=True, markup=False)
+    # Not as for Jupyter, where rich would display what it is only to record.
+    console = Console(file=io.StringIO(), width=10_000, record=True, markup=False, force_jupyter=False)
     console.print(table, width=console.measure(table).maximum)
     return console.export_text()
