@@ -129,13 +129,16 @@ def holds(row: Row) -> bool:
 def main() -> int:
     """Print the table; return 1 if something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default all: {', '.join(models.EVERY_FAMILY)}")
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help=f"default those that are not in --output of {', '.join(models.EVERY_FAMILY)}"
+    )
     parser.add_argument("--output", type=Path, help="where the JSON goes; rows of other families that are there stay")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    known = json.loads(arguments.output.read_text()) if arguments.output and arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        rows = matrix(arguments.families or list(models.EVERY_FAMILY), Path(folder))
+        rows = matrix(arguments.families or [family for family in models.EVERY_FAMILY if family not in known], Path(folder))
     table = Table(title="masked and condensed")
     columns = ("eager", "sdpa", "gradient", *BEAMS, "LoRA", "parameters", "import", "remote code", "saved twice")
     for column in ("family", *columns):
@@ -149,8 +152,7 @@ def main() -> int:
         table.add_row(family, *cells, style="" if holds(row) else "red")
     print(as_text(table))  # wide, whatever it is printed to
     if arguments.output:
-        others = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        known = others | rows
+        known |= rows
         ordered = {family: known[family] for family in models.EVERY_FAMILY if family in known}
         arguments.output.write_text(json.dumps(ordered, indent=2) + "\n")
     return int(not all(map(holds, rows.values())))

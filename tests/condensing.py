@@ -61,7 +61,8 @@ def gradient_gap(model: PreTrainedModel) -> float:
             gradient = masked[layer + entry.path]
             apart = gradient.unflatten(entry.dim, (number, -1)).index_select(entry.dim, heads)
             masked[layer + entry.path] = apart.flatten(entry.dim, entry.dim + 1)
-        masked[f"{block.block.output.name}.weight"] = masked[f"{block.block.output.name}.weight"][:, features]
+        if (output := f"{block.block.output.name}.weight") in masked:  # nothing reads the last layouts of LiLT
+            masked[output] = masked[output][:, features]
         table = f"{block.block.name}.{getattr(block.block.spec, 'position_table', '')}.weight"
         if table in masked and not model.config.hf_prune["layers"]:  # an ordinary T5, whose position bias is cut along
             masked[table] = masked[table][:, block.heads]

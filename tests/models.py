@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.condense.layers import depths
 from hf_prune.model import Block, Projection, find_blocks, spec_for
+from hf_prune.model.families.refused import HEADS_STAY
 from hf_prune.model.targets import weight_target
 
 
@@ -128,6 +129,40 @@ _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 def _falcon(**changes: Any) -> transformers.FalconConfig:
     return transformers.FalconConfig(**_bert_like(**_special()) | {"ffn_hidden_size": 40, "bias": True} | changes)
+
+
+def _mixture(**changes: Any) -> dict[str, Any]:
+    """Three layers of eight experts of width 16, of which two serve each token."""
+    return {**_llama_like(num_attention_heads=4, intermediate_size=16), "num_experts_per_tok": 2, **changes}
+
+
+#: The width of experts, in families whose layers without experts have another one.
+_NARROW = {"moe_intermediate_size": 16}
+
+#: Keys and values of all heads from one vector.
+_COMPRESSED = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+#: Language models with experts. In the groups of DeepSeek's router only the better one is open to a token.
+MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "olmoe": lambda: transformers.OlmoeConfig(**_mixture(num_experts=8)),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_mixture(num_experts=8, **_NARROW, norm_topk_prob=True, mlp_only_layers=[1])
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_mixture(num_local_experts=8)),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**_mixture(num_experts=8, **_NARROW, shared_expert_intermediate_size=16)),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **_mixture(n_routed_experts=8, **_NARROW, n_group=2, topk_group=1, first_k_dense_replace=1, head_dim=None),
+        **_COMPRESSED,
+    ),
+    "glm4-moe": lambda: transformers.Glm4MoeConfig(**_mixture(n_routed_experts=8, **_NARROW, first_k_dense_replace=1)),
+    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **_mixture(moe_num_experts=8, **_NARROW, moe_k=2, moe_layer_start_index=1)
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(**_mixture(num_local_experts=8)),
+    "granite-moe": lambda: transformers.GraniteMoeConfig(**_mixture(num_local_experts=8)),
+    "phi-moe": lambda: transformers.PhimoeConfig(**_mixture(num_local_experts=8)),
+    "minimax": lambda: transformers.MiniMaxConfig(**_mixture(num_local_experts=8)),
+}
 
 
 #: The other families and variants. They run in the same tests, which are slow for them, see `conftest.py`.
@@ -291,6 +326,37 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         **_bert_like(), **_SOUND | {"num_conv_pos_embeddings": 1}, conv_pos_kernel_size=3
     ),
     "stablelm": lambda: transformers.StableLmConfig(**_grouped(use_qkv_bias=True)),
+    "longformer": lambda: transformers.LongformerConfig(**_bert_like(**_special()), attention_window=4),
+    "nystromformer": lambda: transformers.NystromformerConfig(**_bert_like(**_special()), num_landmarks=4, segment_means_seq_len=4),
+    "yoso": lambda: transformers.YosoConfig(**_bert_like(**_special()), use_expectation=True),
+    "convbert": lambda: transformers.ConvBertConfig(**_bert_like(**_special()), embedding_size=16),
+    "deberta": lambda: transformers.DebertaConfig(**_bert_like(), **_RELATIVE),
+    "lilt": lambda: transformers.LiltConfig(**_bert_like(**_special(), hidden_size=24), channel_shrink_ratio=2),
+    "xlm": lambda: transformers.XLMConfig(
+        vocab_size=99, emb_dim=32, n_layers=3, n_heads=4, max_position_embeddings=40, **_special()
+    ),
+    "flaubert": lambda: transformers.FlaubertConfig(
+        vocab_size=99, emb_dim=32, n_layers=3, n_heads=4, max_position_embeddings=40, **_special()
+    ),
+    "wavlm": lambda: transformers.WavLMConfig(**_bert_like(), **_SOUND),
+    "led": lambda: transformers.LEDConfig(
+        **_bart_like(attention_window=4, max_encoder_position_embeddings=40, max_decoder_position_embeddings=40)
+    ),
+    "gpt_neox_japanese": lambda: transformers.GPTNeoXJapaneseConfig(**_bert_like(**_special()), intermediate_multiple_size=2),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(**_mixture(n_routed_experts=8, **_NARROW, first_k_dense_replace=1)),
+    "dots1": lambda: transformers.Dots1Config(
+        **_mixture(n_routed_experts=8, n_shared_experts=1, **_NARROW, first_k_dense_replace=1)
+    ),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
+        **_mixture(n_routed_experts=8, n_shared_experts=1, **_NARROW, first_k_dense_replace=1, head_dim=None, **_COMPRESSED)
+    ),
+    "deepseek_v3": MIXTURES["deepseek-v3"],
+    "olmo": lambda: transformers.OlmoConfig(**_grouped()),
+    "ministral": lambda: transformers.MinistralConfig(**_llama_like(sliding_window=6, layer_types=_ALTERNATING)),
+    "cwm": lambda: transformers.CwmConfig(**_llama_like(sliding_window=6, layer_types=_ALTERNATING)),
+    "tapas": lambda: transformers.TapasConfig(**_bert_like(), type_vocab_sizes=[3] * 7),
+    "xmod": lambda: transformers.XmodConfig(**_bert_like(type_vocab_size=1), default_language="en_XX"),
+    "visual_bert": lambda: transformers.VisualBertConfig(**_bert_like(), visual_embedding_dim=16),
 }
 
 
@@ -310,6 +376,9 @@ TWINS = frozenset({"xlm-roberta", "camembert", "deit", "mistral", "qwen2"})
 
 #: Those whose feed-forward blocks are no neurons of hf_prune's: experts.
 ATTENTION_ALONE = ("esm", "segformer", "mixtral", "olmoe", "phimoe", "granitemoe")
+
+#: Those of whose attention hf_prune knows no heads.
+NEURONS_ALONE = tuple(HEADS_STAY)
 
 #: One for each thing that a record can say and none of the first families needs.
 REPRESENTATIVES = ("phi3", "falcon-grouped", "olmo2", "bloom", "gemma2", "dinov2", "swin", "clip")
@@ -513,6 +582,8 @@ def ragged_batch(model: PreTrainedModel, rows: int = 4, tokens: int = 11, seed: 
         return {"input_features": features} | ({"decoder_input_ids": ids} if "decoder_input_ids" in accepted else {})
     if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in accepted:
         batch["token_type_ids"] = torch.randint(config.type_vocab_size, (rows, tokens), generator=generator)
+    if "global_attention_mask" in accepted:  # else Longformer looks for the ends of questions
+        batch["global_attention_mask"] = (torch.arange(tokens) == 0).long().repeat(rows, 1)
     if config.is_encoder_decoder:
         batch["input_ids"][torch.arange(rows), mask.sum(1) - 1] = config.eos_token_id  # BART classifies by it
     if "decoder_input_ids" in accepted:
@@ -614,37 +685,6 @@ def heads_left(groups: list[list[bool]], copies: bool = True) -> int:
     living = [size for size in alive if size]
     together, alone = len(living) * max(living, default=0), sum(alive)
     return alone if copies and alone <= len(groups) and 2 * alone < together + len(living) else together
-
-
-def _mixture(**changes: Any) -> dict[str, Any]:
-    """Three layers of eight experts of width 16, of which two serve each token."""
-    return {**_llama_like(num_attention_heads=4, intermediate_size=16), "num_experts_per_tok": 2, **changes}
-
-
-#: The width of experts, in families whose layers without experts have another one.
-_NARROW = {"moe_intermediate_size": 16}
-
-#: Language models with experts. In the groups of DeepSeek's router only the better one is open to a token.
-MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "olmoe": lambda: transformers.OlmoeConfig(**_mixture(num_experts=8)),
-    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-        **_mixture(num_experts=8, **_NARROW, norm_topk_prob=True, mlp_only_layers=[1])
-    ),
-    "mixtral": lambda: transformers.MixtralConfig(**_mixture(num_local_experts=8)),
-    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**_mixture(num_experts=8, **_NARROW, shared_expert_intermediate_size=16)),
-    "deepseek-v3": lambda: transformers.DeepseekV3Config(
-        **_mixture(n_routed_experts=8, **_NARROW, n_group=2, topk_group=1, first_k_dense_replace=1, head_dim=None),
-        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-    ),
-    "glm4-moe": lambda: transformers.Glm4MoeConfig(**_mixture(n_routed_experts=8, **_NARROW, first_k_dense_replace=1)),
-    "ernie4.5-moe": lambda: transformers.Ernie4_5_MoeConfig(
-        **_mixture(moe_num_experts=8, **_NARROW, moe_k=2, moe_layer_start_index=1)
-    ),
-    "gpt-oss": lambda: transformers.GptOssConfig(**_mixture(num_local_experts=8)),
-    "granite-moe": lambda: transformers.GraniteMoeConfig(**_mixture(num_local_experts=8)),
-    "phi-moe": lambda: transformers.PhimoeConfig(**_mixture(num_local_experts=8)),
-    "minimax": lambda: transformers.MiniMaxConfig(**_mixture(num_local_experts=8)),
-}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel, T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_prune import ConfigError, PruningConfig, PruningRule, condense, latency_table, prune, shrink_depth, shrink_hidden
+from hf_prune import ConfigError, Pruner, PruningConfig, PruningRule, condense, latency_table, prune, shrink_depth, shrink_hidden
 from hf_prune.model import (
     SPECS,
     ArchitectureSpec,
@@ -30,7 +30,7 @@ from hf_prune.model import (
 )
 from hf_prune.model.blocks import layer_lists
 from hf_prune.model.families import INFERRED
-from hf_prune.model.families.refused import REFUSED
+from hf_prune.model.families.refused import HEADS_STAY, REFUSED
 from hf_prune.pruning.patterns import build_groups
 from hf_prune.settings.patterns import parse_pattern
 
@@ -143,6 +143,10 @@ def test_specs_find_every_block(family: str) -> None:
     stacks = (
         2 if len({name.partition(".")[0] for name in layers} & {"encoder", "decoder", "text_model", "vision_model"}) == 2 else 1
     )
+    if family in models.HEADS_STAY:
+        assert not attentions
+        assert len(layers) == 3 * stacks
+        return
     assert len(layers) == (2 if family == "albert" else 3 * stacks)
     assert len(attentions) - cross == len(layers)
     plain = len(layers) * {"mobilebert": 4, "wav2vec2-conformer": 2}.get(family, family not in models.ATTENTION_ALONE)
@@ -150,7 +154,7 @@ def test_specs_find_every_block(family: str) -> None:
     assert len(found) - len(attentions) == plain
     assert cross == (3 if any(name.startswith("decoder") for name in layers) and stacks == 2 else 0)
     neurons = {"bloom": {128}, "swin": {40, 80}, "swinv2": {40, 80}, "mpt": {128}, "dinov2": {64}, "dinov2_with_registers": {64}}
-    neurons |= {"qwen2_moe": {16}, "ernie4_5_moe": {32}}
+    neurons |= {"qwen2_moe": {16}, "ernie4_5_moe": {32}, "glm4_moe": {16}, "dots1": {16}}
     assert {block.num_units for block in found if block.kind == "feed_forward"} == neurons.get(family, {40} if plain else set())
     assert {block.unit_width for block in attentions} == {8}
 
@@ -162,7 +166,18 @@ def test_every_record_has_a_row_and_is_in_the_guide() -> None:
     listed = set(re.findall(r"[\w-]+", guide[guide.index("## Families") :]))
     assert [name for name in (*rows, *REFUSED) if name not in listed] == []
     assert not rows & REFUSED.keys()
-    assert [name for name in REFUSED if name not in CONFIG_MAPPING] == []
+    assert [name for name in (*REFUSED, *HEADS_STAY) if name not in CONFIG_MAPPING] == []
+    written = " ".join(guide.split())
+    assert [reason for reason in {*REFUSED.values(), *HEADS_STAY.values()} if f"| {reason} |" not in written] == []
+
+
+def test_why_heads_stay_is_said() -> None:
+    with pytest.raises(ConfigError, match="has heads that its record does not describe"):
+        shrink_hidden(models.tiny("wavlm"), 24)
+    with pytest.raises(
+        ConfigError, match=r"pattern='head': finds nothing to prune \(each head scales its position bias by its own"
+    ):
+        Pruner(models.tiny("wavlm"), PruningConfig(pattern="head", criterion="magnitude"), 1)
 
 
 @pytest.fixture

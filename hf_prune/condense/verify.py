@@ -203,6 +203,7 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
     generator = torch.Generator().manual_seed(0)
     text, vision = (getattr(config, f"{kind}_config", config) for kind in ("text", "vision"))
     padding, end = (getattr(text, f"{name}_token_id", None) for name in ("pad", "eos"))
+    timm = getattr(config, "pretrained_cfg", None)  # what timm says of a model in a wrapper
     image = getattr(config, "image_token_id", None)  # stands in a text where an image is read
     tokens = min(tokens, longest_row(model) or tokens)
     lengths = torch.linspace(tokens, min(shortest, tokens), rows).long()
@@ -225,13 +226,17 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
 
     def images() -> Tensor:
         frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
-        return noise(*frames, vision.num_channels, *_height_and_width(getattr(vision, "image_size", 64)))
+        channels, *sizes = (
+            timm["input_size"] if timm else (vision.num_channels, *_height_and_width(getattr(vision, "image_size", 64)))
+        )
+        return noise(*frames, channels, *sizes)
 
     makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": ids,
         "attention_mask": lambda: mask,
         "token_type_ids": lambda: torch.randint(config.type_vocab_size, (rows, tokens), generator=generator),
         "decoder_input_ids": ids,
+        "global_attention_mask": lambda: (torch.arange(tokens) == 0).long().repeat(rows, 1),
     }
     if vision is not config and image is None:  # a tower for texts, one for images
         makers["pixel_values"] = images
@@ -242,12 +247,12 @@ def sample_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 16, shorte
         channels = getattr(config, "input_feat_per_channel", 0)
         shape = (20, channels) if channels else (config.num_mel_bins, 2 * config.max_source_positions)
         makers = {"input_features": lambda: noise(*shape), "decoder_input_ids": ids}
-    elif model.main_input_name == "input_values" and hasattr(config, "conv_stride"):
+    elif model.main_input_name == "input_values" and hasattr(config, "num_mel_bins") and not hasattr(config, "conv_stride"):
+        makers = {"input_values": lambda: noise(config.max_length, config.num_mel_bins)}  # a spectrogram
+    elif model.main_input_name == "input_values":  # sound
         samples = 20 * math.prod(config.conv_stride)
-        mask = (torch.arange(samples) < torch.linspace(samples, samples // 2, rows)[:, None]).long()
-        makers = {"input_values": lambda: noise(samples), "attention_mask": lambda: mask}
-    elif model.main_input_name == "input_values":  # a spectrogram
-        makers = {"input_values": lambda: noise(config.max_length, config.num_mel_bins)}
+        heard = (torch.arange(samples) < torch.linspace(samples, samples // 2, rows)[:, None]).long()
+        makers = {"input_values": lambda: noise(samples), "attention_mask": lambda: heard, "decoder_input_ids": ids}
     if getattr(config, "add_cross_attention", False):
         makers["encoder_hidden_states"] = lambda: noise(tokens, config.hidden_size)
         makers["encoder_attention_mask"] = lambda: mask.flip(0)

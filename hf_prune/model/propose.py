@@ -326,7 +326,7 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
         for role, part in (("query", query), ("key", key))
         if part.path in output.norms
     )
-    afterwards, (given, residual) = _afterwards(output, path), _given(output, module)
+    afterwards, (given, residual, alone) = _afterwards(output, path), _given(output, module)
     for head_size in sorted(
         (name for name, number in numbers.items() if number == width and "." not in name),
         key=_looks_like("head_dim head_size size dim"),
@@ -347,6 +347,7 @@ def _modules(output: _Output, path: str, parts: Sequence[Part], width: int, each
                 forwards=("OwnConfig",) if any("." in name for name in sizes) else (),
                 by_head=by_head,
                 adds_residual=residual,
+                returns_tensor=alone,
             )
             for (after, norm), guess in itertools.product(afterwards, _by_head(output, plain, given, heads)):
                 yield replace(guess, after=after, residual_norm=norm)
@@ -429,22 +430,24 @@ def _afterwards(output: _Output, path: str) -> list[tuple[tuple[str, ...], str]]
     return [(after, ""), *([(after[:-1], after[-1])] if after else [])]
 
 
-def _given(output: _Output, module: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """The tensors that a module is given by name, and whether it adds its second argument to what its output projection gives."""
+def _given(output: _Output, module: nn.Module) -> tuple[dict[str, Tensor], bool, bool]:
+    """The tensors that a module is given by name, whether it adds its second argument to what its output projection gives, and
+    whether it returns nothing else."""
     seen: dict[str, Tensor] = {}
-    adds = False
+    adds = alone = False
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        nonlocal adds
+        nonlocal adds, alone
         seen.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
         adds = len(args) > 1 and isinstance(args[1], Tensor) and hidden_of(result).equal(args[1])
+        alone = isinstance(result, Tensor)
 
     handle = module.register_forward_hook(note, with_kwargs=True)
     try:
         output.call.again({output.linears[output.name]: torch.zeros_like})
     finally:
         handle.remove()
-    return seen, adds
+    return seen, adds, alone
 
 
 def _by_head(output: _Output, plain: AttentionSpec, given: Mapping[str, Tensor], heads: int) -> Iterator[AttentionSpec]:

@@ -65,6 +65,7 @@ class AttentionSpec:
         position_arguments: what `forward` calls these biases, where its family needs `OwnBiases` among `forwards`: their names, and
             for each the dimension along heads, 0 if it is along batch and heads together.
         adds_residual: `forward` receives the stream as its second argument, and adds it to the result.
+        returns_tensor: `forward` returns its result alone, and not also attention weights.
         position_table: the embedding of `module` that this bias comes from, with a column for every head; `""` for one elsewhere.
         forwards: the classes of `condense/forwards.py` that change what the `forward` of `module` does when heads are gone.
         optional: some models of the family have no such block (cross-attention).
@@ -88,6 +89,7 @@ class AttentionSpec:
     norm: str = ""
     position_arguments: Mapping[str, int] = field(default_factory=dict)
     adds_residual: bool = False
+    returns_tensor: bool = False
     optional: bool = False
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..condense.infer import learn_architecture
 from ..model import Block, find_blocks
+from ..model.families.refused import HEADS_STAY
 from ..model.sharding import is_sharded, is_tensor_parallel
 from ..model.targets import Target, body_prefixes, check_names, names_module, selector, weights
 from ..model.units import UnitGroup
@@ -218,7 +219,8 @@ def match_rules(
         if not groups and name == "config" and taken:
             continue
         if not groups:
-            why = "; ".join(f"{module}: {reason}" for module, reason in reasons.items()) or "no such module in this model"
+            absent = HEADS_STAY.get(model_type, "") if settings.pattern == "head" else ""
+            why = "; ".join(f"{module}: {reason}" for module, reason in reasons.items()) or absent or "no such module in this model"
             raise ConfigError(f"{name}.pattern", settings.pattern, f"finds nothing to prune ({why}).")
         level = patterns[name].level
         for module in dict.fromkeys(view.target.module_name for group in groups for view in group.weights):

@@ -122,6 +122,8 @@ def check_size(model: PreTrainedModel, size: int) -> None:
         raise ConfigError(
             "model", type(model).__name__, "has several towers, each with a hidden size of its own; shrink a tower alone."
         )
+    if not spec.attentions:
+        raise ConfigError("model", type(model).__name__, "has heads that its record does not describe, which channels would cut.")
     if any(one.scale or one.norm for one in spec.attentions) or any(one.scale or one.norm for one in spec.feed_forwards):
         allowed = "scales or normalises what its blocks add to the hidden states; channels leave models that add it as it is."
         raise ConfigError("model", type(model).__name__, allowed)

@@ -118,6 +118,9 @@ GPT_NEOX = ArchitectureSpec(
     heads=OWN_HEADS,
 )
 
+#: The bias of the output projection is a parameter of another module, so heads stay, and no layer is ever empty.
+GPT_NEOX_JAPANESE = replace(GPT_NEOX, model_types=("gpt_neox_japanese",), attentions=(), pre_norm=False, widths=(), heads=())
+
 FALCON = ArchitectureSpec(
     model_types=("falcon",),
     layers=("h",),
@@ -154,6 +157,9 @@ LLAMA = ArchitectureSpec(
         "ernie4_5",
         "seed_oss",
         "eurobert",
+        "olmo",
+        "ministral",
+        "cwm",
     ),
     layers=("layers",),
     attentions=(attention("self_attn", "q_proj k_proj v_proj o_proj", sizes={"num_key_value_groups": "groups"}),),
@@ -236,7 +242,10 @@ QWEN2_MOE = replace(
 )
 
 #: The width of shared experts is a multiple of that of the others.
-ERNIE_MOE = replace(MIXTURES, model_types=("ernie4_5_moe",), feed_forwards=(_dense, _shared("shared_experts")))
+ERNIE_MOE = replace(MIXTURES, model_types=("ernie4_5_moe", "glm4_moe", "dots1"), feed_forwards=(_dense, _shared("shared_experts")))
+
+#: Keys and values of all heads come from one compressed vector, so heads stay.
+DEEPSEEK = replace(ERNIE_MOE, model_types=("deepseek_v2", "deepseek_v3"), attentions=(), widths=())
 
 #: Norms over the queries and keys of all heads, and experts.
 OLMOE = replace(

@@ -21,6 +21,9 @@ BART = ArchitectureSpec(
 #: BART's blocks in layers that only add to what they are given.
 PRE_NORM_BART = replace(BART, model_types=("mbart", "m2m_100", "pegasus", "blenderbot", "speech_to_text"), pre_norm=True)
 
+#: Neurons beside attention in windows, whose heads stay, and layers, as long as the list of windows in the config.
+LED = replace(BART, model_types=("led",), attentions=(), depths=(), heads=())
+
 WHISPER = replace(
     BART,
     model_types=("whisper",),

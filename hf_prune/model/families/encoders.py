@@ -20,6 +20,9 @@ BERT = ArchitectureSpec(
         "bert-generation",
         "rembert",
         "roformer",
+        "tapas",
+        "visual_bert",
+        "xmod",
     ),
     layers=("encoder.layer",),
     attentions=(
@@ -35,6 +38,40 @@ BERT = ArchitectureSpec(
 
 #: BERT's blocks in layers that only add to what they are given.
 PRE_NORM_BERT = replace(BERT, model_types=("megatron-bert", "xlm-roberta-xl", "roberta-prelayernorm"), pre_norm=True)
+
+
+#: BERT's neurons beside attention of their own kinds, whose heads stay; see `families/refused.py`.
+BERT_NEURONS = replace(
+    BERT,
+    model_types=("nystromformer", "yoso", "convbert", "deberta"),
+    attentions=(),
+    heads=(),
+)
+
+#: A list of windows in the config is as long as the list of layers, so all stay.
+LONGFORMER = replace(BERT_NEURONS, model_types=("longformer",), depths=())
+
+#: A second stream, of the layout, has neurons of its own.
+LILT = replace(
+    BERT_NEURONS,
+    model_types=("lilt",),
+    feed_forwards=(
+        BERT_FFN,
+        feed_forward("layout_intermediate.dense layout_output.dense", "layout_intermediate.intermediate_act_fn"),
+    ),
+    widths=(),
+)
+
+#: Blocks are in lists side by side, not in layers.
+XLM = replace(
+    BERT_NEURONS,
+    model_types=("xlm", "flaubert"),
+    layers=("ffns",),
+    feed_forwards=(feed_forward("lin1 lin2", "act"),),
+    depths=(),
+    widths=(),
+    as_hidden=(),
+)
 
 #: Several feed-forward blocks in a layer, all of them narrower than the stream between layers.
 MOBILEBERT = replace(

@@ -169,4 +169,7 @@ WAV2VEC2 = ArchitectureSpec(
     heads=OWN_HEADS,
 )
 
+#: Each head scales its positions by its own slice of the stream, so heads stay, and no layer is ever empty.
+WAVLM = replace(WAV2VEC2, model_types=("wavlm",), attentions=(), pre_norm=False, heads=())
+
 DATA2VEC_AUDIO = replace(WAV2VEC2, model_types=("data2vec-audio", "sew"), pre_norm=False)
