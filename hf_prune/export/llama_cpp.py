@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .compare import ExportError
 
 #: What the lines begin with in which the process says where it listens, or why it does not.
 _LISTENS, _FAILED = "listens at ", "failed: "
+#: Seconds that an answer may take, on a machine that is busy with other things, too.
+_PATIENCE = 600
 _SERVER = Path(__file__).with_name("llama_server.py")
 
 
@@ -32,7 +36,9 @@ def serving(file: Path, context: int) -> Iterator[str]:
     Raises:
         ExportError: it does not load the file.
     """
-    command = [sys.executable, "-c", _SERVER.read_text(encoding="utf-8"), str(file), str(context)]
+    # as many threads as PyTorch has: llama.cpp's wait for one another, which takes minutes where others have the processor
+    arguments = [str(file), str(context), str(torch.get_num_threads())]
+    command = [sys.executable, "-c", _SERVER.read_text(encoding="utf-8"), *arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -51,5 +57,5 @@ def ask(address: str, path: str, request: Mapping[str, Any]) -> Any:
     body = json.dumps(request).encode()
     asked = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(asked, timeout=60) as answer:
+    with opener.open(asked, timeout=_PATIENCE) as answer:
         return json.load(answer)
