@@ -78,6 +78,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings(target), link
 
 
+def test_links_to_others_are_well_formed() -> None:
+    """Whether they lead somewhere needs a network: `sphinx --builder linkcheck docs docs/_build/links`."""
+    links = {link for page in PAGES for link in re.findall(r"\]\((https?:[^)\s]*)\)?", page.read_text(encoding="utf-8"))}
+    assert links
+    assert [link for link in links if not re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./%#?=&~+-]*)?", link)] == []
+    papers = [link for link in links if "arxiv.org" in link]
+    assert [link for link in papers if not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", link)] == []
+
+
 def test_commands_exist() -> None:
     """Those in prose too; command lines of their own are run by `test_readme.py`."""
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}

@@ -60,7 +60,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none, or it is malformed. For some families transformers then makes one that knows no words.
     """
-    allowed = "has no tokenizer, without which text cannot be read; put it there."
+    allowed = (
+        f"has no tokenizer, without which text cannot be read; tokenizer.save_pretrained({os.fspath(folder)!r}) puts it there."
+    )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
