@@ -434,6 +434,8 @@ _ENCODERS = (
     "xlm-roberta-xl",
     "roberta-prelayernorm",
     "bert-generation",
+    "xlm",
+    "xmod",
 )
 
 #: The families that generate, each with the head that does.

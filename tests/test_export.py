@@ -94,6 +94,10 @@ def test_onnx(family: str, head: str, tmp_path: Path) -> None:
     assert float((next(iter(given.values())) - first(model, batch)).abs().max()) <= 1e-5
 
 
+#: LED cuts rows into windows by their lengths, DeepSeek-V2 turns by complex numbers: torch has no ONNX for either.
+NOT_IN_ONNX = ("led", "deepseek_v2")
+
+
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=() if family == "llama" else pytest.mark.slow) for family in models.GENERATORS]
 )
@@ -102,6 +106,10 @@ def test_what_is_written_in_onnx_runtime_is_the_same(family: str, tmp_path: Path
     onnxruntime = pytest.importorskip("onnxruntime")
     model = condensed(family, models.GENERATORS[family])
     (tmp_path / "source").mkdir()
+    if family in NOT_IN_ONNX:
+        with pytest.raises(compare.ExportError, match=r"torch\.onnx does not export"):
+            export_model(model, tmp_path / "source", tmp_path / "out")
+        return
     export_model(model, tmp_path / "source", tmp_path / "out")
     files = {
         path.stem: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
