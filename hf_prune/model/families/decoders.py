@@ -121,7 +121,8 @@ GPT_NEOX = ArchitectureSpec(
 #: The bias of the output projection is a parameter of another module, so heads stay, and no layer is ever empty.
 GPT_NEOX_JAPANESE = replace(GPT_NEOX, model_types=("gpt_neox_japanese",), attentions=(), pre_norm=False, widths=(), heads=())
 
-FALCON = ArchitectureSpec(
+FALCON = replace(
+    GPT_NEOX,
     model_types=("falcon",),
     layers=("h",),
     attentions=(
@@ -132,11 +133,7 @@ FALCON = ArchitectureSpec(
             sizes={"num_heads": "heads", "num_kv_heads": "key_value_heads"},
         ),
     ),
-    feed_forwards=(feed_forward("mlp.dense_h_to_4h mlp.dense_4h_to_h", "mlp.act"),),
-    depths=("num_hidden_layers",),
-    pre_norm=True,
     widths=({"intermediate_size": "ffn_hidden_size"},),
-    heads=OWN_HEADS,
 )
 
 #: Norms over the queries, and over the keys, of all heads at once.
@@ -306,9 +303,9 @@ OLMO2 = replace(
     heads=OWN_HEADS,
 )
 
-BLOOM = ArchitectureSpec(
+BLOOM = replace(
+    FALCON,
     model_types=("bloom",),
-    layers=("h",),
     attentions=(
         packed_attention(
             "self_attention",
@@ -322,9 +319,8 @@ BLOOM = ArchitectureSpec(
         ),
     ),
     feed_forwards=(feed_forward("mlp.dense_h_to_4h mlp.dense_4h_to_h", "mlp.gelu_impl"),),
-    depths=("num_hidden_layers",),
-    pre_norm=True,
     pre_norm_when={"apply_residual_connection_post_layernorm": False},
+    widths=(),
     heads=("n_head",),
 )
 
