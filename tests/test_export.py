@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +490,20 @@ def test_runtimes_are_compared(cli: CommandLine, home: Path, tmp_path: Path) -> 
     assert "finds its scales by calibration rows" in printed
     assert "Best: " in printed
     assert "hf-prune export " in printed or "The checkpoint is all it needs" in printed
+
+
+def test_what_does_not_compile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: object, inputs: object) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    model = models.tiny("bert", num_hidden_layers=1)
+    found = runtimes.benchmark_runtimes(model, model, ("compile",), batch_sizes=(1,), lengths=(8,), repeats=1)
+    assert {row.runtime for row in found.rows} == {"torch"}
+    assert found.left_out.keys() == {"compile float32", "compile bfloat16"}
+    reason = found.left_out["compile float32"]
+    assert reason.startswith("compile does not run the model: ")
+    assert "RuntimeError: no compiler here" in reason
 
 
 def test_the_best_file_is_one_that_is_exported() -> None:

@@ -61,11 +61,12 @@ def one_sentence(what: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line that says something of the innermost cause of an error."""
+    """The first line that says something of the innermost cause of an error, with the next one if it ends in a colon."""
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.;')}" if lines else type(error).__name__
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1]).rstrip(".;")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from ..measure.tables import as_text
 from ..oneshot.data import read_file, row_length, text_columns
 from ..settings.errors import ConfigError, closest
 from . import onnx, openvino
-from .compare import QUANTIZED, Agreement, ExportError, Run, compare
+from .compare import QUANTIZED, Agreement, ExportError, Run, compare, one_sentence
 from .folder import check_export
 from .graphs import whole
 from .inputs import as_exported, example_batches, outputs_of
@@ -378,7 +378,9 @@ def _opened(files: _Files, runtime: str, dtype: str, threads: int) -> tuple[Run,
     called = torch.compile(module) if runtime == "compile" else module
 
     def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in called(**batch).items() if isinstance(value, Tensor)}
+        with one_sentence(f"{runtime} does not run the model"):
+            given = called(**batch)
+        return {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     return run, weight_bytes(module)
 
