@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from configparser import ConfigParser
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import versions
+from packaging.version import Version
 
 from hf_prune.version import __version__
 
@@ -64,3 +68,39 @@ def test_the_wheel_works_where_the_checkout_is_not(built: Path, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1]).is_relative_to(site)
+
+
+# -------------------------------------------------------------------------------------------------------------------- versions
+
+
+@pytest.fixture
+def declared() -> ConfigParser:
+    parser = ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+MEASURED = json.loads(versions.RESULTS.read_text(encoding="utf-8"))
+
+
+def test_both_ends_of_what_is_claimed_were_tried(declared: ConfigParser) -> None:
+    """The oldest and the newest libraries, on the oldest and the newest Python; nothing that was tried has failed."""
+    assert [row for row in MEASURED if row["failed"] or row["tests"] == row["skipped"]] == []
+    ends = {(python, which) for python in (versions.PYTHONS[0], versions.PYTHONS[-1]) for which in ("oldest", "newest")}
+    assert ends <= {(row["python"], row["which"]) for row in MEASURED}
+    claimed = declared["metadata"]["classifiers"].split("\n")
+    assert [name.rpartition(" ")[2] for name in claimed if "Python :: 3." in name] == list(versions.PYTHONS)
+    assert declared["options"]["python_requires"] == f">={versions.PYTHONS[0]}"
+
+
+def test_lower_bounds_are_those_that_were_measured(declared: ConfigParser) -> None:
+    lines = [*declared["options"]["install_requires"].split(), *declared["options.extras_require"]["lora"].split()]
+    bounds = dict(line.split(">=") for line in lines)
+    (oldest,) = (row for row in MEASURED if (row["python"], row["which"]) == (versions.PYTHONS[0], "oldest"))
+    for name in bounds.keys() & set(versions.LIBRARIES):
+        assert Version(oldest[name]) == Version(bounds[name]), name
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    page = versions.PAGE.read_text(encoding="utf-8")
+    assert versions.in_page(page, MEASURED) == page
