@@ -40,7 +40,7 @@ BERT = ArchitectureSpec(
 PRE_NORM_BERT = replace(BERT, model_types=("megatron-bert", "xlm-roberta-xl", "roberta-prelayernorm"), pre_norm=True)
 
 
-#: BERT's neurons beside attention of their own kinds, whose heads stay; see `families/refused.py`.
+#: BERT's neurons beside attention of their own kinds, whose heads stay; see `model/families/refused.py`.
 BERT_NEURONS = replace(
     BERT,
     model_types=("nystromformer", "yoso", "convbert", "deberta"),
