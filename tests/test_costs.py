@@ -22,8 +22,10 @@ from hf_prune.condense import sample_batch
 from hf_prune.measure.flops import count_flops
 from hf_prune.model import find_blocks
 from hf_prune.model.units import UnitGroup
+from hf_prune.pruning import costs
 from hf_prune.pruning.allocation import BUCKETS, Levels, allocate, allocate_levels
 from hf_prune.pruning.rules import match_rules
+from hf_prune.pruning.state import under
 
 FAMILIES = ["bert", "gpt2", "llama", "t5", "vit", "whisper"]
 LENGTH = 12
@@ -147,6 +149,28 @@ def test_a_run_resumes_with_the_costs_it_began_with(tmp_path: Path) -> None:
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert any(not torch.equal(left[name], third[name]) for name in left if "/kept/" in name)  # else this would show nothing
+
+
+def test_a_resumed_run_does_not_measure_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is busier by then, the target might be out of reach."""
+    dense = tiny("bert")
+    config = PruningConfig(
+        rules=rules("bert"), target_speedup=1.01, criterion="magnitude", latency_length=8, latency_batch_size=1, cooldown_steps=1
+    )
+    whole = Pruner(copy.deepcopy(dense), config, total_steps=4)
+    whole.step()
+    for name in ("latency_table", "measured_speedup"):
+        monkeypatch.delattr(costs, name)
+    state = whole.state_dict()
+    resumed = Pruner(copy.deepcopy(dense), config, total_steps=4, costs=under(state, "costs/"))
+    assert resumed.cost_budget.costs.setting == whole.cost_budget.costs.setting
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        for one in (whole, resumed):
+            one.step()
+    left, right = whole.state_dict(), resumed.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize(

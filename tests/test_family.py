@@ -40,6 +40,7 @@ from hf_prune.measure.latency import Comparison, compare
 from hf_prune.measure.latency_table import device_facts
 from hf_prune.measure.memory import megabytes
 from hf_prune.oneshot.folder import prune_to_folder
+from hf_prune.pruning import costs
 from hf_prune.pruning.costs import counted
 from hf_prune.training.stage import Task, run_stage
 
@@ -476,6 +477,17 @@ def test_a_run_to_speedups_resumes_with_the_costs_it_began_with(tmp_path: Path) 
     assert Family.load(tmp_path / "resumed") == made
     other, _ = run(tmp_path / "other", speed, **plain)
     assert any(not torch.equal(value, snapshot(whole.model)[name]) for name, value in snapshot(other.model).items())
+
+
+def test_a_resumed_run_to_a_speedup_is_not_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed: dict[str, Any] = {"target_speedup": 1.01, "latency_length": 8, "latency_batch_size": 1}
+    whole, _ = run(tmp_path / "whole", speed, save_strategy="steps", save_steps=4, eval_dataset=None, eval_strategy="no")
+    for name in ("latency_table", "measured_speedup"):
+        monkeypatch.delattr(costs, name)
+    resumed = trainer_for(tmp_path / "resumed", config(criterion="snip_momentum", **speed), with_dropout(9))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_equal(snapshot(resumed.model), snapshot(whole.model))
+    assert_equal(pruner_of(resumed).state_dict(), pruner_of(whole).state_dict())
 
 
 def timed_here(file: Path, model: Any, **setting: Any) -> Path:

@@ -340,18 +340,25 @@ def latency_table(
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
     middles = {case: 1000 * statistics.median(values) for case, values in times.items()}
     costs = {block.name: {0: 0.0} for block in blocks} | costs_of(kinds, middles)
-    takes_tokens = inner.main_input_name == "input_ids"
-    setting = {
+    setting = table_setting(inner, batch_size, length, dtype, threads, runtime)
+    spread = statistics.median(_spread(values) for values in times.values())
+    return LatencyTable(facts, device_facts(inner.device), setting, middles[DENSE], costs, spread)
+
+
+def table_setting(
+    model: Any, batch_size: int, length: int, dtype: str = "float32", threads: int = 1, runtime: str = "torch"
+) -> dict[str, Any]:
+    """The `setting` of the [`LatencyTable`] that [`latency_table`] measures of a model with these arguments."""
+    inner = transformers_model(model)
+    return {
         "batch_size": batch_size,
-        "length": length if takes_tokens else None,
+        "length": length if inner.main_input_name == "input_ids" else None,
         "dtype": dtype,
         "threads": threads,
         "runtime": runtime,
         "attn_implementation": inner.config._attn_implementation,
-        "inputs": {name: list(value.shape) for name, value in inputs.items()},
+        "inputs": {name: list(value.shape) for name, value in _inputs(inner, batch_size, length).items()},
     }
-    spread = statistics.median(_spread(values) for values in times.values())
-    return LatencyTable(facts, device_facts(inner.device), setting, middles[DENSE], costs, spread)
 
 
 def costs_of(kinds: list[Kind], milliseconds: Mapping[Case, float]) -> dict[str, dict[int, float]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..condense import sample_batch
 from ..measure.flops import count_flops
-from ..measure.latency_table import LatencyTable, latency_table, measured_speedup
+from ..measure.latency_table import LatencyTable, latency_table, measured_speedup, table_setting
 from ..model import find_blocks
 from ..model.sharding import is_sharded, num_ranks, summed
 from ..model.units import UnitGroup, View
@@ -122,13 +122,16 @@ def _most(levels: Levels, units: int) -> float:
     return float(levels.costs[-1] - levels.costs[allowed].min())
 
 
-def model_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
+def model_costs(
+    model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup], measured: Mapping[str, Tensor] | None = None
+) -> Costs:
     """What a model costs in terms of the config's target.
 
     Args:
         model: the model.
         config: the config, with a target in costs.
         groups: the units that are to meet it.
+        measured: [`Costs.state_dict`] of the run that goes on; what it measured is not measured again.
 
     Raises:
         ConfigError: the cost of its units cannot be told.
@@ -143,6 +146,8 @@ def model_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
         if any(view.target.adapter is not None for view in group.weights):
             allowed = f"is for models without adapters, and {group.name!r} has one; merge it first, or give target_sparsity."
             raise ConfigError(name, getattr(config, name), allowed)
+    if measured and name == "target_speedup":
+        return Costs(name, 0.0, WEIGHTS.levels, {}, _layers(model), _setting(model, config)).restored(measured)
     return COSTS[name](model, config, groups)
 
 
@@ -222,11 +227,7 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     shards = any(is_sharded(parameter) for parameter in model.parameters())
     if shards and config.latency_table is None:
         raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
-    if config.latency_table is None:
-        table = latency_table(model, config.latency_batch_size, config.latency_length)
-    else:
-        table = LatencyTable.load(config.latency_table)
-        table.check(model, elsewhere=True)
+    table = _given_table(model, config) or latency_table(model, config.latency_batch_size, config.latency_length)
     costs = of_table(table.total, {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model))
     here = table.is_from_here(model)
     for _ in range(_CORRECTIONS if here and not shards else 0):
@@ -241,6 +242,27 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     blocks = {name: Levels(levels.left, mean(levels.costs)) for name, levels in (costs.measured or {}).items()}
     total = float(mean(torch.tensor(table.total, dtype=torch.float64)))
     return of_table(total, blocks, costs.layers, table.setting if here else None)
+
+
+def _given_table(model: nn.Module, config: PruningConfig) -> LatencyTable | None:
+    """The config's table, if it has one.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another model.
+    """
+    if config.latency_table is None:
+        return None
+    table = LatencyTable.load(config.latency_table)
+    table.check(model, elsewhere=True)
+    return table
+
+
+def _setting(model: nn.Module, config: PruningConfig) -> Mapping[str, Any] | None:
+    """How blocks are timed on this machine; None if they were timed elsewhere."""
+    table = _given_table(model, config)
+    if table is None:
+        return table_setting(model, config.latency_batch_size, config.latency_length)
+    return table.setting if table.is_from_here(model) else None
 
 
 def _mean(value: Tensor, device: torch.device) -> Tensor:

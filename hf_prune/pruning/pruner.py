@@ -58,12 +58,21 @@ class Pruner:
         config: what to prune, how much, how and when.
         total_steps: number of optimizer steps of the run.
         steps_per_epoch: optimizer steps per epoch; required if the config counts in epochs.
+        costs: of a run that is resumed, what it measured at its start: the entries of its state below `costs/`. The rest of the
+            state comes with `load_state_dict`.
 
     Raises:
         ConfigError: the config does not fit the model or the run. Nothing was changed.
     """
 
-    def __init__(self, model: Any, config: PruningConfig, total_steps: int, steps_per_epoch: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: PruningConfig,
+        total_steps: int,
+        steps_per_epoch: float | None = None,
+        costs: Mapping[str, Tensor] | None = None,
+    ) -> None:
         model = bare_model(model)
         if any(is_attached(one) for one in _marked(model)):
             raise RuntimeError(
@@ -77,7 +86,7 @@ class Pruner:
         self._skipped = False
         _check_updates(config)
         #: The config's rules, matched to the model, and the budgets that they share.
-        self.rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch)
+        self.rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch, costs=costs)
         self.budgets = make_budgets(self.rules)
         self._locked = LockedZeros(model, config)
         self._regrowth = Regrowth(self.rules)

@@ -171,11 +171,20 @@ class Rule:
 
 
 def match_rules(
-    model: nn.Module, config: PruningConfig, total_steps: int, steps_per_epoch: float | None, layer_by_layer: bool = False
+    model: nn.Module,
+    config: PruningConfig,
+    total_steps: int,
+    steps_per_epoch: float | None,
+    layer_by_layer: bool = False,
+    costs: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Rule], dict[str, str]]:
     """Match a config's rules to the model and the run.
 
     Args:
+        model: the model.
+        config: the config.
+        total_steps, steps_per_epoch: of the run.
+        costs: see [`Pruner`].
         layer_by_layer: the driver takes second moments itself, of one layer at a time, so that the rules collect none.
 
     Returns:
@@ -232,7 +241,8 @@ def match_rules(
                 raise ConfigError(f"{name}.target_sparsity", None, allowed)
             named[module][level] = name
         matched.append((name, settings, groups))
-    costs, shares = _shared_costs(model, config, [(settings, groups) for name, settings, groups in matched if name in open_rules])
+    open_ones = [(settings, groups) for name, settings, groups in matched if name in open_rules]
+    shared, shares = _shared_costs(model, config, open_ones, costs)
     rules = []
     for name, settings, groups in matched:
         is_open = name in open_rules
@@ -240,7 +250,7 @@ def match_rules(
             settings = replace(settings, **with_pairs({"target_sparsity": shares[-1]}))
         targets = shares if is_open and shares else [settings.sparsity]
         timeline = _timeline(name, settings, targets, total_steps, steps_per_epoch)
-        costs_of = costs if is_open else WEIGHTS
+        costs_of = shared if is_open else WEIGHTS
         rules.append(_rule(model, name, settings, patterns[name], is_open, groups, timeline, costs_of, layer_by_layer))
     for module in modules:
         if module not in named and module not in left_out:
@@ -251,7 +261,10 @@ def match_rules(
 
 
 def _shared_costs(
-    model: nn.Module, config: PruningConfig, matched: Sequence[tuple[PruningConfig, list[UnitGroup]]]
+    model: nn.Module,
+    config: PruningConfig,
+    matched: Sequence[tuple[PruningConfig, list[UnitGroup]]],
+    measured: Mapping[str, Tensor] | None,
 ) -> tuple[Costs, list[float]]:
     """Of what the config's target is a share, and that share if it follows from the model: of a family, one for each.
 
@@ -267,7 +280,7 @@ def _shared_costs(
     if differing:
         raise ConfigError(name, value, f"is one budget, so its rules need the same {', '.join(differing)}.")
     groups = [group for _, groups in matched for group in groups]
-    costs = model_costs(model, config, groups)
+    costs = model_costs(model, config, groups, measured)
     caps = [settings.max_sparsity_per_module for settings, groups in matched for _ in groups]
     return costs, costs.shares(config.cost_targets, groups, caps)
 

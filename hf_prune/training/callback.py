@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from ..compat import remember_folders, save_between_steps, wrap
 from ..model.sharding import wait_for_all
 from ..pruning import Pruner
+from ..pruning.state import under
 from ..settings.config import WHILE_TRAINING, PruningConfig
 from ..settings.errors import ConfigError
 from .checkpoints import (
@@ -134,10 +135,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             allowed = "is a family, of which each trial would replace the last one's; search with one target."
             raise ConfigError(name := str(self.config.cost_target), getattr(self.config, name), allowed)
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
-        self.pruner = self._attached(args, model, state.max_steps, steps_per_epoch)
+        folder = None if state.global_step == 0 else self._checkpoint(state, stored.get(type(self).__name__))
+        saved = {} if folder is None else load_state(folder)
+        self.pruner = self._attached(args, model, state.max_steps, steps_per_epoch, under(saved, "costs/"))
         try:
-            if state.global_step > 0:
-                self._resume(state, stored.get(type(self).__name__))
+            if folder is not None:
+                self._load(folder, saved)
+            elif state.global_step > 0:
+                self._start_late(state)
             elif previous is not None and previous.model is self.pruner.model:
                 self.pruner.load_state_dict({**previous.state_dict(), "steps": torch.tensor(0)})
         except BaseException:
@@ -190,7 +195,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._between_steps = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load(Path(state.best_model_checkpoint))
+            best = Path(state.best_model_checkpoint)
+            self._load(best, load_state(best))
         self._running.finish()
         metrics = self._running.metrics()  # under FSDP2 all processes have to count
         if state.is_world_process_zero:
@@ -225,12 +231,19 @@ class PruningCallback(TrainerCallback, ExportableState):
         wait_for_all()
         return state
 
-    def _attached(self, args: TrainingArguments, model: nn.Module, total_steps: int, steps_per_epoch: float | None) -> Pruner:
+    def _attached(
+        self,
+        args: TrainingArguments,
+        model: nn.Module,
+        total_steps: int,
+        steps_per_epoch: float | None,
+        costs: Mapping[str, torch.Tensor] | None = None,
+    ) -> Pruner:
         """A new pruner for a run, attached to its model."""
         _refuse(args)
         if self.config.is_family:
             check_family(model, self.config, str(args.output_dir))
-        pruner = Pruner(model, self.config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        pruner = Pruner(model, self.config, total_steps, steps_per_epoch, costs)
         pruner.at_work = self._in_training
         return pruner
 
@@ -243,13 +256,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Whether a `train()` that calls this callback is running, on any thread; no event reports that one was interrupted."""
         return any(self in trainer.callback_handler.callbacks for trainer in _AT_WORK)
 
-    def _resume(self, state: TrainerState, entry: dict[str, Any] | None) -> None:
-        """Resume from the checkpoint that the Trainer has read.
+    def _checkpoint(self, state: TrainerState, entry: dict[str, Any] | None) -> Path | None:
+        """The checkpoint that the Trainer has read, or None if it has no pruner's state.
 
         Raises:
             ValueError: the checkpoint is incomplete, or was written with a different config.
         """
-        pruner = self._running
         folder: Path = state.folder  # type: ignore[attr-defined]
         files = written(entry, state.global_step)
         if files is not None and (broken := changed_files(folder, {STATE_NAME: files.get(STATE_NAME, "")})):
@@ -258,28 +270,32 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "last_complete_checkpoint(output_dir) finds an earlier one."
             )
         if not (folder / STATE_NAME).is_file():
-            pruner.steps = state.global_step
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None  # it is not pruned
-            logger.warning(
-                "%s was written without PruningCallback: pruning starts at step %d, where the schedule requests sparsity %.4f; "
-                "the last mask update is at step %d.",
-                folder,
-                state.global_step,
-                pruner.target_sparsity(),
-                pruner.last_update,
-            )
-            return
+            return None
         differing = _differing_fields(PruningConfig.from_pretrained(folder), self.config)
         if differing and not self.allow_config_change:
             raise ValueError(
                 f"{folder} was written with a different config: {'; '.join(differing)}. To resume from it with the new one, pass "
                 "PruningCallback(config, allow_config_change=True)."
             )
-        self._load(folder)
+        return folder
 
-    def _load(self, folder: Path) -> None:
-        """Load masks, scores and the rest of a checkpoint's pruner state, as far as they fit the config."""
-        saved, state = PruningConfig.from_pretrained(folder), load_state(folder)
+    def _start_late(self, state: TrainerState) -> None:
+        """Start from a checkpoint that was written without this callback."""
+        pruner = self._running
+        pruner.steps = state.global_step
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None  # it is not pruned
+        logger.warning(
+            "%s was written without PruningCallback: pruning starts at step %d, where the schedule requests sparsity %.4f; "
+            "the last mask update is at step %d.",
+            state.folder,  # type: ignore[attr-defined]
+            state.global_step,
+            pruner.target_sparsity(),
+            pruner.last_update,
+        )
+
+    def _load(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Take up the masks, scores and the rest of a checkpoint's pruner state, as far as they fit the config."""
+        saved = PruningConfig.from_pretrained(folder)
         rules, before = self.config.resolved_rules(), saved.resolved_rules()
         for name in before:
             if name not in rules or any(getattr(rules[name], field) != getattr(before[name], field) for field in _SCORED_BY):
