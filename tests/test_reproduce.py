@@ -14,7 +14,7 @@ from hub_server import metadata_errors
 from transformers import AutoModelForSequenceClassification
 
 from hf_prune import LatencyTable
-from hf_prune.measure.sparsity import sparsity_report
+from hf_prune.measure.sparsity import sparsity_report, total_sparsity
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -92,6 +92,31 @@ def test_other_settings_are_refused(measured: tuple[list[str], Path, list[dict[s
     options, _, _ = measured
     with pytest.raises(ValueError, match=r"max_steps=7: .*dense/seed-1 holds a run with 6"):
         reproduce.main([*options, "--overrides", json.dumps(TINY | {"max_steps": 7})])
+
+
+@pytest.mark.slow
+def test_what_was_pruned_before_is_trained_as_it_is(measured: tuple[list[str], Path, list[dict[str, Any]]]) -> None:
+    options, home, _ = measured
+    given = ["mrpc-before", "--rows", "before-50", *options[3:]]
+    _, before = reproduce.main([*given, "--overrides", json.dumps(TINY)])
+    folder = home / "runs" / "mrpc" / "before-50"
+    start, trained = (
+        AutoModelForSequenceClassification.from_pretrained(path) for path in (folder / "seed-1-first", folder / "seed-1")
+    )
+    assert before["sparsity"] == pytest.approx(total_sparsity(start))
+    assert 0.4 < before["sparsity"] < 0.6
+    assert before["parameters"] == [start.num_parameters()]
+    assert {name: value.shape for name, value in start.state_dict().items()} == {
+        name: value.shape for name, value in trained.state_dict().items()
+    }
+    assert any(not value.equal(trained.state_dict()[name]) for name, value in start.state_dict().items())
+    assert not (home / "results" / "start-mrpc-before-50").exists()
+
+
+def test_what_is_pruned_before_is_calibrated_with_rows_on_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reproduce.main(["sst2-before"])
+    assert "sst2-before: needs --glue_dir" in capsys.readouterr().err
 
 
 def test_unknown_row(capsys: pytest.CaptureFixture[str]) -> None:

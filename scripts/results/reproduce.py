@@ -69,6 +69,7 @@ class Row:
         epochs: epochs of pruning.
         pruning: fields of a `PruningConfig`.
         published: what Intel Neural Compressor published for BERT-mini: true sparsity, and mean and best metric.
+        first: a share that goes without training, before; then nothing is pruned while training.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Row:
     epochs: int
     pruning: dict[str, Any]
     published: tuple[float, float, float] | None = None
+    first: float | None = None
 
     def config(self) -> PruningConfig:
         """The row's config; half of the run is for recovery."""
@@ -153,6 +155,18 @@ def speeds(epochs: int) -> tuple[Row, ...]:
     )
 
 
+def before_and_while(epochs: int) -> tuple[Row, ...]:
+    """Rows for three shares of the encoder: gone before training, or while it lasts."""
+    return tuple(
+        row
+        for share in (0.5, 0.67, 0.8)
+        for row in (
+            Row(f"before-{share:.0%}"[:-1], f"{share:.0%} before training", epochs, {}, first=share),
+            Row(f"while-{share:.0%}"[:-1], f"{share:.0%} while training", epochs, heads_and_neurons(share)),
+        )
+    )
+
+
 TABLES = {
     "mrpc": MRPC,
     "sst2": SST2,
@@ -162,6 +176,9 @@ TABLES = {
     # a speed as the target against equal shares
     "mrpc-speedups": replace(MRPC, rows=speeds(4)),
     "sst2-speedups": replace(SST2, rows=speeds(3)),
+    # the same training with distillation, after or while heads and neurons go
+    "mrpc-before": replace(MRPC, rows=before_and_while(1)),
+    "sst2-before": replace(SST2, rows=before_and_while(1)),
     # one budget for heads and neurons, divided by scores, against half of each
     "budgets": replace(
         MRPC,
@@ -202,12 +219,14 @@ class Run:
         arguments: arguments of run_glue.py.
         config: the pruning config.
         facts: what the card says about the model, fields of `CardFacts`.
+        first: the command that makes the model which training starts from, if it does not exist.
     """
 
     folder: Path
     arguments: dict[str, Any] = field(hash=False)
     config: PruningConfig | None = None
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
+    first: list[str] | None = None
 
     def measure(self, dense: Run | None = None) -> dict[str, Any]:
         """Train the model unless it exists, evaluate it in float32, and measure its size and its latency against the dense one."""
@@ -220,6 +239,8 @@ class Run:
             return dict(json.loads(result.read_text()))
         if self.config is not None:
             self.config.to_json_file(self.arguments["pruning_config"])
+        if self.first is not None and not Path(self.arguments["model_name_or_path"]).is_dir():
+            run(self.first, self.folder / "first.log")
         run_glue(settings, self.folder / "train.log")
         measured = self.weigh(dense)
         for checkpoint in self.folder.glob("checkpoint-*"):
@@ -270,16 +291,20 @@ KEPT_METRICS = ("eval_loss", "eval_accuracy", "eval_f1", "eval_matthews_correlat
 
 
 def run_glue(arguments: Path, log: Path) -> None:
-    """Run the script in a separate process.
+    """Run the script in a separate process."""
+    run([str(Path(__file__).parents[1] / "run_glue.py"), str(arguments)], log)
+
+
+def run(command: list[str], log: Path) -> None:
+    """Run Python with some arguments.
 
     Raises:
         RuntimeError: it failed; names the log.
     """
-    script = Path(__file__).parents[1] / "run_glue.py"
     with log.open("a") as output:
-        done = subprocess.run([sys.executable, str(script), str(arguments)], stdout=output, stderr=subprocess.STDOUT)
+        done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise RuntimeError(f"run_glue.py {arguments} failed with exit code {done.returncode}; its output is in {log}.")
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {done.returncode}; its output is in {log}.")
 
 
 def check_same(settings: Path, arguments: dict[str, Any]) -> None:
@@ -310,10 +335,17 @@ def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Name
         start = plan(table, None, seed, options).folder
         arguments |= PRUNED | table.pruned
         arguments |= {"model_name_or_path": str(start), "num_train_epochs": row.epochs}
-        arguments |= {"pruning_config": str(folder / "pruning.json")}
+        if row.first is None:
+            arguments |= {"pruning_config": str(folder / "pruning.json")}
+        else:
+            arguments |= {"do_prune": False, "model_name_or_path": f"{folder}-first", "teacher_model_name_or_path": str(start)}
     arguments |= options.overrides
     if row is None:
         return Run(folder, arguments)
+    if row.first is not None:
+        texts = ["--data", str(options.glue_dir / table.task / "train.jsonl"), "--seed", str(seed)]
+        prune = ["-m", "hf_prune.cli", "prune", str(start), f"{folder}-first", "--sparsity", str(row.first), *texts]
+        return Run(folder, arguments, first=prune)
     model = options.model_name_or_path
     facts = {"model_name": card_name(table, row, model), "base_model": hub_id(model), "metric": table.metric}
     return Run(folder, arguments, row.config(), facts)
@@ -398,6 +430,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.rows or ():
         if name not in known:
             parser.error(f"--rows {name}: must be one of {', '.join(known)}")
+    if options.glue_dir is None and any(row.first is not None for row in TABLES[options.table].rows):
+        parser.error(f"{options.table}: needs --glue_dir, whose training rows it calibrates with")
     return options
 
 
@@ -413,7 +447,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for row in rows:
         runs = [plan(table, row, seed, options) for seed in options.seeds]
         results.append(summary(table, row, [run.measure(start) for run, start in zip(runs, starts)], dense))
-        runs[0].write_card(starts[0], options.results / card_name(table, row, options.model_name_or_path))
+        if row.first is None:
+            runs[0].write_card(starts[0], options.results / card_name(table, row, options.model_name_or_path))
         rich.print(f"{row.title}: {results[-1]['mean']:.4f} (dense {results[-1]['dense_mean']:.4f})")
     shown = [as_row(result, table.published) for result in results[1:]]
     printed = Table(*HEADINGS, title=f"{table.task}, {table.metric}, seeds {', '.join(map(str, options.seeds))}")
