@@ -19,6 +19,7 @@ from hf_prune.model import find_blocks
 from hf_prune.model.targets import Target
 from hf_prune.model.units import UnitGroup, View
 from hf_prune.pruning.criteria import CRITERIA
+from hf_prune.pruning.updates import UPDATES
 from hf_prune.settings import config as settings
 
 VOCABULARY, LENGTH = 64, 12
@@ -126,6 +127,12 @@ def forget_criterion(name: str) -> None:
     CRITERIA.pop(name, None)
     for names in (settings.CRITERIA, *settings.DECLARED.values()):
         names.discard(name)
+
+
+def forget_update(name: str) -> None:
+    """Undo `register_update`."""
+    UPDATES.pop(name, None)
+    settings.UPDATES.discard(name)
 
 
 def prune_at_once(model: torch.nn.Module, config: PruningConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import SequentialHook, add_hook_to_module
-from helpers import assert_equal, snapshot, tiny_bert
+from helpers import assert_equal, forget_update, snapshot, tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, ragged_batch, tiny
@@ -34,7 +34,6 @@ from hf_prune.oneshot.walk import advance, find_site, moments_at, same_inputs
 from hf_prune.pruning.criteria import CRITERIA as CRITERION_CLASSES
 from hf_prune.pruning.updates import UPDATES, register_update
 from hf_prune.settings.config import DECLARED
-from hf_prune.settings.config import UPDATES as UPDATE_NAMES
 
 HEADS_AND_NEURONS = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
 
@@ -365,8 +364,7 @@ def test_sparsegpt_chooses_as_it_goes(pattern: str) -> None:
             model = tiny_bert()
             report = prune(model, settings, correlated(model, 128), held_out=0.0)
         finally:
-            UPDATES.pop("given", None)
-            UPDATE_NAMES.discard("given")
+            forget_update("given")
         assert report.sparsity == pytest.approx(0.5, abs=1e-3)
         errors[update] = sum(module.error or 0 for module in report.modules)
         weight = model.bert.encoder.layer[1].intermediate.dense.weight

@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from card_cases import HALF
 from datasets import Dataset
-from helpers import arguments, forget_criterion
+from helpers import arguments, forget_criterion, forget_update
 from hub_server import run_with_hub, serving
 from models import prune_randomly, tiny, tiny_mixture
 from script_cases import EXAMPLES
@@ -309,6 +309,7 @@ def test_python_blocks(page: str, sandbox: Path) -> None:
             exec(compile(block, PAGES[page].name, "exec"), names)
     finally:
         forget_criterion("sensitivity")
+        forget_update("rescaled")
     if page != "README":
         return
     dense = AutoModelForSequenceClassification.from_pretrained(sandbox / "start")

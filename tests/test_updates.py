@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_bert
+from helpers import forget_update, tiny_bert
 from models import ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from hf_prune import ConfigError, Pruner, PruningConfig
 from hf_prune.pruning.reconstruction import Moments
 from hf_prune.pruning.statistics import WINDOW, Activations
-from hf_prune.pruning.updates import UPDATES, register_update
-from hf_prune.settings.config import UPDATES as UPDATE_NAMES
+from hf_prune.pruning.updates import register_update
 
 LABELS = torch.tensor([0, 1, 1, 0])
 
@@ -36,8 +35,7 @@ def refit(weight: Tensor, moments_of_layer: Moments | None, gone: Tensor) -> Ten
 def registered() -> Iterator[str]:
     register_update("refit", reads_second_moments=True)(refit)
     yield "refit"
-    UPDATES.pop("refit")
-    UPDATE_NAMES.discard("refit")
+    forget_update("refit")
 
 
 def run(update: str, pattern: str, steps: int = 6, **settings: Any) -> Pruner:

@@ -42,10 +42,9 @@ class NoHeads(Adapted):
             output = output + args[0]
         if self.spec.residual_norm:
             output = getattr(self, self.spec.residual_norm)(hidden_states + output)
-        if self.spec.returns_tensor:
-            return output
         eager = self.config is None or self.config._attn_implementation == "eager"
-        return output, hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
+        weights = hidden_states.new_zeros(batch, 0, tokens, keys) if eager else None
+        return output if self.spec.returns_tensor else (output, weights)
 
     def note_length(self, cache: Any, states: Tensor, crosses: bool) -> int:
         """Add as many positions to the cache as if there were a head, and return how many it has now.

@@ -93,10 +93,8 @@ def keep_units(
 def _keep_entries(owner: Any, name: str, entry: ByHead, kept: Tensor, number: int, select: Select) -> None:
     """Keep only the entries of some of `number` heads; of none those of the first, frozen, as stock code may read them first."""
     parameter = getattr(owner, name)
-    size = parameter.shape[entry.dim]
-    index = (
-        (kept if len(kept) else kept.new_zeros(1))[:, None] * (size // number) + torch.arange(size // number, device="cpu")
-    ).flatten()
+    size, some = parameter.shape[entry.dim], kept if len(kept) else kept.new_zeros(1)
+    index = (some[:, None] * (size // number) + torch.arange(size // number, device="cpu")).flatten()
     values = select(parameter, entry.dim, index.to(parameter.device)).detach()
     setattr(owner, name, nn.Parameter(values, requires_grad=parameter.requires_grad and len(kept) > 0))
     for attribute in {"embedding_dim", "out_features"} & vars(owner).keys():
@@ -150,7 +148,6 @@ def _keep_features(module: nn.Module, features: Tensor, outputs: bool, select: S
 
     A projection without inputs returns its bias, see [`NoInputs`]; parameters without elements are frozen.
     """
-    size = "out_features" if outputs else "in_features"
     stored_in_out = isinstance(module, Conv1D)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if name == "bias" and not outputs:
@@ -159,9 +156,8 @@ def _keep_features(module: nn.Module, features: Tensor, outputs: bool, select: S
         kept = select(parameter, dim, features.to(parameter.device)).detach()
         # without elements it never gets a gradient, which distributed training treats as an error
         setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad and kept.numel() > 0))
-    if stored_in_out:
-        size = "nf" if outputs else "nx"
-    set_attribute(module, size, len(features))
+    sizes = ("nx", "nf") if stored_in_out else ("in_features", "out_features")
+    set_attribute(module, sizes[outputs], len(features))
     if not outputs and len(features) == 0:
         module.__class__ = NoInputsConv1D if stored_in_out else NoInputsLinear
 

@@ -111,7 +111,7 @@ class RuntimeReport:
 
     @property
     def best(self) -> RuntimeRow | None:
-        """The fastest row over all shapes; see [`best_at`]."""
+        """The fastest row over all shapes; see [`RuntimeReport.best_at`]."""
         return self._fastest(lambda row: row.fast)
 
     def best_at(self, shape: str) -> RuntimeRow | None:

@@ -60,8 +60,7 @@ def base_layer(module: Any) -> Any:
 
 def out_features(layer: Any) -> int:
     """Number of outputs of a Linear or of GPT-2's Conv1D (whose weight is stored `[in, out]`)."""
-    size: int = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
-    return size
+    return int(layer.weight.shape[1 if isinstance(layer, Conv1D) else 0])
 
 
 def has_bias(module: Any) -> bool:
