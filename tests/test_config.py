@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import re
@@ -522,6 +523,14 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         PruningConfig.from_dict({"pattern": "1x1"} | settings)
     assert_says(error.value, message)
     assert (error.value.name, isinstance(error.value, ValueError)) == (message.split("=", 1)[0], True)
+
+
+@pytest.mark.parametrize("cls", [PruningConfig, PruningRule, DistillationConfig])
+def test_an_argument_that_is_no_field(cls: type[Any]) -> None:
+    field = next(iter(inspect.signature(cls).parameters))
+    with pytest.raises(ConfigError) as error:
+        cls(**{field + "s": 0.5})
+    assert_says(error.value, f"{field}s=0.5: is not a field of {cls.__name__}; known are *. Did you mean {field!r}?")
 
 
 @pytest.mark.parametrize("name", ["target_sparsity", "pattern", "criterion", "target_modules", "frequency", "keep_zeros", "rules"])

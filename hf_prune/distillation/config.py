@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..settings.checks import check_at_least_zero, check_positive, dataclass_from_dict
+from ..settings.checks import check_at_least_zero, check_positive, dataclass_from_dict, fields_checked
 from ..settings.errors import ConfigError, closest
 from ..settings.fields import check_fields, documented, setting
 
@@ -15,6 +15,7 @@ LAYER_MAPS: tuple[str, ...] = ("uniform", "last", "dynamic")
 
 
 @documented
+@fields_checked
 @dataclass
 class DistillationConfig:
     """Weights of the losses. A loss of weight 0 is not computed; the task loss is always logged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -120,15 +121,34 @@ def check_duration(name: str, value: object, whole: bool) -> None:
         raise ConfigError(name, value, allowed)
 
 
-def dataclass_from_dict(cls: type[_T], data: object) -> _T:
-    """Build `cls` from plain data, with an error for a key that is not one of its fields, and for one that is missing."""
-    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(data, Mapping):
-        raise ConfigError(cls.__name__, data, f"must be an object with the fields {', '.join(known)}.")
+def _check_known(cls: type, data: Mapping[str, object]) -> None:
+    """All keys must be fields of a dataclass."""
+    known = [item.name for item in fields(cls)]
     for key, value in data.items():
         if key not in known:
             allowed = f"is not a field of {cls.__name__}; known are {', '.join(known)}."
             raise ConfigError(key, value, allowed, closest(key, known))
+
+
+def fields_checked(cls: type[_T]) -> type[_T]:
+    """A dataclass that raises a ConfigError for an argument which is not one of its fields."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def checked(self: _T, *values: Any, **named: Any) -> None:
+        _check_known(type(self), named)
+        made(self, *values, **named)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+def dataclass_from_dict(cls: type[_T], data: object) -> _T:
+    """Build `cls` from plain data, with an error for a key that is not one of its fields, and for one that is missing."""
+    if not isinstance(data, Mapping):
+        known = ", ".join(item.name for item in fields(cls))  # type: ignore[arg-type]
+        raise ConfigError(cls.__name__, data, f"must be an object with the fields {known}.")
+    _check_known(cls, data)
     for item in fields(cls):  # type: ignore[arg-type]
         if item.default is MISSING and item.default_factory is MISSING and item.name not in data:
             raise ConfigError(item.name, None, f"must be given in each {cls.__name__}.")

@@ -33,6 +33,7 @@ from .checks import (
     check_text,
     dataclass_from_dict,
     dataclass_from_json_file,
+    fields_checked,
 )
 from .errors import ConfigError, within
 from .fields import check_fields, documented, open_fields, setting
@@ -258,6 +259,7 @@ class PruningSettings:
 
 
 @documented
+@fields_checked
 @open_fields
 class PruningRule(PruningSettings):
     """Settings for the modules it names. A field that is None, as all are by default, is inherited from the [`PruningConfig`].
@@ -271,6 +273,7 @@ class PruningRule(PruningSettings):
 
 
 @documented
+@fields_checked
 @dataclass
 class PruningConfig(PruningSettings):
     """How a model is pruned while it trains.
