@@ -194,8 +194,8 @@ def provide(call: list[str], sandbox: Path) -> None:
         if word.startswith("runs/") and before not in ("--output_dir", "--output", "--results") and word != written:
             target = sandbox / word
             if not target.exists():
-                kind = "condensed" if target.name in ("small", "condensed") else "pruned"
-                shutil.copytree(sandbox / "made" / kind, target)
+                made = "made/condensed" if target.name in ("small", "condensed") else "made/pruned"
+                shutil.copytree(sandbox / ("runs/gpt2/dense" if target.parent.name == "gpt2" else made), target)
 
 
 def execute(call: list[str], sandbox: Path) -> None:

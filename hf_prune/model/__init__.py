@@ -38,6 +38,7 @@ from .blocks import Block, Projection, blocks
 from .families import SPECS, register_architecture, spec_for
 from .resolve import find_blocks
 from .spec import ArchitectureSpec, AttentionSpec, ByHead, FeedForwardSpec, Part
+from .spelled import as_source
 
 __all__ = [
     "SPECS",
@@ -48,6 +49,7 @@ __all__ = [
     "FeedForwardSpec",
     "Part",
     "Projection",
+    "as_source",
     "blocks",
     "find_blocks",
     "register_architecture",
