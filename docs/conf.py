@@ -11,6 +11,7 @@ project, author = "hf_prune", "the hf_prune authors"
 version = release = hf_prune.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 nb_execution_mode = "off"  # notebooks are stored with what they printed; the slow tests run them
+exclude_patterns = ["_build"]  # where notebooks are copied to as well, beside the pages
 html_theme = "furo"
 html_static_path, html_css_files = ["_static"], ["pages.css"]
 html_title, html_show_copyright = f"hf_prune {version}", False
