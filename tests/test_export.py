@@ -263,6 +263,18 @@ def test_padding_is_not_compared_and_tokens_are() -> None:
         compare.compare(lambda batch: {"logits": token}, lambda batch: wanted, [batch], False)
 
 
+def test_infinity_on_both_sides_hides_nothing_beside_it() -> None:
+    """Beside the largest number there is, every difference would be small."""
+    wanted = torch.zeros(2, 3)
+    wanted[0, 0] = -torch.inf
+    given = wanted.clone()
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
+    assert compare.compare(lambda _: {"logits": given}, lambda _: {"logits": wanted}, [batch], False).difference == 0
+    given[1, 1] = 1.0
+    with pytest.raises(compare.ExportError, match="the file computes something else"):
+        compare.compare(lambda _: {"logits": given}, lambda _: {"logits": wanted}, [batch], False)
+
+
 def test_a_model_that_gives_nan_is_refused(home: Path, tmp_path: Path) -> None:
     model = models.tiny("bert", num_hidden_layers=1)
     with torch.no_grad():

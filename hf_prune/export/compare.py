@@ -96,8 +96,8 @@ def compare(
         for name, value in wanted.items():
             value, found = (_attended(one, batch) for one in (value, _matching(name, value, given)))
             _check_finite(name, value, found)
-            gap = (found - value.float()).double().nan_to_num()  # what is finite in neither is alike
-            value = value.nan_to_num()
+            gap = (found - value.float()).double()
+            gap, value = (torch.where(value.isfinite(), one, 0) for one in (gap, value))  # what is finite in neither is alike
             squares[name] = _plus(squares.get(name), float(gap.square().sum()), float(value.double().square().sum()))
             peaks[name] = _most(peaks.get(name), float(gap.abs().max()), float(value.abs().max()))
             if name == "logits" and value.shape[-1] > 1:
