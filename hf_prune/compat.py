@@ -3,8 +3,8 @@
 A patch wraps a method: [`wrap`] puts a function around it, once. Patches that concern pruning are applied by the modules that own
 the subject: loading and saving of condensed models in `hooks.py`, training and logs in `training/callback.py`, cards in
 `hub/callback.py`. The ones below are independent of it. `tests/test_compat.py` tells for each when it can be removed; its tests are
-among those that run with the oldest and the newest libraries that are supported (docs/versions.md). So far each patch, here and
-there, was needed in all releases that were tried: transformers 5.0 to 5.23.
+among those that run with the oldest and the newest libraries that are supported (docs/versions.md). Each patch here, and those that
+they look at elsewhere, was needed in all releases that were tried: transformers 5.0 to 5.23.
 """
 
 from __future__ import annotations

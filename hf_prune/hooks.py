@@ -20,7 +20,6 @@ def install_reload_hook() -> None:
     every way to save or push a model calls these, on one process only. Other models and configs are not affected.
 
     The patches are applied when transformers imports the two classes, which takes seconds; this function does not import them.
-    Needed in transformers 5.0 to 5.23.
     """
     when_imported("transformers.modeling_utils", _wrap_models)
     when_imported("transformers.configuration_utils", _wrap_configs)

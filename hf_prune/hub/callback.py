@@ -151,5 +151,4 @@ def history_facts(state: TrainerState) -> list[dict[str, float]]:
     return [{name: entry[name] for name in names if name in entry} | evaluated(entry) for entry in state.log_history]
 
 
-# Here, so that it holds wherever a callback is, also one that was unpickled. Needed in transformers 5.0 to 5.23.
-wrap(Trainer, "create_model_card", _leaving_card)
+wrap(Trainer, "create_model_card", _leaving_card)  # here, so that it holds wherever a callback is, also one that was unpickled

@@ -59,9 +59,7 @@ class Costs:
 
     def restored(self, state: Mapping[str, Tensor]) -> Costs:
         """The same as they were measured another time."""
-        names = dict.fromkeys(key.removeprefix("blocks/").rpartition("/")[0] for key in state if key != "total")
-        blocks = {name: Levels(state[f"blocks/{name}/left"], state[f"blocks/{name}/costs"]) for name in names}
-        return of_table(float(state["total"]), blocks, self.layers, self.setting)
+        return _of_state(state, self.layers, self.setting)
 
     def needed(self, value: float) -> float:
         """The cost that has to go for a target: a factor for a speed-up, else what is to be kept, below 1 a share of the total."""
@@ -147,7 +145,7 @@ def model_costs(
             allowed = f"is for models without adapters, and {group.name!r} has one; merge it first, or give target_sparsity."
             raise ConfigError(name, getattr(config, name), allowed)
     if measured and name == "target_speedup":
-        return Costs(name, 0.0, WEIGHTS.levels, {}, _layers(model), _setting(model, config)).restored(measured)
+        return _of_state(measured, _layers(model), _setting(model, config))
     return COSTS[name](model, config, groups)
 
 
@@ -306,6 +304,13 @@ def of_table(
         return Levels(first.left, sum((level.costs for level in others), start=first.costs))
 
     return Costs("target_speedup", total, levels, blocks, layers, setting)
+
+
+def _of_state(state: Mapping[str, Tensor], layers: Mapping[str, Sequence[str]], setting: Mapping[str, Any] | None) -> Costs:
+    """The costs of a speed-up as [`Costs.state_dict`] has them."""
+    names = dict.fromkeys(key.removeprefix("blocks/").rpartition("/")[0] for key in state if key != "total")
+    blocks = {name: Levels(state[f"blocks/{name}/left"], state[f"blocks/{name}/costs"]) for name in names}
+    return of_table(float(state["total"]), blocks, layers, setting)
 
 
 #: What a budget of `target_sparsity` counts: the weights that the rules name.

@@ -387,8 +387,8 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> float | None:
     return max(-(-batches // args.gradient_accumulation_steps), 1)
 
 
-# At import, so that the patches are in place wherever a callback is, even one that was unpickled. All are needed in transformers
-# 5.0 to 5.23.
+# At import, so that the patches are in place wherever a callback is, even one that was unpickled. The first two are needed in
+# transformers 5.0 to 5.23; of the third it was not tried.
 wrap(Trainer, "train", _noted)
 wrap(Trainer, "log", _with_metrics)
 wrap(Trainer, "save_model", _with_config)
