@@ -25,6 +25,10 @@ from hf_prune.settings import config as settings
 VOCABULARY, LENGTH = 64, 12
 
 
+#: For a tiny BERT that is timed: at 32 tokens its blocks take half of the time, so that a few hundredths can be saved anywhere.
+TIMED = {"intermediate_size": 512}
+
+
 def tiny_bert(head: str = "sequence-classification", seed: int = 0, **config: Any) -> PreTrainedModel:
     """The tiny BERT of `models`, without dropout unless asked for."""
     return tiny("bert", head, seed, **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | config)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from distillation_cases import EVERY_LOSS, LAYERED, TASKS, WIDE, train, training_logs
-from helpers import arguments, ragged_rows, snapshot
+from helpers import TIMED, arguments, ragged_rows, snapshot
 from helpers import tiny_bert as tiny_bert_of_floats
 from models import ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
@@ -312,9 +312,16 @@ def disagreeing(folder: Path) -> Result:
 
 def timed(folder: Path) -> Result:
     """Each process times the model's blocks by itself."""
-    model = tiny_bert()
+    model = tiny_bert(**TIMED)
     rules = [{"pattern": "head"}, {"pattern": "neuron"}]
-    settings = {"rules": rules, "target_speedup": 1.02, "criterion": "magnitude", "schedule": "constant", "latency_length": 8}
+    settings = {
+        "rules": rules,
+        "target_speedup": 1.02,
+        "criterion": "magnitude",
+        "schedule": "constant",
+        "latency_length": 32,
+        "latency_batch_size": 2,
+    }
     pruner = Pruner(model, PruningConfig.from_dict(settings), total_steps=2)
     pruner.step()  # raises if the masks differ
     return {name: value for name, value in pruner.state_dict().items() if name.startswith("costs/")}

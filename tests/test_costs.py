@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import rules, table_of
+from helpers import TIMED, rules, table_of
 from helpers import unit_group as group
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,9 +110,14 @@ def test_a_speedup_is_reached_by_the_table(family: str, speedup: float, tmp_path
 
 
 def test_a_speedup_is_measured_here_where_no_table_is_given() -> None:
-    model = tiny("bert")
+    model = tiny("bert", **TIMED)
     config = PruningConfig(
-        rules=rules("bert"), target_speedup=1.01, criterion="magnitude", latency_length=8, latency_batch_size=1, schedule="constant"
+        rules=rules("bert"),
+        target_speedup=1.01,
+        criterion="magnitude",
+        latency_length=32,
+        latency_batch_size=2,
+        schedule="constant",
     )
     pruner = Pruner(model, config, total_steps=2)
     pruner.step()
@@ -153,9 +158,9 @@ def test_a_run_resumes_with_the_costs_it_began_with(tmp_path: Path) -> None:
 
 def test_a_resumed_run_does_not_measure_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is busier by then, the target might be out of reach."""
-    dense = tiny("bert")
+    dense = tiny("bert", **TIMED)
     config = PruningConfig(
-        rules=rules("bert"), target_speedup=1.01, criterion="magnitude", latency_length=8, latency_batch_size=1, cooldown_steps=1
+        rules=rules("bert"), target_speedup=1.01, criterion="magnitude", latency_length=32, latency_batch_size=2, cooldown_steps=1
     )
     whole = Pruner(copy.deepcopy(dense), config, total_steps=4)
     whole.step()

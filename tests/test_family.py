@@ -16,7 +16,20 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from distillation_cases import WIDE, tokenizer
-from helpers import ROWS, arguments, assert_equal, hooks, pruner_of, rules, snapshot, table_of, tiny_bert, trainer_for, with_dropout
+from helpers import (
+    ROWS,
+    TIMED,
+    arguments,
+    assert_equal,
+    hooks,
+    pruner_of,
+    rules,
+    snapshot,
+    table_of,
+    tiny_bert,
+    trainer_for,
+    with_dropout,
+)
 from models import ragged_batch, tiny
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -480,11 +493,14 @@ def test_a_run_to_speedups_resumes_with_the_costs_it_began_with(tmp_path: Path) 
 
 
 def test_a_resumed_run_to_a_speedup_is_not_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speed: dict[str, Any] = {"target_speedup": 1.01, "latency_length": 8, "latency_batch_size": 1}
-    whole, _ = run(tmp_path / "whole", speed, save_strategy="steps", save_steps=4, eval_dataset=None, eval_strategy="no")
+    def trainer(name: str, seed: int) -> Trainer:
+        to = config(criterion="snip_momentum", target_speedup=1.01, latency_length=32, latency_batch_size=2)
+        return trainer_for(tmp_path / name, to, tiny_bert(seed=seed, **TIMED), save_strategy="steps", save_steps=4)
+
+    whole, resumed = trainer("whole", 0), trainer("resumed", 9)
+    whole.train()
     for name in ("latency_table", "measured_speedup"):
         monkeypatch.delattr(costs, name)
-    resumed = trainer_for(tmp_path / "resumed", config(criterion="snip_momentum", **speed), with_dropout(9))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_equal(snapshot(resumed.model), snapshot(whole.model))
     assert_equal(pruner_of(resumed).state_dict(), pruner_of(whole).state_dict())

@@ -14,6 +14,7 @@ import pytest
 import quickstart
 import torch
 from command_line import CommandLine
+from helpers import table_of
 from models import tiny
 from reloading import reload, save_expected
 from torch import Tensor
@@ -69,11 +70,7 @@ def test_costs_can_be_the_target(option: str, value: float, cli: CommandLine, ho
     dense = AutoModelForSequenceClassification.from_pretrained(home / BERT)
     settings: tuple[Any, ...] = ()
     if option == "--speedup":
-        table = hf_prune.latency_table(dense, 1, 8, repeats=1)
-        hf_prune.LatencyTable(table.model, {"name": "elsewhere"}, table.setting, table.total, table.blocks).save(
-            tmp_path / "t.json"
-        )
-        settings = ("--latency-table", tmp_path / "t.json")
+        settings = ("--latency-table", table_of(dense, tmp_path / "t.json"))
     made = cli.json("prune", home / BERT, tmp_path / "out", "--data", home / "rows.jsonl", option, value, *settings)
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     reached = made["report"]["budget"]
