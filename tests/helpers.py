@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from models import tiny
 from torch import Tensor, nn
@@ -27,6 +29,15 @@ VOCABULARY, LENGTH = 64, 12
 
 #: For a tiny BERT that is timed: at 32 tokens its blocks take half of the time, so that a few hundredths can be saved anywhere.
 TIMED = {"intermediate_size": 512}
+
+
+@contextmanager
+def quickly_timed() -> Iterator[None]:
+    """A context in which models are timed less often, and feed-forward blocks at fewer widths than 43."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_prune.measure.latency._FORWARDS", 1)
+        patch.setattr("hf_prune.measure.latency_table._WIDTHS", 3)
+        yield
 
 
 def tiny_bert(head: str = "sequence-classification", seed: int = 0, **config: Any) -> PreTrainedModel:

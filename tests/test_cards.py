@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_prune
 from hf_prune import CardFacts, ConfigError, ModelCardCallback, PruningCallback, PruningConfig, PruningRule, condense
 from hf_prune.hub.card import PICTURES, auto_class, pipeline_tag, write_card
-from hf_prune.measure.latency import benchmark, compare
+from hf_prune.measure.latency import benchmark, compare, warm
 from hf_prune.measure.sparsity import original_blocks, stock_twin, total_sparsity
 from hf_prune.model import find_blocks
 
@@ -73,18 +74,31 @@ def test_the_comparison_weighs_both_models() -> None:
     )
     assert comparison.latency_ratio == comparison.dense.milliseconds / comparison.model.milliseconds > 0
     assert "batch of 2 × 8" in comparison.protocol
-    assert "1 warm forwards" in comparison.protocol
+    assert "warm forwards in 1 turns" in comparison.protocol
     assert len(seen) == 1
     assert "dense" in str(comparison)
 
 
-def test_each_timed_forward_follows_one_that_is_not() -> None:
+def test_models_take_turns() -> None:
     calls: list[str] = []
     one, other = nn.Linear(1, 1), nn.Linear(1, 1)
     for name, module in {"one": one, "other": other}.items():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     benchmark({"one": one, "other": other}, {"input": torch.zeros(1)}, repeats=2)
-    assert calls == ["one", "one", "other", "other"] * 2
+    assert [name for name, _ in itertools.groupby(calls)] == ["one", "other"] * 2
+
+
+@pytest.mark.parametrize(("seconds", "forwards", "counted"), [(0.3, 2, 1), (0.02, 4, 2), (0.001, 17, 8), (0.0, 17, 8)])
+def test_the_second_half_of_a_turn_counts(seconds: float, forwards: int, counted: int) -> None:
+    calls: list[int] = []
+
+    def clock() -> float:
+        return seconds * len(calls)
+
+    cpu, wall = warm(lambda: calls.append(0), (clock, lambda: float(len(calls) ** 2)))
+    assert len(calls) == forwards
+    assert cpu == pytest.approx([seconds] * counted)
+    assert wall == [(call + 1) ** 2 - call**2 for call in range(forwards - counted, forwards)]
 
 
 def test_activations_are_counted_where_they_live() -> None:

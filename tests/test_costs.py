@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TIMED, rules, table_of
+from helpers import TIMED, quickly_timed, rules, table_of
 from helpers import unit_group as group
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,7 +119,8 @@ def test_a_speedup_is_measured_here_where_no_table_is_given() -> None:
         latency_batch_size=2,
         schedule="constant",
     )
-    pruner = Pruner(model, config, total_steps=2)
+    with quickly_timed():
+        pruner = Pruner(model, config, total_steps=2)
     pruner.step()
     assert pruner.metrics()["speedup"] >= 1.01
     pruner.finish()
@@ -162,7 +163,8 @@ def test_a_resumed_run_does_not_measure_again(monkeypatch: pytest.MonkeyPatch) -
     config = PruningConfig(
         rules=rules("bert"), target_speedup=1.01, criterion="magnitude", latency_length=32, latency_batch_size=2, cooldown_steps=1
     )
-    whole = Pruner(copy.deepcopy(dense), config, total_steps=4)
+    with quickly_timed():
+        whole = Pruner(copy.deepcopy(dense), config, total_steps=4)
     whole.step()
     for name in ("latency_table", "measured_speedup"):
         monkeypatch.delattr(costs, name)

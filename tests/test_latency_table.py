@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import CommandLine
-from helpers import assert_equal, snapshot
+from helpers import assert_equal, quickly_timed, snapshot
 from models import FAMILIES, ragged_batch, tiny, zero_units
 
 import hf_prune.measure.latency_table as module
@@ -22,10 +22,8 @@ from hf_prune.model import find_blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_widths() -> Iterator[None]:
-    """Fewer sizes than the 43 of a feed-forward block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_WIDTHS", 3)
+def quick_timing() -> Iterator[None]:
+    with quickly_timed():
         yield
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from ..condense import sample_batch
+from ..measure.latency import warm
 from ..measure.latency_table import device_facts
 from ..measure.memory import weight_bytes
 from ..measure.sparsity import stock_twin
@@ -205,7 +207,7 @@ def benchmark_runtimes(
 ) -> RuntimeReport:
     """Measure a model and the dense one in runtimes and types: time, size, agreement with PyTorch and, with labels, accuracy.
 
-    All are in one process and take turns; in each a model runs twice and the second run counts, as in [`benchmark`]; medians count.
+    All are in one process and take turns, as in [`benchmark`]; medians count.
 
     Args:
         model: the pruned or condensed model, on the CPU.
@@ -216,7 +218,7 @@ def benchmark_runtimes(
         labelled: rows with their labels.
         metric: of a model in a runtime on these, the more the better; by default [`accuracy`], of a classifier.
         threads: of the CPU. Speedups are of CPU time on one thread, and of time on more.
-        repeats: timed forwards.
+        repeats: turns.
         track: wraps the rounds of measuring, to show progress.
 
     Raises:
@@ -264,7 +266,8 @@ def benchmark_runtimes(
         )
         for key, (_, size, agreement) in entries.items()
     )
-    words = f"{threads} thread{'s' * (threads > 1)}, {'CPU time' if threads == 1 else 'time'}, median of {repeats} forwards in turn"
+    clock_name = "CPU time" if threads == 1 else "time"
+    words = f"{threads} thread{'s' * (threads > 1)}, {clock_name}, median of warm forwards in {repeats} turns"
     return RuntimeReport(rows, left, metric.__name__.replace("_", " ") if labelled else None, machine_facts(), words)
 
 
@@ -401,10 +404,7 @@ def _times(
     for _ in track(range(repeats)):
         for key, run in runs.items():
             for shape, batch in batches.items():
-                run(batch)
-                started = time.process_time(), time.perf_counter()
-                run(batch)
-                seen[key][shape].append((time.process_time() - started[0], time.perf_counter() - started[1]))
+                seen[key][shape] += zip(*warm(partial(run, batch), (time.process_time, time.perf_counter)))
     cpu, wall = (
         {
             key: {shape: 1000 * statistics.median(pair[clock] for pair in pairs) for shape, pairs in by.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from ..settings.errors import within
 from .memory import activation_bytes, megabytes, weight_bytes
 from .sparsity import stock_twin
 from .tables import as_text
+
+#: A model's turn takes so many seconds, but at most so many forwards beside the first.
+_SECONDS, _FORWARDS = 0.05, 16
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def compare(
         reference: what the dense model is, in words.
         rows: batch size; 1 for a decoder that classifies and has no padding token.
         tokens: length of the rows, but no more than the model has positions for; images and sounds have sizes of their own.
-        repeats: timed forward passes of each model.
+        repeats: turns of each model.
         track: wraps the rounds of measuring, to show progress.
         threads: of the CPU; see [`benchmark`].
     """
@@ -131,7 +136,7 @@ def protocol_of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], repe
     shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
     clock = "CPU time" if model.device.type == "cpu" and threads == 1 else "time"
     run = f"{model.dtype}, {model.device.type}, {'one thread' if threads == 1 else f'{threads} threads'}, {clock}"
-    return f"batch of {shape}, {run}, median of {repeats} warm forwards in turn"
+    return f"batch of {shape}, {run}, median of warm forwards in {repeats} turns"
 
 
 def benchmark(
@@ -141,12 +146,11 @@ def benchmark(
     track: Callable[[range], Iterable[int]] = iter,
     threads: int = 1,
 ) -> dict[str, float]:
-    """Milliseconds that each model takes for a batch, the median of `repeats` forwards: of CPU time on one thread; on more, and on
+    """Milliseconds that each model takes for a batch, the median over `repeats` turns: of CPU time on one thread; on more, and on
     CUDA, of time.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
-    processes take. In each turn a model runs twice and the second run counts, with its weights in the caches where they fit: in use
-    it runs again and again, not in turn with others.
+    processes take. What counts of a turn says [`warm`].
     """
     before, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -157,15 +161,29 @@ def benchmark(
             for _ in track(range(repeats)):
                 for name, model in models.items():
                     model.eval()
-                    model(**inputs)
-                    start = now(device, threads)
-                    model(**inputs)
-                    seconds[name].append(now(device, threads) - start)
+                    seconds[name] += warm(partial(model, **inputs), (partial(now, device, threads),))[0]
     finally:
         torch.set_num_threads(before)
         for name, model in models.items():
             model.train(training[name])
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def warm(forward: Callable[[], object], clocks: Sequence[Callable[[], float]]) -> list[list[float]]:
+    """Seconds of forwards by each clock, as a model takes them that runs again and again and not in turn with others.
+
+    A turn is one forward and, for a twentieth of a second by the first clock, 1 to 16 more. The second half of those counts: a
+    small model needs some forwards until what the model before left in the caches is gone.
+    """
+
+    def once() -> list[float]:
+        started = [clock() for clock in clocks]
+        forward()
+        return [clock() - start for clock, start in zip(clocks, started)]
+
+    number = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(once()[0], 1e-9))))
+    found = [once() for _ in range(number)][number // 2 :]
+    return [list(seconds) for seconds in zip(*found)]
 
 
 def now(device: torch.device, threads: int = 1) -> float:

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import random
@@ -42,7 +41,7 @@ from ..model.wrappers import transformers_model
 from ..settings.checks import check_frequency, check_name, is_number
 from ..settings.errors import ConfigError
 from ..version import __version__
-from .latency import now
+from .latency import now, warm
 from .tables import as_text, table_of_modules
 
 #: How a model is run: as it is, or compiled by `torch.compile`.
@@ -55,8 +54,6 @@ _WIDTHS, _RATIO = 43, 0.9
 _MULTIPLE = 64
 #: So many alike layers are measured at once, at most: enough for no cache to hold more of them than it will of the whole model.
 _LAYERS = 6
-#: So many seconds of forwards are timed at a time, but no more than so many forwards.
-_SECONDS, _FORWARDS = 0.05, 5
 #: What every cost rests on is timed so often in a turn of all sizes: the dense model, the model and the kinds without blocks.
 _ANCHORS = 3
 
@@ -394,16 +391,15 @@ def measured_speedup(model: Any, table: LatencyTable, units: Mapping[str, int], 
     inner = transformers_model(model)
     setting = table.setting
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
-    forwards = 1 + max(1, min(_FORWARDS, math.ceil(1000 * _SECONDS / max(table.total, 1e-9))))
     ratios = []
     with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"]):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
         for _ in range(repeats):
-            whole = statistics.median(_timed(inner, inputs, setting["runtime"], forwards))
+            whole = statistics.median(_timed(inner, inputs, setting["runtime"]))
             with unchanged(inner):
                 for block in sized:
                     _cut([block], units[block.name])
-                ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"], forwards)))
+                ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"])))
     return statistics.median(ratios)
 
 
@@ -517,10 +513,9 @@ def _times(
     """Seconds of forwards of each case, as if the machine had been as fast in each turn as in the middle one."""
     cases: list[Case] = [DENSE, GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
     anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
-    once = _timed(model, inputs, runtime, 2)[0]
-    forwards = max(1, min(_FORWARDS, math.ceil(_SECONDS / max(once, 1e-9))))
-    if runtime == "compile":  # a size is compiled once
-        repeats, forwards, anchors = 1, 1 + repeats * forwards, []
+    once = repeats if runtime == "compile" else 1  # a size is compiled once
+    if runtime == "compile":
+        repeats, anchors = 1, []
     everyone = cases + anchors * (_ANCHORS - 1)
     turns = [(turn, case) for turn in range(repeats) for case in random.Random(turn).sample(everyone, len(everyone))]
     times: dict[Case, list[list[float]]] = {case: [[] for _ in range(repeats)] for case in cases}
@@ -528,25 +523,20 @@ def _times(
         turn, case = turns[place]
         with unchanged(model):
             resize(model, kinds, case)
-            times[case][turn] += _timed(model, inputs, runtime, forwards)
+            times[case][turn] += _timed(model, inputs, runtime, once)
     slow = slowness(times)
     return {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
 
 
-def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], runtime: str, forwards: int) -> list[float]:
-    """Seconds of forwards; the first of several warms up and is not counted."""
+def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], runtime: str, turns: int = 1) -> list[float]:
+    """Seconds of [`warm`] forwards."""
     run: Callable[..., Any] = model
-    threads = torch.get_num_threads()
     if runtime == "compile":
         torch._dynamo.reset()
         run = torch.compile(model)
         run(**inputs)
-    seconds = []
-    for _ in range(forwards):
-        start = now(model.device, threads)
-        run(**inputs)
-        seconds.append(now(model.device, threads) - start)
-    return seconds[forwards > 1 :]
+    clock = functools.partial(now, model.device, torch.get_num_threads())
+    return [seconds for _ in range(turns) for seconds in warm(functools.partial(run, **inputs), (clock,))[0]]
 
 
 def slowness(times: Mapping[Case, list[list[float]]]) -> list[float]:

@@ -6,6 +6,7 @@ of it that has to go.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +26,8 @@ from ..settings.config import PruningConfig
 from ..settings.errors import ConfigError
 from .allocation import Levels, allocate_levels, most_removable
 
-#: How often costs are corrected by a measurement of the whole model.
-_CORRECTIONS = 2
+#: How often costs are corrected by a measurement of the whole model, and how many of the last corrections count.
+_CORRECTIONS, _COUNTED = 4, 3
 #: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
 _LARGEST_CORRECTION = 1.5
 
@@ -216,8 +217,8 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
 
     Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
     machine, the model is measured with the sizes that it would get if small weights went (of a family, all members), and what units
-    save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it. Of several processes the mean
-    counts, so that all choose the same units.
+    save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it, and by the mean of the last
+    ones, since measurements scatter. Of several processes the mean counts, so that all choose the same units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
@@ -226,16 +227,17 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     if shards and config.latency_table is None:
         raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
     table = _given_table(model, config) or latency_table(model, config.latency_batch_size, config.latency_length)
-    costs = of_table(table.total, {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model))
-    here = table.is_from_here(model)
+    blocks, layers = {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model)
+    costs = of_table(table.total, blocks, layers)
+    here, shares = table.is_from_here(model), list[float]()
     for _ in range(_CORRECTIONS if here and not shards else 0):
         sizes = [_likely(costs, value, groups, config.max_sparsity_per_module) for value in config.cost_targets]
-        blocks = costs.measured or {}
         removed = sum(float(blocks[name].costs[-1]) - blocks[name].cost(left) for units in sizes for name, left in units.items())
         if removed > 0:
             saved = sum(table.total * (1 - 1 / measured_speedup(model, table, units)) for units in sizes)
-            share = min(max(saved / removed, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
-            costs = of_table(table.total, {name: levels.saving(share) for name, levels in blocks.items()}, costs.layers)
+            shares.append(min(max(saved / removed, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION))
+            share = statistics.mean(shares[-_COUNTED:])
+            costs = of_table(table.total, {name: levels.saving(share) for name, levels in blocks.items()}, layers)
     mean = partial(_mean, device=next(model.parameters()).device)
     blocks = {name: Levels(levels.left, mean(levels.costs)) for name, levels in (costs.measured or {}).items()}
     total = float(mean(torch.tensor(table.total, dtype=torch.float64)))
