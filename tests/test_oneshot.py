@@ -139,7 +139,7 @@ def test_modules_that_are_given_one_tensor_are_found(family: str, groups: list[l
 def test_statistics_of_one_tensor_serve_all_that_are_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Query, key and value take the same moments, and end as they would with moments of their own."""
     models, taken = [tiny("llama", "causal-lm") for _ in range(2)], []
-    settings = PruningConfig(pattern="2:4", update="sparsegpt", scope="local", target_sparsity=0.5)
+    settings = PruningConfig(pattern="channelx1", criterion="magnitude", update="obs", target_sparsity=0.5)
     for number, model in enumerate(models):
         calls = 0
 
@@ -299,19 +299,23 @@ def test_an_update_brings_the_outputs_back(update: str) -> None:
     assert errors[update] < errors["zero"]
 
 
-def test_the_dense_target_repairs_earlier_layers_too() -> None:
-    """With nothing gone in a block, `least_squares` still makes its output what the dense model's was."""
+@pytest.mark.parametrize(("update", "patterns"), [("least_squares", ("neuron", "head")), ("sparsegpt", ("1x1", "2:4"))])
+def test_the_dense_target_repairs_earlier_layers_too(update: str, patterns: tuple[str, str]) -> None:
+    """With nothing gone in a block, its output is still made what the dense model's was."""
+    register_update("aimless", reads_second_moments=True)(UPDATES[update].compute)
     errors = {}
-    for update in ("obs", "least_squares"):
-        model = tiny_bert()
-        settings = PruningConfig(
-            update=update, rules=[PruningRule(pattern="neuron", target_sparsity=0.5, target_modules=r".*layer\.0\..*")]
-        )
-        settings.rules.append(PruningRule(pattern="head", target_sparsity=0.0, target_modules=r".*layer\.[12]\..*"))
-        errors[update] = prune(model, settings, correlated(model, 128)).held_out_error
-    assert errors["least_squares"] is not None
-    assert errors["obs"] is not None
-    assert errors["least_squares"] < errors["obs"]
+    try:
+        for name in ("aimless", update):
+            model = tiny_bert()
+            first, later = (
+                PruningRule(pattern=pattern, target_sparsity=share, target_modules=rf".*layer\.{layers}\..*")
+                for pattern, share, layers in zip(patterns, (0.5, 0.0), ("0", "[12]"))
+            )
+            report = prune(model, PruningConfig(update=name, rules=[first, later]), correlated(model, 128))
+            errors[name] = report.held_out_error or 0.0
+    finally:
+        forget_update("aimless")
+    assert 0 < errors[update] < errors["aimless"]
 
 
 TRAINED = {"movement", "soft_movement"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_prune.model.targets import Target
 from hf_prune.model.units import UnitGroup, View
 from hf_prune.pruning.criteria.activations import kept_in_order
-from hf_prune.pruning.reconstruction import Moments, damping, elimination, inverse, refit, sequential
+from hf_prune.pruning.reconstruction import Moments, aimed, damping, elimination, inverse, refit, sequential
 
 PROBLEMS = st.tuples(st.integers(1, 5), st.integers(2, 9), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(1e-3, 1.0))
 
@@ -63,6 +63,16 @@ def test_refit_is_the_least_squares_solution(sizes: tuple[int, int, int, int, fl
     assert found <= best * (1 + 1e-9) + 1e-9
     torch.testing.assert_close(moments.errors(solved), (a[:, None] * (targets - x @ solved.T) ** 2).sum(0), rtol=1e-6, atol=1e-6)
     assert moments.tokens == len(x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PROBLEMS)
+def test_with_all_columns_only_the_target_moves_a_weight(sizes: tuple[int, int, int, int, float]) -> None:
+    weight, x, targets, _, damp = problem(sizes)
+    moments, everything = moments_of(x, targets), torch.ones(x.shape[1], dtype=torch.bool)
+    inverted = inverse(moments.inputs, damp)
+    torch.testing.assert_close(aimed(weight, moments, inverted), refit(weight, moments, everything, damp), rtol=1e-6, atol=1e-6)
+    assert torch.equal(aimed(weight, moments.without_target(weight), inverted), weight)
 
 
 @settings(max_examples=40, deadline=None)
@@ -161,7 +171,7 @@ def test_what_goes_in_order_costs_least_by_then(
     others = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.2 * with_others
     others[:, columns] = False
     number = int(share * group.max_removable)
-    kept = kept_in_order(group.weights[0], group.n_of_m, weight, x.T @ x, number, others, damp)
+    kept = kept_in_order(group.weights[0], group.n_of_m, weight, inverse(x.T @ x, damp), number, others)
     assert int((~kept).sum()) == number
 
     hessian, now, gone = x.T @ x + damp * torch.eye(len(x.T), dtype=x.dtype), weight.clone(), others.clone()

@@ -54,6 +54,8 @@ _WIDTHS, _RATIO = 43, 0.9
 _MULTIPLE = 64
 #: So many alike layers are measured at once, at most: enough for no cache to hold more of them than it will of the whole model.
 _LAYERS = 6
+#: So many seconds of dense forwards are enough to compare a model with the dense one.
+_SECONDS = 5.0
 #: What every cost rests on is timed so often in a turn of all sizes: the dense model, the model and the kinds without blocks.
 _ANCHORS = 3
 
@@ -386,10 +388,11 @@ def measured_speedup(model: Any, table: LatencyTable, units: Mapping[str, int], 
         model: the model that the table was measured of. It is left as it was.
         table: the table.
         units: block → how many of its heads or neurons are left; other blocks keep all.
-        repeats: how often each has its turn.
+        repeats: how often each has its turn; of a large model, whose turns scatter less, three are enough that take some seconds.
     """
     inner = transformers_model(model)
     setting = table.setting
+    repeats = min(repeats, max(3, round(1000 * _SECONDS / max(table.total, 1.0))))
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
     ratios = []
     with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"]):

@@ -21,7 +21,7 @@ from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
 from ..pruning.budget import make_budgets
 from ..pruning.criteria.activations import kept_in_order, removal_costs
-from ..pruning.reconstruction import Moments, damping, elimination, inverse, refit
+from ..pruning.reconstruction import Moments, aimed, damping, elimination, inverse
 from ..pruning.rules import Rule, match_rules
 from ..pruning.updates import DAMPING, zero
 from ..settings.config import LOCAL_SCOPES, PruningConfig
@@ -474,17 +474,15 @@ class _Passes:
         """Choose a group's units again where its criterion can, solve for what stays, and judge that on the rows held out."""
         number, gone = item.group.num_units, int((~item.kept).sum())
         old = item.matrix()
-        if item.rule.criterion.scores_remainders and item.view.owns_columns and gone:
-            damp = damping(moments.inputs, DAMPING)
-            whole = (
-                refit(old, moments, torch.ones(old.shape[1], dtype=torch.bool, device=old.device), damp) if toward_dense else old
-            )
-            scaled = whole * self._scale(item).sqrt()[:, None]
-            order, _ = elimination(scaled, inverse(moments.inputs, damp), item.view.columns, gone)
-            item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
-        elif item.rule.criterion.scores_remainders and item.rule.update.in_order and gone:
-            others, damp = self._gone(item, old, torch.ones_like(item.kept)), damping(moments.inputs, DAMPING)
-            item.kept = kept_in_order(item.view, item.group.n_of_m, old, moments.inputs, gone, others, damp)
+        if item.rule.criterion.scores_remainders and (item.view.owns_columns or item.rule.update.in_order) and gone:
+            inverted = inverse(moments.inputs, damping(moments.inputs, DAMPING))
+            whole = aimed(old, moments, inverted) if toward_dense else old
+            if item.view.owns_columns:
+                order, _ = elimination(whole * self._scale(item).sqrt()[:, None], inverted, item.view.columns, gone)
+                item.kept = torch.ones_like(item.kept).index_fill_(0, order, False)
+            else:
+                others = self._gone(item, old, torch.ones_like(item.kept))
+                item.kept = kept_in_order(item.view, item.group.n_of_m, whole, inverted, gone, others)
         removed = self._gone(item, old, item.kept)
         masked = zero(old, None, removed)
         new = item.rule.update.compute(old, moments, removed)

@@ -109,6 +109,14 @@ def inverse(inputs: Tensor, damp: float) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(system))
 
 
+def aimed(weight: Tensor, moments: Moments, inverse: Tensor) -> Tensor:
+    """The weight of least E with all columns, from (H + λI)⁻¹, `[in, in]`: W + (C - W·H)·(H + λI)⁻¹.
+
+    The same as [`refit`] with all columns kept; written as a difference it is W itself, bit for bit, where W gives the target.
+    """
+    return weight + (moments.cross - weight @ moments.inputs) @ inverse
+
+
 def elimination(weight: Tensor, inverse: Tensor, units: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Take units away, each time the one whose loss the others can best make up for.
 

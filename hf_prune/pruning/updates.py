@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..settings.config import UPDATES as UPDATE_NAMES
-from .reconstruction import Moments, damping, inverse, refit, sequential
+from .reconstruction import Moments, aimed, damping, inverse, refit, sequential
 
 #: `(weight [out, in], moments of the layer or None, gone: bool [out, in])` → weight `[out, in]`. In `prune()` the bias is the last
 #: column, which never goes, and the moments have a constant input 1 for it; while training there is no such column.
@@ -100,9 +100,13 @@ def obs(weight: Tensor, moments: Moments | None, gone: Tensor) -> Tensor:
     return least_squares(weight, moments.without_target(weight), gone)
 
 
-@register_update("sparsegpt", reads_second_moments=True, in_order=True)
+@register_update("sparsegpt", reads_second_moments=True, dense_target=True, in_order=True)
 def sparsegpt(weight: Tensor, moments: Moments | None, gone: Tensor) -> Tensor:
-    """Column by column, those to the right make up for what goes of a row; see `reconstruction.sequential`."""
+    """Column by column, those to the right make up for what goes of a row; see `reconstruction.sequential`.
+
+    It starts at the weight that comes nearest to the layer's target. The paper starts at the old weight: what layers before have
+    lost would stay lost.
+    """
     assert moments is not None
     inverted = inverse(moments.inputs, damping(moments.inputs, DAMPING))
-    return sequential(weight, inverted, lambda columns, *_: gone[:, columns])[0]
+    return sequential(aimed(weight, moments, inverted), inverted, lambda columns, *_: gone[:, columns])[0]

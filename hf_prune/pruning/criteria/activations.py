@@ -168,7 +168,7 @@ def removal_costs(view: View, matrix: Tensor, moments: Tensor) -> Tensor:
 
 
 def kept_in_order(
-    view: View, n_of_m: tuple[int, int] | None, matrix: Tensor, moments: Tensor, number: int, others: Tensor, damp: float
+    view: View, n_of_m: tuple[int, int] | None, matrix: Tensor, inverted: Tensor, number: int, others: Tensor
 ) -> Tensor:
     """Choose blocks of a weight from left to right, each after what is to its left has gone and the rest made up for it (SparseGPT,
     Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, section 3.2).
@@ -180,10 +180,9 @@ def kept_in_order(
         view: the blocks of a weight.
         n_of_m: see `UnitGroup`.
         matrix: that weight, `[out, in]`, with other columns that stay behind them or without.
-        moments: Σ x·xᵀ of its inputs, `[in, in]`.
+        inverted: (Σ x·xᵀ + λI)⁻¹ of its inputs, `[in, in]`.
         number: how many blocks go.
         others: what goes of the weight anyway, bool `[out, in]`.
-        damp: λ.
 
     Returns:
         The blocks that stay, bool `[units]`.
@@ -204,5 +203,5 @@ def kept_in_order(
         gone[:, :inside] |= goes.view(rows, 1, -1, 1).expand(-1, height, -1, width).reshape(len(gone), inside)
         return gone
 
-    sequential(matrix, inverse(moments, damp), choose, step)
+    sequential(matrix, inverted, choose, step)
     return kept.flatten()
