@@ -6,7 +6,6 @@ import copy
 import logging
 import random
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from helpers import (
     rules,
     snapshot,
     table_of,
+    timed_here,
     tiny_bert,
     trainer_for,
     with_dropout,
@@ -40,7 +40,6 @@ from hf_prune import (
     CardFacts,
     ConfigError,
     DistillationTrainer,
-    LatencyTable,
     ModelCardCallback,
     Pruner,
     PruningCallback,
@@ -51,7 +50,6 @@ from hf_prune import (
 from hf_prune.hub.card import PICTURES, write_card
 from hf_prune.hub.family import Family, Member, folder_name, number
 from hf_prune.measure.latency import Comparison, compare
-from hf_prune.measure.latency_table import device_facts
 from hf_prune.measure.memory import megabytes
 from hf_prune.oneshot.folder import prune_to_folder
 from hf_prune.pruning import costs
@@ -506,14 +504,6 @@ def test_a_resumed_run_to_a_speedup_is_not_timed_again(tmp_path: Path, monkeypat
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_equal(snapshot(resumed.model), snapshot(whole.model))
     assert_equal(pruner_of(resumed).state_dict(), pruner_of(whole).state_dict())
-
-
-def timed_here(file: Path, model: Any, **setting: Any) -> Path:
-    """A made-up table that says that it was measured on this machine."""
-    table = LatencyTable.load(table_of(model, file))
-    given = {"batch_size": 2, "length": 8, "dtype": "float32", "threads": 1, "runtime": "torch"} | setting
-    replace(table, device=device_facts(torch.device("cpu")), setting=given).save(file)
-    return file
 
 
 @pytest.mark.parametrize(

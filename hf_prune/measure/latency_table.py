@@ -381,24 +381,24 @@ def costs_of(kinds: list[Kind], milliseconds: Mapping[Case, float]) -> dict[str,
     return costs
 
 
-def measured_speedup(model: Any, table: LatencyTable, units: Mapping[str, int], *, repeats: int = 9) -> float:
-    """How many times faster than now a model is with other sizes, measured at a table's setting; sizes and the model take turns.
+def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str, int], *, repeats: int = 9) -> float:
+    """How many times faster than now a model is with other sizes; sizes and the model take turns.
 
     Args:
-        model: the model that the table was measured of. It is left as it was.
-        table: the table.
+        model: the model. It is left as it was.
+        setting: at which it is measured, as a [`LatencyTable`] has it.
         units: block → how many of its heads or neurons are left; other blocks keep all.
         repeats: how often each has its turn; of a large model, whose turns scatter less, three are enough that take some seconds.
     """
     inner = transformers_model(model)
-    setting = table.setting
-    repeats = min(repeats, max(3, round(1000 * _SECONDS / max(table.total, 1.0))))
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
-    ratios = []
+    ratios: list[float] = []
+    spent = 0.0
     with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"]):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
-        for _ in range(repeats):
+        while len(ratios) < (repeats if spent < _SECONDS else min(repeats, 3)):
             whole = statistics.median(_timed(inner, inputs, setting["runtime"]))
+            spent += whole
             with unchanged(inner):
                 for block in sized:
                     _cut([block], units[block.name])

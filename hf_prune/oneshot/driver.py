@@ -19,7 +19,8 @@ from ..model.blocks import layer_lists
 from ..model.targets import Target, named_layers
 from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
-from ..pruning.budget import make_budgets
+from ..pruning.budget import Budget, make_budgets
+from ..pruning.costs import Costs, fitted, sizes_of
 from ..pruning.criteria.activations import kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, aimed, damping, elimination, inverse
 from ..pruning.rules import Rule, match_rules
@@ -158,7 +159,7 @@ def prune(
     with _undone_on_error(rules, work) as copied, still(model), torch.no_grad(), full:
         before = predictions(model, rows)
         passes = _Passes(model, rules, rows, work, levels, offload_folder, progress)
-        predicted = _choose(model, rules, rows, passes, labels, seed)
+        predicted = _choose(model, rules, rows, passes, labels, seed, settings.cost_targets)
         modules = passes.update()
         for rule in rules:
             rule.apply()
@@ -246,8 +247,20 @@ def still(model: PreTrainedModel) -> Iterator[None]:
             model.config.use_cache = cached
 
 
-def _choose(model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Passes, labels: bool, seed: int) -> float:
-    """Score all units of the dense model and spend the budgets. Returns what the scores of the units that go add up to."""
+def _choose(
+    model: PreTrainedModel,
+    rules: list[Rule],
+    rows: Rows,
+    passes: _Passes,
+    labels: bool,
+    seed: int,
+    cost_targets: Sequence[float],
+) -> float:
+    """Score all units of the dense model and spend the budgets; one of time is fitted to the sizes that come out.
+
+    Returns:
+        What the scores of the units that go add up to.
+    """
     measured = [rule for rule in rules if rule.criterion.scores_remainders]
     if measured:
         passes.score(seed)
@@ -263,6 +276,14 @@ def _choose(model: PreTrainedModel, rules: list[Rule], rows: Rows, passes: _Pass
                 model(**batch)
     predicted = 0.0
     for budget in make_budgets(rules):
+        if budget.costs.setting is not None:
+
+            def sizes(costs: Costs, budget: Budget = budget) -> list[dict[str, int]]:
+                budget.aim(costs, cost_targets)
+                removed = [~kept for rule_kept in budget.allocate(1) for kept in rule_kept]
+                return [sizes_of(costs, budget.groups, removed)]
+
+            budget.aim(fitted(budget.costs, model, cost_targets, sizes), cost_targets)
         for rule, kept in zip(budget.rules, budget.allocate(1)):
             predicted += sum(float(rule.criterion.scores(group)[~stay].sum()) for group, stay in zip(rule.groups, kept))
             rule.keep(kept)

@@ -125,7 +125,12 @@ class Budget:
 
     def load_costs(self, state: Mapping[str, Tensor], values: Sequence[float]) -> None:
         """Go on with costs as they were measured at first, for some targets."""
-        self.costs = self.costs.restored(state)
+        self.aim(self.costs.restored(state), values)
+
+    def aim(self, costs: Costs, values: Sequence[float]) -> None:
+        """Go on to some targets in terms of other costs."""
+        self.costs = costs
+        self.requested_sparsity = self.spent()
         caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
         self.timeline = self.timeline.aimed_at(self.costs.shares(values, self.groups, caps))
         for rule in self.rules:

@@ -26,8 +26,8 @@ from ..settings.config import PruningConfig
 from ..settings.errors import ConfigError
 from .allocation import Levels, allocate_levels, most_removable
 
-#: How often costs are corrected by a measurement of the whole model, and how many of the last corrections count.
-_CORRECTIONS, _COUNTED = 4, 3
+#: How many sizes of the whole model are measured at most, for costs that meet a speed, and how near to it is near enough.
+_TRIALS, _NEAR = 6, 0.01
 #: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
 _LARGEST_CORRECTION = 1.5
 
@@ -61,6 +61,16 @@ class Costs:
     def restored(self, state: Mapping[str, Tensor]) -> Costs:
         """The same as they were measured another time."""
         return _of_state(state, self.layers, self.setting)
+
+    def saving(self, share: float) -> Costs:
+        """The same where units save this share of what they did when they go."""
+        levels = {name: level.saving(share) for name, level in (self.measured or {}).items()}
+        return of_table(self.total, levels, self.layers, self.setting)
+
+    def saved(self, units: Mapping[str, int]) -> float:
+        """What goes of the cost when so many units are left in some blocks, by name, where blocks were measured."""
+        levels = [((self.measured or {})[name], left) for name, left in units.items()]
+        return sum(float(level.costs[-1]) - level.cost(left) for level, left in levels)
 
     def needed(self, value: float) -> float:
         """The cost that has to go for a target: a factor for a speed-up, else what is to be kept, below 1 a share of the total."""
@@ -217,8 +227,8 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
 
     Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
     machine, the model is measured with the sizes that it would get if small weights went (of a family, all members), and what units
-    save is corrected by what they save together; [`_CORRECTIONS`] times, since sizes change with it, and by the mean of the last
-    ones, since measurements scatter. Of several processes the mean counts, so that all choose the same units.
+    save is corrected by what they save together; see [`fitted`]. Of several processes the mean counts, so that all choose the same
+    units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
@@ -227,21 +237,52 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     if shards and config.latency_table is None:
         raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
     table = _given_table(model, config) or latency_table(model, config.latency_batch_size, config.latency_length)
-    blocks, layers = {name: Levels.of(levels) for name, levels in table.blocks.items()}, _layers(model)
-    costs = of_table(table.total, blocks, layers)
-    here, shares = table.is_from_here(model), list[float]()
-    for _ in range(_CORRECTIONS if here and not shards else 0):
-        sizes = [_likely(costs, value, groups, config.max_sparsity_per_module) for value in config.cost_targets]
-        removed = sum(float(blocks[name].costs[-1]) - blocks[name].cost(left) for units in sizes for name, left in units.items())
-        if removed > 0:
-            saved = sum(table.total * (1 - 1 / measured_speedup(model, table, units)) for units in sizes)
-            shares.append(min(max(saved / removed, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION))
-            share = statistics.mean(shares[-_COUNTED:])
-            costs = of_table(table.total, {name: levels.saving(share) for name, levels in blocks.items()}, layers)
+    blocks = {name: Levels.of(levels) for name, levels in table.blocks.items()}
+    here = table.is_from_here(model) and not shards
+    costs = of_table(table.total, blocks, _layers(model), table.setting if here else None)
+    if here:
+        cap = config.max_sparsity_per_module
+        costs = fitted(
+            costs, model, config.cost_targets, lambda trial: [_likely(trial, value, groups, cap) for value in config.cost_targets]
+        )
     mean = partial(_mean, device=next(model.parameters()).device)
     blocks = {name: Levels(levels.left, mean(levels.costs)) for name, levels in (costs.measured or {}).items()}
-    total = float(mean(torch.tensor(table.total, dtype=torch.float64)))
-    return of_table(total, blocks, costs.layers, table.setting if here else None)
+    return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks, costs.layers, costs.setting)
+
+
+def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Callable[[Costs], Sequence[Mapping[str, int]]]) -> Costs:
+    """Costs with which budgets come to sizes that are as fast as was asked, as near as some measurements of the whole model get.
+
+    What units save is scaled by what the model is measured to save with the sizes that come out, which changes with it. Of all that
+    was tried the nearest counts, since its sizes are those that were measured; being too slow counts twice.
+
+    Args:
+        costs: of a speed-up, timed on this machine.
+        model: the model.
+        values: the speed-ups that are asked.
+        sizes: from costs to the units left in each block that shrinks, for each of `values`.
+    """
+    assert costs.setting is not None
+    found: list[float] = []
+    tried: list[tuple[float, Costs]] = []
+    for _ in range(_TRIALS):
+        trial = costs.saving(statistics.mean(found[-2:])) if found else costs
+        blocks = sizes(trial)
+        if not all(blocks):
+            return trial
+        speeds = [measured_speedup(model, costs.setting, units) for units in blocks]
+        tried.append((max(_distance(speed, value) for speed, value in zip(speeds, values)), trial))
+        if tried[-1][0] <= _NEAR:
+            break
+        saved = sum(costs.total * (1 - 1 / speed) for speed in speeds)
+        share = saved / sum(costs.saved(units) for units in blocks)
+        found.append(min(max(share, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION))
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def _distance(speed: float, value: float) -> float:
+    """How far a speed-up is from what was asked, as a share of it; twice as far where it is less."""
+    return max(speed / value - 1, 2 * (1 - speed / value))
 
 
 def _given_table(model: nn.Module, config: PruningConfig) -> LatencyTable | None:
@@ -276,7 +317,11 @@ def _likely(costs: Costs, value: float, groups: Sequence[UnitGroup], cap: float)
     scores = [group.reduce(lambda target: target.weight().abs(), "sum").float() for group in groups]
     none = [torch.zeros(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     floors, caps = [0.0] * len(groups), [cap] * len(groups)
-    removed = allocate_levels(groups, scores, none, levels, costs.needed(value), floors, caps)
+    return sizes_of(costs, groups, allocate_levels(groups, scores, none, levels, costs.needed(value), floors, caps))
+
+
+def sizes_of(costs: Costs, groups: Sequence[UnitGroup], removed: Sequence[Tensor]) -> dict[str, int]:
+    """How many units are left in blocks, by name, when some go; blocks that shrink only."""
     units = {}
     for group, gone in zip(groups, removed):
         for name in _blocks_of(group, costs.layers) if bool(gone.any()) else ():
