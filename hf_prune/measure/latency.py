@@ -178,7 +178,6 @@ def warm(forward: Callable[[], object], clocks: Sequence[Callable[[], float]]) -
     A turn is one forward and, for a twentieth of a second by the first clock, 1 to 16 more. The second half of those counts: a
     small model needs some forwards until what the model before left in the caches is gone.
     """
-
     torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)  # and freed at once
 
     def once() -> list[float]:

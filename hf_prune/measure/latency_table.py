@@ -333,7 +333,7 @@ def latency_table(
     blocks = find_blocks(model)
     _check_blocks(blocks)
     facts = model_facts(model)
-    with _at_rest(inner, DTYPES[dtype], threads):
+    with _at_rest(inner, DTYPES[dtype], threads, copied=True):
         inputs = _inputs(inner, batch_size, length)
         kinds = block_kinds(inner, blocks)
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
@@ -394,7 +394,7 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
     ratios: list[float] = []
     spent = 0.0
-    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"]):
+    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], copied=False):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
         while len(ratios) < (repeats if spent < _SECONDS else min(repeats, 3)):
             whole = statistics.median(_timed(inner, inputs, setting["runtime"]))
@@ -423,15 +423,18 @@ def _check_blocks(blocks: Iterable[Block]) -> None:
 
 
 @contextlib.contextmanager
-def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int) -> Iterator[None]:
-    """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was."""
+def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, *, copied: bool) -> Iterator[None]:
+    """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was.
+
+    Where weights lie matters: in the pages of a file they may be read faster than in memory of the process. `copied` puts them where
+    those are that are cut, so that sizes can be subtracted from each other; else they stay, as the model is used.
+    """
     before = torch.get_num_threads()
     with unchanged(model), torch.inference_mode():
         model.eval()  # type: ignore[no-untyped-call]
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():  # not `model.to`, which changes gradients too
-                # copied in any case: weights in the pages of a file are faster to read than those that are cut
-                tensor.data = tensor.data.to(dtype, copy=True)
+                tensor.data = tensor.data.to(dtype, copy=copied)
         torch.set_num_threads(threads)
         try:
             yield

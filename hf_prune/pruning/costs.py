@@ -238,9 +238,8 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
         raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
     table = _given_table(model, config) or latency_table(model, config.latency_batch_size, config.latency_length)
     blocks = {name: Levels.of(levels) for name, levels in table.blocks.items()}
-    here = table.is_from_here(model) and not shards
-    costs = of_table(table.total, blocks, _layers(model), table.setting if here else None)
-    if here:
+    costs = of_table(table.total, blocks, _layers(model), table.setting if table.is_from_here(model) else None)
+    if costs.setting is not None and not shards:
         cap = config.max_sparsity_per_module
         costs = fitted(
             costs, model, config.cost_targets, lambda trial: [_likely(trial, value, groups, cap) for value in config.cost_targets]
@@ -268,14 +267,14 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
     for _ in range(_TRIALS):
         trial = costs.saving(statistics.mean(found[-2:])) if found else costs
         blocks = sizes(trial)
-        if not all(blocks):
+        predicted = sum(costs.saved(units) for units in blocks)
+        if not predicted:
             return trial
         speeds = [measured_speedup(model, costs.setting, units) for units in blocks]
         tried.append((max(_distance(speed, value) for speed, value in zip(speeds, values)), trial))
         if tried[-1][0] <= _NEAR:
             break
-        saved = sum(costs.total * (1 - 1 / speed) for speed in speeds)
-        share = saved / sum(costs.saved(units) for units in blocks)
+        share = sum(costs.total * (1 - 1 / speed) for speed in speeds) / predicted
         found.append(min(max(share, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION))
     return min(tried, key=lambda pair: pair[0])[1]
 
