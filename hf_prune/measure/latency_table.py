@@ -426,8 +426,8 @@ def _check_blocks(blocks: Iterable[Block]) -> None:
 def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, *, copied: bool) -> Iterator[None]:
     """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was.
 
-    Where weights lie matters: in the pages of a file they may be read faster than in memory of the process. `copied` puts them where
-    those are that are cut, so that sizes can be subtracted from each other; else they stay, as the model is used.
+    Where weights lie matters: in the pages of a file they may be read faster than in memory of the process. `copied` puts them
+    where those are that are cut, so that sizes can be subtracted from each other; else they stay, as the model is used.
     """
     before = torch.get_num_threads()
     with unchanged(model), torch.inference_mode():

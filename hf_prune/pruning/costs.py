@@ -28,6 +28,8 @@ from .allocation import Levels, allocate_levels, most_removable
 
 #: How many sizes of the whole model are measured at most, for costs that meet a speed, and how near to it is near enough.
 _TRIALS, _NEAR = 6, 0.01
+#: So much of a speed is aimed at, since other processes find it a few hundredths higher or lower, and lower is worse.
+_AIM = 1.01
 #: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
 _LARGEST_CORRECTION = 1.5
 
@@ -271,10 +273,11 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
         if not predicted:
             return trial
         speeds = [measured_speedup(model, costs.setting, units) for units in blocks]
-        tried.append((max(_distance(speed, value) for speed, value in zip(speeds, values)), trial))
+        tried.append((max(_distance(speed, _AIM * value) for speed, value in zip(speeds, values)), trial))
         if tried[-1][0] <= _NEAR:
             break
         share = sum(costs.total * (1 - 1 / speed) for speed in speeds) / predicted
+        share *= sum(1 - 1 / value for value in values) / sum(1 - 1 / (_AIM * value) for value in values)
         found.append(min(max(share, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION))
     return min(tried, key=lambda pair: pair[0])[1]
 
