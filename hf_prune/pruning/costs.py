@@ -6,7 +6,6 @@ of it that has to go.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -254,8 +253,9 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
 def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Callable[[Costs], Sequence[Mapping[str, int]]]) -> Costs:
     """Costs with which budgets come to sizes that are as fast as was asked, as near as some measurements of the whole model get.
 
-    What units save is scaled by what the model is measured to save with the sizes that come out, which changes with it. Of all that
-    was tried the nearest counts, since its sizes are those that were measured; being too slow counts twice.
+    What units save is scaled by what the model is measured to save with the sizes that come out, which change with it; between a
+    scale that was too fast and one that was too slow where that leads no further. Of all that was tried the nearest counts, since its
+    sizes are those that were measured; being too slow counts twice.
 
     Args:
         costs: of a speed-up, timed on this machine.
@@ -264,27 +264,31 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
         sizes: from costs to the units left in each block that shrinks, for each of `values`.
     """
     assert costs.setting is not None
-    found: list[float] = []
+    aims = [_AIM * value for value in values]
+    needed = sum(1 - 1 / value for value in values) / sum(1 - 1 / aim for aim in aims)
     tried: list[tuple[float, Costs]] = []
+    share, low, high = 1.0, 1 / _LARGEST_CORRECTION, _LARGEST_CORRECTION  # the smaller the share, the more goes
     for _ in range(_TRIALS):
-        trial = costs.saving(statistics.mean(found[-2:])) if found else costs
+        trial = costs.saving(share)
         blocks = sizes(trial)
         predicted = sum(costs.saved(units) for units in blocks)
         if not predicted:
             return trial
         speeds = [measured_speedup(model, costs.setting, units) for units in blocks]
-        tried.append((max(_distance(speed, _AIM * value) for speed, value in zip(speeds, values)), trial))
+        farthest = max((speed / aim - 1 for speed, aim in zip(speeds, aims)), key=_distance)
+        tried.append((_distance(farthest), trial))
         if tried[-1][0] <= _NEAR:
             break
-        share = sum(costs.total * (1 - 1 / speed) for speed in speeds) / predicted
-        share *= sum(1 - 1 / value for value in values) / sum(1 - 1 / (_AIM * value) for value in values)
-        found.append(min(max(share, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION))
+        low, high = (share, high) if farthest > 0 else (low, share)
+        share = needed * sum(costs.total * (1 - 1 / speed) for speed in speeds) / predicted
+        if not low < share < high:  # as happens where one unit is much of the cost
+            share = (low + high) / 2
     return min(tried, key=lambda pair: pair[0])[1]
 
 
-def _distance(speed: float, value: float) -> float:
-    """How far a speed-up is from what was asked, as a share of it; twice as far where it is less."""
-    return max(speed / value - 1, 2 * (1 - speed / value))
+def _distance(off: float) -> float:
+    """How far a speed-up is from what was asked, from how much more it is as a share of it: twice as far where it is less."""
+    return max(off, -2 * off)
 
 
 def _given_table(model: nn.Module, config: PruningConfig) -> LatencyTable | None:
