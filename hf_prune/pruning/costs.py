@@ -253,9 +253,9 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
 def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Callable[[Costs], Sequence[Mapping[str, int]]]) -> Costs:
     """Costs with which budgets come to sizes that are as fast as was asked, as near as some measurements of the whole model get.
 
-    What units save is scaled by what the model is measured to save with the sizes that come out, which change with it; between a
-    scale that was too fast and one that was too slow where that leads no further. Of all that was tried the nearest counts, since its
-    sizes are those that were measured; being too slow counts twice.
+    What units save is scaled by what the model is measured to save with the sizes that come out, which change with it; where that
+    leads no further, by the middle between scales that were too fast and too slow. Of all that was tried the nearest counts, since
+    its sizes are those that were measured; being too slow counts twice.
 
     Args:
         costs: of a speed-up, timed on this machine.

@@ -80,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as home:
             table = latency_table(dense, *shape)
             table.save(Path(home, "table.json"))
-            dense.save_pretrained(Path(home, "dense"))
-            folders, predicted = [str(Path(home, "dense"))], {}
+            folders, predicted = [options.model], {}
             for speedup in options.speedups:
                 model, predicted[speedup] = pruned(dense, Path(home, "table.json"), speedup)
                 folders.append(str(Path(home, str(speedup))))
