@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,33 @@ def test_the_second_half_of_a_turn_counts(seconds: float, forwards: int, counted
     assert len(calls) == forwards
     assert cpu == pytest.approx([seconds] * counted)
     assert wall == [(call + 1) ** 2 - call**2 for call in range(forwards - counted, forwards)]
+
+
+FAULTS = """
+import resource
+import torch
+from hf_prune.measure.latency import warm
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(7 << 18) for _ in range(6)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.ones(8 << 18)
+cold = faults(), faults()
+warm(lambda: None, (float,))
+torch.ones(8 << 18)
+faults()
+print(*cold, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="says how glibc's allocator works")
+def test_a_timed_forward_does_not_wait_for_memory() -> None:
+    """A fresh process gives memory back after each forward and faults it in again; not once something was timed."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    _, cold, after = map(int, done.stdout.split())
+    assert after < 100 < 1000 < cold
 
 
 def test_activations_are_counted_where_they_live() -> None:
