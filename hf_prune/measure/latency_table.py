@@ -392,17 +392,19 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
     """
     inner = transformers_model(model)
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
+    # a size is compiled once
+    repeats, turns = (1, repeats) if setting["runtime"] == "compile" else (repeats, 1)
     ratios: list[float] = []
     spent = 0.0
     with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], copied=False):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
         while len(ratios) < (repeats if spent < _SECONDS else min(repeats, 3)):
-            whole = statistics.median(_timed(inner, inputs, setting["runtime"]))
+            whole = statistics.median(_timed(inner, inputs, setting["runtime"], turns))
             spent += whole
             with unchanged(inner):
                 for block in sized:
                     _cut([block], units[block.name])
-                ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"])))
+                ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"], turns)))
     return statistics.median(ratios)
 
 
@@ -519,9 +521,9 @@ def _times(
     """Seconds of forwards of each case, as if the machine had been as fast in each turn as in the middle one."""
     cases: list[Case] = [DENSE, GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
     anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
-    once = repeats if runtime == "compile" else 1  # a size is compiled once
-    if runtime == "compile":
-        repeats, anchors = 1, []
+    together = 1
+    if runtime == "compile":  # a size is compiled once
+        repeats, together, anchors = 1, repeats, []
     everyone = cases + anchors * (_ANCHORS - 1)
     turns = [(turn, case) for turn in range(repeats) for case in random.Random(turn).sample(everyone, len(everyone))]
     times: dict[Case, list[list[float]]] = {case: [[] for _ in range(repeats)] for case in cases}
@@ -529,7 +531,7 @@ def _times(
         turn, case = turns[place]
         with unchanged(model):
             resize(model, kinds, case)
-            times[case][turn] += _timed(model, inputs, runtime, once)
+            times[case][turn] += _timed(model, inputs, runtime, together)
     slow = slowness(times)
     return {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
 
