@@ -33,26 +33,42 @@ SHAPE = (8, 128)
 METHODS = ("budget", "equal shares")
 
 
-def equal_share(dense: Any, table: LatencyTable, speedup: float) -> float:
+def sizes_at(table: LatencyTable, share: float) -> dict[str, int]:
+    """What is left of each block when a share of it goes."""
+    return {name: max(costs) - round(share * max(costs)) for name, costs in table.blocks.items()}
+
+
+def saved_by(table: LatencyTable, share: float) -> float:
+    """Milliseconds that the table saves when a share of each block goes."""
+    blocks = sizes_at(table, share).items()
+    return sum(table.milliseconds(name, max(table.blocks[name])) - table.milliseconds(name, left) for name, left in blocks)
+
+
+def smallest_share(table: LatencyTable, speedup: float, scale: float = 1.0) -> float:
     """The smallest share that has to go of every block for a speed-up, in steps of a thousandth.
 
-    What the table says is corrected four times by what the model is measured to take, as a budget's costs are.
+    Args:
+        table: what blocks cost.
+        speedup: how many times faster.
+        scale: what a share really saves of what the table says.
 
     Raises:
         ValueError: even without any block the model is slower.
     """
-    needed, found = table.total * (1 - 1 / speedup), list[float]()
-    full = {name: max(costs) for name, costs in table.blocks.items()}
+    for part in range(1000):
+        if scale * saved_by(table, part / 1000) >= table.total * (1 - 1 / speedup):
+            return part / 1000
+    raise ValueError(f"No share makes the model {speedup} times faster.")
+
+
+def equal_share(dense: Any, table: LatencyTable, speedup: float) -> float:
+    """The same as the model is measured to take, which scales the table four times, as a budget's costs are."""
+    share, scales = smallest_share(table, speedup), list[float]()
     for _ in range(4):
-        for part in range(1000):
-            left = {name: units - round(part / 1000 * units) for name, units in full.items()}
-            saved = sum(table.milliseconds(name, full[name]) - table.milliseconds(name, units) for name, units in left.items())
-            if statistics.mean(found[-3:] or [1.0]) * saved >= needed:
-                break
-        else:
-            raise ValueError(f"No share makes the model {speedup} times faster.")
-        found.append(table.total * (1 - 1 / measured_speedup(dense, table.setting, left)) / saved)
-    return part / 1000
+        faster = measured_speedup(dense, table.setting, sizes_at(table, share))
+        scales.append(table.total * (1 - 1 / faster) / saved_by(table, share))
+        share = smallest_share(table, speedup, statistics.mean(scales[-3:]))
+    return share
 
 
 def config_of(method: str, dense: Any, table: Path, speedup: float) -> PruningConfig:
