@@ -90,7 +90,7 @@ Pad = Annotated[
 Against = Annotated[str | None, typer.Option(help="The dense model; default: a random one of the original sizes.")]
 Rows = Annotated[int, typer.Option(min=1, help="Batch size.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Sequence length.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Turns of each model, of one forward or more.")]
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Text: .txt, .csv, .json or .jsonl.")]
 TextColumns = Annotated[
     list[str] | None,
@@ -416,7 +416,7 @@ def benchmark(
     against: Against = None,
     batch_size: Rows = 8,
     tokens: Tokens = 128,
-    repeats: Repeats = 30,
+    repeats: Repeats = 10,
     device: Device = "cpu",
     runtimes: Annotated[
         str | None,
@@ -538,7 +538,7 @@ def card(
     against: Against = None,
     batch_size: Rows = 8,
     tokens: Tokens = 128,
-    repeats: Repeats = 30,
+    repeats: Repeats = 10,
     as_json: Json = False,
 ) -> None:
     """Write the model card, with pictures, into a model's folder, from the files that are there."""

@@ -34,10 +34,11 @@ TIMED = {"intermediate_size": 512}
 
 @contextmanager
 def quickly_timed() -> Iterator[None]:
-    """A context in which models are timed less often, and feed-forward blocks at fewer widths than 43."""
+    """A context in which models are timed less often, feed-forward blocks at fewer widths than 43, and only one choice of sizes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_prune.measure.latency._FORWARDS", 1)
         patch.setattr("hf_prune.measure.latency_table._WIDTHS", 3)
+        patch.setattr("hf_prune.pruning.costs._TRIALS", 1)
         yield
 
 

@@ -106,7 +106,7 @@ def compare(
     reference: str | None = None,
     rows: int = 8,
     tokens: int = 128,
-    repeats: int = 30,
+    repeats: int = 10,
     track: Callable[[range], Iterable[int]] = iter,
     threads: int = 1,
 ) -> Comparison:
@@ -145,7 +145,7 @@ def protocol_of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], repe
 def benchmark(
     models: Mapping[str, nn.Module],
     inputs: Mapping[str, torch.Tensor],
-    repeats: int = 30,
+    repeats: int = 10,
     track: Callable[[range], Iterable[int]] = iter,
     threads: int = 1,
 ) -> dict[str, float]:
