@@ -15,6 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_prune import LatencyTable
 from hf_prune.measure.sparsity import sparsity_report, total_sparsity
+from hf_prune.pruning.allocation import Levels
+from hf_prune.pruning.costs import of_table
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -128,19 +130,19 @@ def test_unknown_row(capsys: pytest.CaptureFixture[str]) -> None:
 def test_equal_shares_are_the_smallest_that_reach_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {units: units / 4 for units in range(5)}
     table = LatencyTable({}, {"name": "no machine"}, {}, 4.0, {"first": costs, "second": costs, "third": costs})
-    share = oneshot_speedups.smallest_share(
-        table, 2.0
-    )  # 3 ms in the blocks; 1 ms has to be left there, two of four units are not it
+    levels = of_table(4.0, {name: Levels.of(costs) for name in table.blocks})
+    # 3 ms in the blocks; 1 ms has to be left there, two of four units are not it
+    share = oneshot_speedups.smallest_share(table, levels, 2.0)
     left = 4 - round(share * 4)
     assert (left, 4 - round((share - 0.001) * 4)) == (1, 2)
     with pytest.raises(ValueError, match="No share makes the model 5"):
-        oneshot_speedups.smallest_share(table, 5.0)
+        oneshot_speedups.smallest_share(table, levels, 5.0)
 
     def measured(model: Any, setting: dict[str, Any], sizes: dict[str, int]) -> float:
-        """On a machine where all that goes saves a third more than the table says."""
-        return 4 / (4 - 4 / 3 * sum(costs[4] - costs[left] for left in sizes.values()))
+        """On a machine where all that goes saves two fifths more than the table says."""
+        return 4 / (4 - 1.4 * sum(costs[4] - costs[left] for left in sizes.values()))
 
-    monkeypatch.setattr(oneshot_speedups, "measured_speedup", measured)
+    monkeypatch.setattr("hf_prune.pruning.costs.measured_speedup", measured)
     share = oneshot_speedups.equal_share(None, table, 2.0)  # so that two of four units are it
     assert (4 - round(share * 4), 4 - round((share - 0.001) * 4)) == (2, 3)
 

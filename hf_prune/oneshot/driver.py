@@ -277,17 +277,22 @@ def _choose(
     predicted = 0.0
     for budget in make_budgets(rules):
         if budget.costs.setting is not None:
-
-            def sizes(costs: Costs, budget: Budget = budget) -> list[dict[str, int]]:
-                budget.aim(costs, cost_targets)
-                removed = [~kept for rule_kept in budget.allocate(1) for kept in rule_kept]
-                return [sizes_of(costs, budget.groups, removed)]
-
-            budget.aim(fitted(budget.costs, model, cost_targets, sizes), cost_targets)
+            _fit(budget, model, cost_targets)
         for rule, kept in zip(budget.rules, budget.allocate(1)):
             predicted += sum(float(rule.criterion.scores(group)[~stay].sum()) for group, stay in zip(rule.groups, kept))
             rule.keep(kept)
     return predicted
+
+
+def _fit(budget: Budget, model: PreTrainedModel, targets: Sequence[float]) -> None:
+    """Let a budget of time meet its target with the sizes that it comes to."""
+
+    def sizes(costs: Costs) -> list[dict[str, int]]:
+        budget.aim(costs, targets)
+        removed = [~kept for rule_kept in budget.allocate(1) for kept in rule_kept]
+        return [sizes_of(costs, budget.groups, removed)]
+
+    budget.aim(fitted(budget.costs, model, targets, sizes), targets)
 
 
 def _generator(model: PreTrainedModel, seed: int) -> torch.Generator:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_prune import LatencyTable, PruningConfig, PruningRule, condense, latency_table, prune
 from hf_prune.condense import sample_batch
 from hf_prune.measure.latency import benchmark
-from hf_prune.measure.latency_table import measured_speedup
+from hf_prune.pruning.allocation import Levels
+from hf_prune.pruning.costs import Costs, fitted, of_table
 
 #: Batch size × length at which speed counts.
 SHAPE = (8, 128)
@@ -38,37 +38,23 @@ def sizes_at(table: LatencyTable, share: float) -> dict[str, int]:
     return {name: max(costs) - round(share * max(costs)) for name, costs in table.blocks.items()}
 
 
-def saved_by(table: LatencyTable, share: float) -> float:
-    """Milliseconds that the table saves when a share of each block goes."""
-    blocks = sizes_at(table, share).items()
-    return sum(table.milliseconds(name, max(table.blocks[name])) - table.milliseconds(name, left) for name, left in blocks)
-
-
-def smallest_share(table: LatencyTable, speedup: float, scale: float = 1.0) -> float:
-    """The smallest share that has to go of every block for a speed-up, in steps of a thousandth.
-
-    Args:
-        table: what blocks cost.
-        speedup: how many times faster.
-        scale: what a share really saves of what the table says.
+def smallest_share(table: LatencyTable, costs: Costs, speedup: float) -> float:
+    """The smallest share that has to go of every block for a speed-up by some costs, in steps of a thousandth.
 
     Raises:
         ValueError: even without any block the model is slower.
     """
     for part in range(1000):
-        if scale * saved_by(table, part / 1000) >= table.total * (1 - 1 / speedup):
+        if costs.saved(sizes_at(table, part / 1000)) >= costs.needed(speedup):
             return part / 1000
     raise ValueError(f"No share makes the model {speedup} times faster.")
 
 
 def equal_share(dense: Any, table: LatencyTable, speedup: float) -> float:
-    """The same as the model is measured to take, which scales the table four times, as a budget's costs are."""
-    share, scales = smallest_share(table, speedup), list[float]()
-    for _ in range(4):
-        faster = measured_speedup(dense, table.setting, sizes_at(table, share))
-        scales.append(table.total * (1 - 1 / faster) / saved_by(table, share))
-        share = smallest_share(table, speedup, statistics.mean(scales[-3:]))
-    return share
+    """The same by costs that are fitted to what the model is measured to take, as those of a budget are."""
+    costs = of_table(table.total, {name: Levels.of(levels) for name, levels in table.blocks.items()}, setting=table.setting)
+    found = fitted(costs, dense, [speedup], lambda trial: [sizes_at(table, smallest_share(table, trial, speedup))])
+    return smallest_share(table, found, speedup)
 
 
 def config_of(method: str, dense: Any, table: Path, speedup: float) -> PruningConfig:
