@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,21 @@ def test_what_the_whole_model_saves_corrects_the_table(driver: str, tmp_path: Pa
     assert 1.59 <= speedup(alive) < 1.65
     assert len(asked) > 1
     assert {name: left for name, left in alive.items() if left < max(table.blocks[name])} in asked  # the sizes that were measured
+
+
+def test_a_trial_beyond_what_can_be_had_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a trial comes out a little slow, the next asks for more than all units cost."""
+    model = tiny("bert")
+    file = timed_here(tmp_path / "table.json", model)
+    config = PruningConfig(rules=rules("bert"), target_speedup=2.0, latency_table=str(file))
+    monkeypatch.setattr(costs, "measured_speedup", lambda *_: 2.02)
+    with pytest.raises(ConfigError, match="target_speedup can be at most") as error:
+        prune(tiny("bert"), replace(config, target_speedup=100.0), [ragged_batch(model, rows=8)])
+    most = float(str(error.value).split("at most ")[-1].split()[0].rstrip("."))
+    found = iter([1.01 * 0.999 * most] + [0.9 * most] * 20)
+    monkeypatch.setattr(costs, "measured_speedup", lambda *_: next(found))
+    report = prune(model, replace(config, target_speedup=0.999 * most), [ragged_batch(model, rows=8)])
+    assert report.budget["speedup"] >= 0.999 * most
 
 
 def test_a_speedup_is_measured_here_where_no_table_is_given() -> None:

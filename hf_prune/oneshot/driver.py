@@ -288,7 +288,10 @@ def _fit(budget: Budget, model: PreTrainedModel, targets: Sequence[float]) -> No
     """Let a budget of time meet its target with the sizes that it comes to."""
 
     def sizes(costs: Costs) -> list[dict[str, int]]:
-        budget.aim(costs, targets)
+        try:
+            budget.aim(costs, targets)
+        except ConfigError:  # a trial goes beyond what can be had; where the first does, aiming below says so
+            return [{}]
         removed = [~kept for rule_kept in budget.allocate(1) for kept in rule_kept]
         return [sizes_of(costs, budget.groups, removed)]
 

@@ -261,7 +261,8 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
         costs: of a speed-up, timed on this machine.
         model: the model.
         values: the speed-ups that are asked.
-        sizes: from costs to the units left in each block that shrinks, for each of `values`.
+        sizes: from costs to the units left in each block that shrinks, for each of `values`; of no block where these costs allow no
+            such speed.
     """
     assert costs.setting is not None
     aims = [_AIM * value for value in values]
@@ -273,7 +274,7 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
         blocks = sizes(trial)
         predicted = sum(costs.saved(units) for units in blocks)
         if not predicted:
-            return trial
+            break
         speeds = [measured_speedup(model, costs.setting, units) for units in blocks]
         farthest = max((speed / aim - 1 for speed, aim in zip(speeds, aims)), key=_distance)
         tried.append((_distance(farthest), trial))
@@ -283,7 +284,7 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
         share = needed * sum(costs.total * (1 - 1 / speed) for speed in speeds) / predicted
         if not low < share < high:  # as happens where one unit is much of the cost
             share = (low + high) / 2
-    return min(tried, key=lambda pair: pair[0])[1]
+    return min(tried, key=lambda pair: pair[0])[1] if tried else costs
 
 
 def _distance(off: float) -> float:
