@@ -182,6 +182,7 @@ def prune(
     rows: Some = None,
     device: Best = None,
     seed: Annotated[int, typer.Option(help="Of all that is chosen at random.")] = 0,
+    search: Annotated[int, typer.Option(min=0, help="How many ways to divide the budget among blocks are tried out.")] = 0,
     condense: Annotated[bool, typer.Option(help="Cut out what was pruned, where that can be.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -210,6 +211,7 @@ def prune(
             batches,
             cut=condense,
             seed=seed,
+            search=search,
             base_model=path,
             settings={"data": data.name, "tokens of a row": max(len(batch["input_ids"][0]) for batch in batches)},
             progress=partial(bar.track, description="pruning"),
@@ -463,7 +465,9 @@ def latency(
     length: Tokens = 128,
     dtype: Annotated[str, typer.Option(help="Of weights and computation: float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU. One is measured in CPU time, more in time.")] = 1,
-    runtime: Annotated[str, typer.Option(help="How the model runs: torch, or compile for torch.compile.")] = "torch",
+    runtime: Annotated[
+        str, typer.Option(help="How the model runs: torch, compile (torch.compile), or onnx (ONNX Runtime).")
+    ] = "torch",
     repeats: Annotated[int, typer.Option(min=1, help="How often each size has its turn.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,

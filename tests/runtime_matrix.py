@@ -23,7 +23,8 @@ from hf_prune import ConfigError, condense, export_model
 from hf_prune.export import openvino
 from hf_prune.export.compare import ExportError, compare
 from hf_prune.export.graphs import has_cache, joined
-from hf_prune.export.inputs import as_exported, example_batches, outputs_of
+from hf_prune.export.inputs import example_batches, outputs_of
+from hf_prune.measure.running import as_exported
 
 FORMATS = ("onnx", "openvino")
 #: One head of each family: the one that writes, else the last in the table.

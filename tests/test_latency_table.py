@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import random
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from models import FAMILIES, ragged_batch, tiny, zero_units
 import hf_prune.measure.latency_table as module
 from hf_prune import ConfigError, LatencyTable, condense, latency_table, sparsity_report
 from hf_prune.condense.snapshot import unchanged
+from hf_prune.measure.running import prepared
 from hf_prune.model import find_blocks
 
 
@@ -157,6 +159,32 @@ def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(snapshot(model), before)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_onnx_runtime_runs_the_model_that_is_timed(family: str) -> None:
+    """It gives what the model gives, at a size of one kind of blocks, and without any block."""
+    model = tiny(family).eval()
+    kinds, inputs = module.block_kinds(model, find_blocks(model)), ragged_batch(model)
+    inputs.pop("labels", None)
+    for case in ((0, kinds[0].sizes[1]), module.GONE):
+        with unchanged(model), torch.no_grad():
+            module.resize(model, kinds, case)
+            expected, found = model(**inputs).logits, prepared(model, inputs, "onnx")()
+        assert min(np.abs(one - expected.numpy()).max() for one in found if one.shape == expected.shape) < 1e-5
+
+
+def test_a_table_for_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WIDTHS", 1)
+    model = tiny(num_hidden_layers=1, num_attention_heads=2)
+    before = snapshot(model)
+    table = quick(model, runtime="onnx")
+    assert (table.setting["runtime"], table.setting["attn_implementation"]) == ("onnx", "eager")
+    assert table.device["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    assert [list(costs) for costs in table.blocks.values()] == [[0, 1, 2], [0, 40]]
+    assert table.is_from_here(model)
+    assert module.measured_speedup(model, table.setting, dict.fromkeys(table.blocks, 0), repeats=1) > 1
+    assert_equal(snapshot(model), before)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny().train()
     model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([1])).loss.backward()
@@ -265,7 +293,8 @@ def test_the_table_of_another_machine_is_refused(name: str, value: object, table
         ({"threads": 0}, "threads=0: must be a whole number of threads"),
         ({"repeats": 0}, "repeats=0: must be a whole number of turns"),
         ({"dtype": "float31"}, "dtype='float31': must be one of .* Did you mean 'float32'?"),
-        ({"runtime": "compiled"}, "runtime='compiled': must be one of torch, compile. Did you mean 'compile'?"),
+        ({"runtime": "compiled"}, "runtime='compiled': must be one of torch, compile, onnx. Did you mean 'compile'?"),
+        ({"runtime": "onnx", "dtype": "bfloat16"}, "dtype='bfloat16': must be 'float32' in ONNX Runtime"),
         ({"length": 41}, "length=41: must be at most 40, what BertForSequenceClassification has positions for"),
     ],
 )
@@ -301,7 +330,7 @@ def test_the_command(cli: CommandLine, tmp_path: Path) -> None:
     cli("latency", tmp_path / "model", tmp_path / "tables" / "one.json", *size, code=1)
     assert f"OUT={tmp_path / 'tables' / 'one.json'}: exists; give a new file." in cli.err
     assert (tmp_path / "tables" / "one.json").read_bytes() == before
-    for wrong, code in ((("--dtype", "float31"), 1), (("--runtime", "onnx"), 1), (("--threads", 0), 2), (("--device", "cuba"), 1)):
+    for wrong, code in ((("--dtype", "float31"), 1), (("--runtime", "onyx"), 1), (("--threads", 0), 2), (("--device", "cuba"), 1)):
         cli("latency", tmp_path / "model", tmp_path / "two.json", *size, *wrong, code=code)
         assert wrong[0].removeprefix("--") in cli.err
     assert not (tmp_path / "two.json").exists()

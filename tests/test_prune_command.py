@@ -65,6 +65,13 @@ def prune_in_python(folder: Path, auto: Any, heads: str, file: Path, length: int
     return small
 
 
+def test_a_search_is_reported_and_on_the_card(cli: CommandLine, home: Path, tmp_path: Path) -> None:
+    printed = cli.json("prune", home / BERT, tmp_path / "out", "--data", home / "rows.jsonl", "--sparsity", 0.5, "--search", 3)
+    ((before, after),) = printed["report"]["searched"].values()
+    assert 0 < after <= before
+    assert "3 tries" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("option", "value"), [("--parameters", 0.9), ("--speedup", 1.05)])
 def test_costs_can_be_the_target(option: str, value: float, cli: CommandLine, home: Path, tmp_path: Path) -> None:
     dense = AutoModelForSequenceClassification.from_pretrained(home / BERT)

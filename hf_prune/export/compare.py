@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,19 +143,3 @@ def _plus(before: tuple[float, float] | None, *more: float) -> tuple[float, floa
 def _most(before: tuple[float, float] | None, *more: float) -> tuple[float, float]:
     first, second = before or (0.0, 0.0)
     return max(first, more[0]), max(second, more[1])
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the warnings and progress bars of exporters and quantizers: what comes of them is compared with PyTorch."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "gguf", "nncf")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before):
-            logger.setLevel(level)

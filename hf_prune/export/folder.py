@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..files import check_new_folder, new_folder
 from ..hub.files import carry_over
 from ..measure.memory import megabytes
+from ..measure.running import ONNX_PACKAGES, as_exported
 from ..measure.tables import as_text
 from ..model.changeable import check_changeable
 from ..oneshot.calibration import calibration
@@ -28,7 +29,7 @@ from ..settings.errors import ConfigError, closest
 from . import gguf, onnx, openvino, per_layer_config
 from .compare import Agreement, compare
 from .graphs import Graph, graphs_of, joined
-from .inputs import as_exported, check_finite, example_batches, outputs_of
+from .inputs import check_finite, example_batches, outputs_of
 
 #: One batch of so many is held out: no scale is chosen by it.
 _HELD_OUT = 10
@@ -125,7 +126,7 @@ def _per_layer_config(job: Job) -> tuple[str, Agreement]:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "onnx", {"int8": (), "int8-dynamic": ()}, _onnx),
+    "onnx": Format("onnxruntime", ONNX_PACKAGES, "onnx", {"int8": (), "int8-dynamic": ()}, _onnx),
     "openvino": Format("openvino", ("onnx", "onnxscript", "openvino"), "openvino", {"int8": ("nncf",)}, _openvino),
     "gguf": Format("xllamacpp", ("gguf", "xllamacpp"), "gguf", dict.fromkeys(gguf.QUANTIZATIONS, ()), _gguf, gguf.check_model),
     "per-layer-config": Format("transformers", (), "", {}, _per_layer_config, per_layer_config.check_model),

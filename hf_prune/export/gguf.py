@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..condense import needs_hf_prune
+from ..measure.running import quietly
 from ..settings.errors import ConfigError
-from .compare import Agreement, ExportError, quietly
+from .compare import Agreement, ExportError
 from .llama_cpp import ask, serving
 
 FILE = "model.gguf"

@@ -60,7 +60,7 @@ class Graph:
 
 
 def graphs_of(model: Any, batch: dict[str, Tensor]) -> list[Graph]:
-    """The graphs of a model, as it is (see `inputs.as_exported`); what they are run together by is last.
+    """The graphs of a model, as it is (see `as_exported`); what they are run together by is last.
 
     Args:
         model: the model.

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..condense import sample_batch
-from ..condense.snapshot import configs_of, unchanged
 from ..settings.errors import ConfigError
 
 #: Rows and tokens of the batches that a file is compared on; it is traced with the first.
@@ -28,25 +23,6 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "encoder_hidden_states": ("batch", "encoder_sequence"),
     "encoder_attention_mask": ("batch", "encoder_sequence"),
 }
-
-
-@contextmanager
-def as_exported(model: PreTrainedModel) -> Iterator[Any]:
-    """The model as files have it: in evaluation mode, in float32, with eager attention and without a cache; then as it was.
-
-    Eager attention is what the exporter carries for every family, and what the runtimes know and fuse; of the ways to compute
-    experts it carries the one that gathers the weights of each token's.
-    """
-    plain: Any = model if model.dtype == torch.float32 else copy.deepcopy(model).float()  # type: ignore[no-untyped-call]
-    with unchanged(plain), torch.no_grad():
-        plain.eval()
-        plain.set_attn_implementation("eager")
-        plain.set_experts_implementation("batched_mm")
-        for config in configs_of(plain):
-            config.return_dict = True
-            if hasattr(config, "use_cache"):
-                config.use_cache = False
-        yield plain
 
 
 def example_batches(model: PreTrainedModel, given: Collection[str] | None = None) -> list[dict[str, Tensor]]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.running import quietly, session
 from ..settings.errors import ConfigError
-from .compare import Run, one_sentence, quietly
+from .compare import Run, one_sentence
 from .graphs import Graph, Shapes, check_inputs
 
 #: Of a graph's name, the name of its file.
@@ -42,7 +43,7 @@ def write(graph: Graph, file: Path, opset: int | None = None) -> None:
     """Write a graph, with batch and length of any size.
 
     Args:
-        graph: the graph, of a model as `inputs.as_exported` has it.
+        graph: the graph, of a model as `as_exported` has it.
         file: the file to write; its folder is made.
         opset: the version of ONNX's operators; by default what the exporter recommends.
 
@@ -102,7 +103,7 @@ def _reader(file: Path, batches: Sequence[Mapping[str, Tensor]]) -> Any:
     """Batches as the quantizer reads them."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    names = [entry.name for entry in _session(file).get_inputs()]
+    names = [entry.name for entry in session(file).get_inputs()]
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -121,23 +122,14 @@ def open_file(file: Path, threads: int = 0) -> tuple[Run, Shapes]:
         ExportError: it does not load.
     """
     with one_sentence(f"ONNX Runtime does not load {file.name}"):
-        session = _session(file, threads)
-    shapes = {entry.name: tuple(entry.shape) for entry in session.get_inputs()}
-    outputs = [entry.name for entry in session.get_outputs()]
+        opened = session(file, threads)
+    shapes = {entry.name: tuple(entry.shape) for entry in opened.get_inputs()}
+    outputs = [entry.name for entry in opened.get_outputs()]
 
     def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         check_inputs(shapes, batch)
         with one_sentence("ONNX Runtime does not run the file"):
-            given = session.run(outputs, {name: batch[name].cpu().numpy() for name in shapes})
+            given = opened.run(outputs, {name: batch[name].cpu().numpy() for name in shapes})
         return {name: torch.from_numpy(value) for name, value in zip(outputs, given)}
 
     return run, shapes
-
-
-def _session(file: Path, threads: int = 0) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

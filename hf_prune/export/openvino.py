@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compare import Run, one_sentence, quietly
+from ..measure.running import quietly
+from .compare import Run, one_sentence
 from .graphs import Shapes, check_inputs
 
 #: Of a graph's name, the name of its file.

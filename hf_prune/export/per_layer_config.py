@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from ..condense import needs_hf_prune
 from ..files import read_object, write_text
+from ..measure.running import as_exported
 from ..model import find_blocks
 from ..model.loading import load_model
 from ..settings.errors import ConfigError
 from .compare import Run
-from .inputs import as_exported, outputs_of
+from .inputs import outputs_of
 
 FILE = "config.json"
 

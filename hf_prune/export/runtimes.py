@@ -23,6 +23,7 @@ from ..condense import sample_batch
 from ..measure.latency import warm
 from ..measure.latency_table import device_facts
 from ..measure.memory import weight_bytes
+from ..measure.running import as_exported
 from ..measure.sparsity import stock_twin
 from ..measure.tables import as_text
 from ..oneshot.data import read_file, row_length, text_columns
@@ -31,7 +32,7 @@ from . import onnx, openvino
 from .compare import QUANTIZED, Agreement, ExportError, Run, compare, one_sentence
 from .folder import check_export
 from .graphs import whole
-from .inputs import as_exported, example_batches, outputs_of
+from .inputs import example_batches, outputs_of
 
 #: Runtime → the types that a model is measured in there, each with what `hf-prune export` is told for the file.
 RUNTIMES: dict[str, dict[str, str | None]] = {

@@ -42,10 +42,9 @@ from ..settings.checks import check_frequency, check_name, is_number
 from ..settings.errors import ConfigError
 from ..version import __version__
 from .latency import now, warm
+from .running import BUILDING, check_runtime, prepared
 from .tables import as_text, table_of_modules
 
-#: How a model is run: as it is, or compiled by `torch.compile`.
-RUNTIMES = ("torch", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: So many widths of a feed-forward block, each nine tenths of the one before it, as in ZipLM.
@@ -68,7 +67,7 @@ class LatencyTable:
         model: what the table holds true for: `class`, `model_type`, `hidden_size`, `vocab_size`, and of each of `blocks` its unit
             (head or neuron), how many `units` and `groups` of them there are, their `width`, and the `outputs` of the block.
         device: where it was measured: `type`, `name` of the processor or GPU, `cores`, `instructions`, and the versions of `torch`,
-            `transformers` and `hf_prune`.
+            `transformers` and `hf_prune`, and of `onnxruntime` where that runs the model.
         setting: `batch_size`, `length` (None for models that take no tokens), `dtype`, `threads`, `runtime`, `attn_implementation`,
             and the shapes of the `inputs`.
         total: milliseconds of the whole dense model.
@@ -121,7 +120,7 @@ class LatencyTable:
         if differences:
             shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
             raise ConfigError("latency_table", self.model.get("class"), f"was measured of another model: {shown}.")
-        here = self.device if elsewhere else device_facts(transformers_model(model).device)
+        here = self.device if elsewhere else self._here(model)
         if differences := list(_differences(self.device, here)):
             allowed = (
                 f"was measured elsewhere: {'; '.join(differences)}. Measure it here, or say that it is for a machine elsewhere."
@@ -130,7 +129,10 @@ class LatencyTable:
 
     def is_from_here(self, model: Any) -> bool:
         """Whether it was measured on this machine, on the model's device, with the versions that are installed."""
-        return not list(_differences(self.device, device_facts(transformers_model(model).device)))
+        return not list(_differences(self.device, self._here(model)))
+
+    def _here(self, model: Any) -> dict[str, Any]:
+        return device_facts(transformers_model(model).device, self.setting.get("runtime"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a JSON file, atomically; its folder is created."""
@@ -236,7 +238,7 @@ def model_facts(model: Any) -> dict[str, Any]:
     }
 
 
-def device_facts(device: torch.device) -> dict[str, Any]:
+def device_facts(device: torch.device, runtime: str | None = None) -> dict[str, Any]:
     """What of this machine determines how long a forward takes."""
     cuda = device.type == "cuda"
     return {
@@ -247,6 +249,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "hf_prune": __version__,
+        **({"onnxruntime": importlib.metadata.version("onnxruntime")} if runtime == "onnx" else {}),
     }
 
 
@@ -315,12 +318,14 @@ def latency_table(
         batch_size, length: rows and tokens of the batch, random and full; images and sounds have sizes of their own.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`, of weights and computation.
         threads: of the CPU. One is measured in CPU time, which leaves out what other processes take; more, and CUDA, in time.
-        runtime: `"torch"`, or `"compile"` for a model under `torch.compile`, which compiles at every size: it takes long.
+        runtime: `"torch"`; `"compile"` for a model under `torch.compile`, or `"onnx"` for one in ONNX Runtime, which is in float32,
+            on the CPU, with eager attention. Both build something at every size: it takes long.
         repeats: how often each size has its turn.
         progress: wraps the turns, to show how far it is.
 
     Raises:
         ConfigError: a setting cannot be used, or the model cannot be condensed.
+        ImportError: ONNX Runtime is not installed.
         ValueError: the family has no architecture spec, or a projection is no plain Linear or Conv1D.
     """
     check_frequency("batch_size", batch_size, "rows")
@@ -328,12 +333,12 @@ def latency_table(
     check_frequency("threads", threads, "threads")
     check_frequency("repeats", repeats, "turns")
     check_name("dtype", dtype, DTYPES)
-    check_name("runtime", runtime, RUNTIMES)
     inner = transformers_model(model)
+    check_runtime(runtime, dtype, inner.device)
     blocks = find_blocks(model)
     _check_blocks(blocks)
     facts = model_facts(model)
-    with _at_rest(inner, DTYPES[dtype], threads, copied=True):
+    with _at_rest(inner, DTYPES[dtype], threads, runtime, copied=True):
         inputs = _inputs(inner, batch_size, length)
         kinds = block_kinds(inner, blocks)
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
@@ -341,7 +346,7 @@ def latency_table(
     costs = {block.name: {0: 0.0} for block in blocks} | costs_of(kinds, middles)
     setting = table_setting(inner, batch_size, length, dtype, threads, runtime)
     spread = statistics.median(_spread(values) for values in times.values())
-    return LatencyTable(facts, device_facts(inner.device), setting, middles[DENSE], costs, spread)
+    return LatencyTable(facts, device_facts(inner.device, runtime), setting, middles[DENSE], costs, spread)
 
 
 def table_setting(
@@ -355,7 +360,7 @@ def table_setting(
         "dtype": dtype,
         "threads": threads,
         "runtime": runtime,
-        "attn_implementation": inner.config._attn_implementation,
+        "attn_implementation": "eager" if runtime == "onnx" else inner.config._attn_implementation,
         "inputs": {name: list(value.shape) for name, value in _inputs(inner, batch_size, length).items()},
     }
 
@@ -392,11 +397,11 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
     """
     inner = transformers_model(model)
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
-    # a size is compiled once
-    repeats, turns = (1, repeats) if setting["runtime"] == "compile" else (repeats, 1)
+    # a size is built once
+    repeats, turns = (1, repeats) if setting["runtime"] in BUILDING else (repeats, 1)
     ratios: list[float] = []
     spent = 0.0
-    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], copied=False):
+    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], setting["runtime"], copied=False):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
         while len(ratios) < (repeats if spent < _SECONDS else min(repeats, 3)):
             whole = statistics.median(_timed(inner, inputs, setting["runtime"], turns))
@@ -425,14 +430,15 @@ def _check_blocks(blocks: Iterable[Block]) -> None:
 
 
 @contextlib.contextmanager
-def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, *, copied: bool) -> Iterator[None]:
+def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, runtime: str, *, copied: bool) -> Iterator[None]:
     """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was.
 
     Where weights lie matters: in the pages of a file they may be read faster than in memory of the process. `copied` puts them
     where those are that are cut, so that sizes can be subtracted from each other; else they stay, as the model is used.
     """
     before = torch.get_num_threads()
-    with unchanged(model), torch.inference_mode():
+    # tensors of inference mode cannot be traced
+    with unchanged(model), torch.no_grad() if runtime == "onnx" else torch.inference_mode():
         model.eval()  # type: ignore[no-untyped-call]
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():  # not `model.to`, which changes gradients too
@@ -522,7 +528,7 @@ def _times(
     cases: list[Case] = [DENSE, GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
     anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
     together = 1
-    if runtime == "compile":  # a size is compiled once
+    if runtime in BUILDING:  # once a size
         repeats, together, anchors = 1, repeats, []
     everyone = cases + anchors * (_ANCHORS - 1)
     turns = [(turn, case) for turn in range(repeats) for case in random.Random(turn).sample(everyone, len(everyone))]
@@ -538,13 +544,9 @@ def _times(
 
 def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], runtime: str, turns: int = 1) -> list[float]:
     """Seconds of [`warm`] forwards."""
-    run: Callable[..., Any] = model
-    if runtime == "compile":
-        torch._dynamo.reset()
-        run = torch.compile(model)
-        run(**inputs)
+    run = prepared(model, inputs, runtime)
     clock = functools.partial(now, model.device, torch.get_num_threads())
-    return [seconds for _ in range(turns) for seconds in warm(functools.partial(run, **inputs), (clock,))[0]]
+    return [seconds for _ in range(turns) for seconds in warm(run, (clock,))[0]]
 
 
 def slowness(times: Mapping[Case, list[list[float]]]) -> list[float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,9 +32,13 @@ from .calibration import at_once, calibration, check_model
 from .database import Database, Measured, fingerprints
 from .layers import Call, Stream, record, run
 from .report import PrunedModule, PruneReport
+from .search import search_weights
 from .sensitivity import Importance, Prediction, divergence, importance, predictions, probe, token_weights
 from .trials import score_absences
 from .walk import Rows, Site, advance, find_site, moments_at, moments_during, same_inputs
+
+#: On so many rows a search tries allocations out.
+_SEARCH_ROWS = 256
 
 
 @dataclass
@@ -76,6 +81,16 @@ class _Work:
         return bias
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What changes: the weight, and the bias of its module."""
+        return [self.view.target.parameter, *([] if self.bias is None else [self.bias])]
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Put former values of the parameters in place."""
+        for parameter, value in zip(self.parameters, values):
+            parameter.copy_(value)
+
+    @property
     def is_measured(self) -> bool:
         """Whether its units compete with those of other weights by what their absence costs in the dense model.
 
@@ -112,6 +127,7 @@ def prune(
     calibration_rows: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
+    search: int = 0,
     database: str | Path | None = None,
     offload_folder: str | Path | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
@@ -133,7 +149,10 @@ def prune(
             ten tokens for each input of a layer.
         held_out: share of the rows on which updates are judged. One that makes a projection's error on them larger than zeros
             alone is not taken.
-        seed: of what is drawn: weights of logits, and the rows that are held out.
+        seed: of what is drawn: weights of logits, the rows that are held out, and what a search tries.
+        search: so many allocations are tried out, each with the loss of every block weighed anew, on the model with the weights
+            that it leads to (SPDY, Frantar and Alistarh 2022, https://arxiv.org/abs/2201.13096, section 3.3). A try takes about as
+            long as solving for all weights that change and 256 rows through the model. Criterion `"obs"` only.
         database: a folder for what criterion `"obs"` measures in the dense model, which is the same for every budget: it is written
             the first time, and read by all other calls with the same model, rows and seed. Result and bits are the same without.
             Other criteria leave it alone.
@@ -141,25 +160,29 @@ def prune(
         progress: wraps a range with a number for each layer of each pass, to show how far it is.
 
     Raises:
-        ConfigError: the config, the model or the rows cannot be used; NaN or infinity in what flows through the model. Nothing was
-            changed.
+        ConfigError: the config, the model or the rows cannot be used, or there is nothing to search; NaN or infinity in what flows
+            through the model. Nothing was changed.
         RuntimeError: sparsity was requested and none was reached.
     """
     started = time.perf_counter()
     model = transformers_model(model)
     check_model(model)
+    check_tries(search)
     settings = at_once(config)
     rules, skipped = match_rules(model, settings, 1, None, layer_by_layer=True)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
     work = _work(model, rules)
     _check_biases(model, work)
     units = {item.name: item.group.num_units for item in work if item.rule.criterion.scores_remainders}
-    levels = Database(database, fingerprints(model, rows, units, seed)) if database is not None and units else None
+    _check_search(search, rules, work)
     full = torch.autocast(model.device.type, enabled=False)  # which would round sums to half precision
-    with _undone_on_error(rules, work) as copied, still(model), torch.no_grad(), full:
+    with ExitStack() as stack, _undone_on_error(rules, work) as copied, still(model), torch.no_grad(), full:
+        if search and database is None:
+            database = Path(stack.enter_context(TemporaryDirectory()), "database")
+        levels = Database(database, fingerprints(model, rows, units, seed)) if database is not None and units else None
         before = predictions(model, rows)
         passes = _Passes(model, rules, rows, work, levels, offload_folder, progress)
-        predicted = _choose(model, rules, rows, passes, labels, seed, settings.cost_targets)
+        predicted, searched = _choose(model, rules, rows, passes, labels, seed, settings.cost_targets, search)
         modules = passes.update()
         for rule in rules:
             rule.apply()
@@ -173,12 +196,40 @@ def prune(
         sparsity=zeros / elements,
         budget={name: value for budget in make_budgets(rules) for name, value in budget.metrics().items()},
         predicted_error=predicted,
+        searched=searched,
         held_out_error=error,
         seconds=time.perf_counter() - started,
         extra_bytes=copied + passes.extra_bytes + sum(kept.nbytes for rule in rules for kept in rule.kept),
         modules=tuple(modules),
         skipped=skipped,
     )
+
+
+def check_tries(search: int) -> None:
+    """Raise unless it is a number of tries.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(search, int) or isinstance(search, bool) or search < 0:
+        raise ConfigError("search", search, "must be a whole number of tries, 0 or more.")
+
+
+def _check_search(search: int, rules: Sequence[Rule], work: Sequence[_Work]) -> None:
+    """Raise if something is to be searched, and there is nothing to weigh.
+
+    Raises:
+        ConfigError: see there.
+    """
+    if search and not any(_is_open(budget, work) for budget in make_budgets(rules)):
+        raise ConfigError("search", search, "is for blocks that share a budget, and whose units criterion 'obs' measures.")
+
+
+def _is_open(budget: Budget, work: Sequence[_Work]) -> bool:
+    """Whether what blocks count changes what goes of them, and all of it was measured."""
+    measured = {item.group.name for item in work if item.is_measured}
+    shared = budget.costs.measured is not None or budget.rules[0].settings.scope == "global"
+    return shared and len(budget.groups) > 1 and all(group.name in measured for group in budget.groups)
 
 
 def _weights(rule: Rule) -> Iterator[Target]:
@@ -255,11 +306,12 @@ def _choose(
     labels: bool,
     seed: int,
     cost_targets: Sequence[float],
-) -> float:
+    search: int,
+) -> tuple[float, dict[str, tuple[float, float]]]:
     """Score all units of the dense model and spend the budgets; one of time is fitted to the sizes that come out.
 
     Returns:
-        What the scores of the units that go add up to.
+        What the scores of the units that go add up to; and of budgets that were searched the divergence before and after, by name.
     """
     measured = [rule for rule in rules if rule.criterion.scores_remainders]
     if measured:
@@ -274,14 +326,41 @@ def _choose(
         elif any(rule.criterion.activations for rule in others):
             for batch in rows.batches:
                 model(**batch)
-    predicted = 0.0
+    predicted, searched = 0.0, {}
     for budget in make_budgets(rules):
+        costs = [rule.criterion.scores(group) for rule in budget.rules for group in rule.groups]
+        if search and _is_open(budget, passes.work):
+            searched[budget.name] = _search(budget, passes, search, seed)
         if budget.costs.setting is not None:
             _fit(budget, model, cost_targets)
-        for rule, kept in zip(budget.rules, budget.allocate(1)):
-            predicted += sum(float(rule.criterion.scores(group)[~stay].sum()) for group, stay in zip(rule.groups, kept))
+        chosen = budget.allocate(1)
+        predicted += sum(float(cost[~stay].sum()) for cost, stay in zip(costs, (stay for kept in chosen for stay in kept)))
+        for rule, kept in zip(budget.rules, chosen):
             rule.keep(kept)
-    return predicted
+    return predicted, searched
+
+
+def _search(budget: Budget, passes: _Passes, tries: int, seed: int) -> tuple[float, float]:
+    """Weigh the costs of a budget's groups so that the model with what is left is nearest to the dense one; its divergence before
+    and after."""
+    groups = [(rule, group) for rule in budget.rules for group in rule.groups]
+    costs = [rule.criterion.state[group.name] for rule, group in groups]
+
+    def weigh(weights: Tensor) -> None:
+        for (rule, group), cost, weight in zip(groups, costs, weights.tolist()):
+            rule.criterion.state[group.name] = weight * cost
+
+    with passes.stitched() as divergence_without:
+
+        def loss(weights: Tensor) -> float:
+            weigh(weights)
+            kept = (stay for rule_kept in budget.allocate(1) for stay in rule_kept)
+            return divergence_without({group.name: stay for (_, group), stay in zip(groups, kept)})
+
+        generator = torch.Generator().manual_seed(seed)
+        best, before, after = search_weights(len(groups), passes.progress(range(tries)), loss, generator)
+    weigh(best)
+    return before, after
 
 
 def _fit(budget: Budget, model: PreTrainedModel, targets: Sequence[float]) -> None:
@@ -344,7 +423,7 @@ class _Passes:
         folder: str | Path | None,
         progress: Callable[[range], Iterable[int]],
     ) -> None:
-        self._model, self._rules, self._rows, self._work = model, rules, rows, work
+        self._model, self._rules, self._rows, self.work, self.progress = model, rules, rows, work, progress
         self._database, self._folder = database, folder
         #: Module name → what an error of its output costs.
         self._cares: dict[str, Importance] = {}
@@ -369,13 +448,13 @@ class _Passes:
         Args:
             seed: of the weights of logits that are drawn.
         """
-        for item in self._work:
+        for item in self.work:
             if item.rule.criterion.scores_remainders and not item.is_measured:
                 item.rule.criterion.state[item.group.name] = torch.zeros((), device=item.group.device).expand(item.group.num_units)
-        items = {item.name: item for item in self._work if item.is_measured}
+        items = {item.name: item for item in self.work if item.is_measured}
         if not items:
             return
-        probe = self._rows.some(max(self._rows.number // max(len(self._work), 1), 1))
+        probe = self._rows.some(max(self._rows.number // max(len(self.work), 1), 1))
         dense = predictions(self._model, probe)
         if self._database is not None and self._database.is_measured:
             for item in items.values():
@@ -427,18 +506,46 @@ class _Passes:
         number = min(max(round(item.rule.settings.sparsity * len(costs)), 1), item.group.max_removable)
         kept = torch.ones(len(costs), dtype=torch.bool, device=costs.device)
         kept[costs.argsort(stable=True)[:number]] = False
-        old, parameters = item.matrix(), [item.view.target.parameter, *([] if item.bias is None else [item.bias])]
-        values = [parameter.detach().clone() for parameter in parameters]
+        old, values = item.matrix(), [parameter.detach().clone() for parameter in item.parameters]
         moments = Moments.of(old, measured.inputs, measured.tokens)
         try:
             item.fill(item.rule.update.compute(old, moments, self._gone(item, old, kept)))
             actual = divergence(self._model, probe, dense)
         finally:
-            for parameter, value in zip(parameters, values):
-                parameter.copy_(value)
+            item.restore(values)
         estimated = float(costs[~kept].sum())
         assert actual is not None
         item.rule.criterion.state[item.group.name] = costs * (actual / estimated if estimated > 0 else 1.0)
+
+    @contextmanager
+    def stitched(self) -> Iterator[Callable[[Mapping[str, Tensor]], float]]:
+        """Inside, the divergence of the model with those units of each group that are given, by name: weights that can make up for
+        the others, each as if all before it were dense. Afterwards the model is as it was."""
+        assert self._database is not None
+        database, probe = self._database, self._rows.some(_SEARCH_ROWS)
+        dense, items = predictions(self._model, probe), [item for item in self.work if item.is_measured]
+        values = {item.name: [parameter.detach().clone() for parameter in item.parameters] for item in items}
+        stitched = {item.name: torch.ones_like(item.kept) for item in items}
+
+        def of(kept: Mapping[str, Tensor]) -> float:
+            for item in items:
+                stay = kept.get(item.group.name, stitched[item.name])
+                if not stay.equal(stitched[item.name]):
+                    item.restore(values[item.name])
+                    old, measured = item.matrix(), database.load(item.name, self._model.device)
+                    moments = Moments.of(old, measured.inputs, measured.tokens)
+                    item.fill(item.rule.update.compute(old, moments, self._gone(item, old, stay)))
+                    stitched[item.name] = stay
+            found = divergence(self._model, probe, dense)
+            assert found is not None
+            return found
+
+        self.extra_bytes = max(self.extra_bytes, sum(value.nbytes for parts in values.values() for value in parts))
+        try:
+            yield of
+        finally:
+            for item in items:
+                item.restore(values[item.name])
 
     def _run(self, index: int) -> None:
         """The whole model on a batch."""
@@ -447,7 +554,7 @@ class _Passes:
     def update(self) -> list[PrunedModule]:
         """Go through the layers in order and let the weights that stay make up for those that go."""
         done: dict[str, PrunedModule] = {}
-        if any(item.is_solved for item in self._work):
+        if any(item.is_solved for item in self.work):
             self._solve(done)
         for rule in self._rules:
             for group, kept in zip(rule.groups, rule.kept):
@@ -457,7 +564,7 @@ class _Passes:
     def _solve(self, done: dict[str, PrunedModule]) -> None:
         """The pass through the layers; adds what was done to `done`."""
         dense: list[tuple[Stream, list[list[Call]]]] = []
-        is_aimed = any(item.rule.update.dense_target for item in self._work)
+        is_aimed = any(item.rule.update.dense_target for item in self.work)
         for layers in self._lists:
             stream = Stream(self._folder)
             dense.append((stream, record(self._model, self._rows.batches, layers, stream)))
@@ -547,12 +654,12 @@ class _Passes:
     def _inside(self, layer: nn.Module) -> list[_Work]:
         """The work in a layer, in the order in which the layer runs its modules."""
         modules = {module: index for index, module in enumerate(layer.modules())}
-        return sorted((item for item in self._work if item.module in modules), key=lambda item: modules[item.module])
+        return sorted((item for item in self.work if item.module in modules), key=lambda item: modules[item.module])
 
     def _outside(self) -> list[_Work]:
         """The work in no layer."""
         layers = {module for layers in self._lists for layer in layers for module in layer.modules()}
-        return [item for item in self._work if item.module not in layers]
+        return [item for item in self.work if item.module not in layers]
 
     def _importance(self, item: _Work) -> list[Tensor] | None:
         """How much each token of each batch counts in the sums of a module; None: all alike."""

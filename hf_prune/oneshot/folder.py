@@ -62,6 +62,8 @@ class PrunedFolder:
         table.add_row("parameters", f"{self.parameters_before:,} → {self.parameters:,}")
         for name, value in report.budget.items():
             table.add_row(f"{name}, as predicted", f"{value:,.6g}")
+        for before, after in report.searched.values():
+            table.add_row("error by search", f"{before:.4g} → {after:.4g}")
         table.add_row("weights removed", f"{self.sparsity:.2%} of the model's body")
         for kind in dict.fromkeys(block.kind for block in self.original_blocks):
             blocks = [block for block in self.original_blocks if block.kind == kind]
@@ -97,6 +99,7 @@ def prune_to_folder(
     *,
     cut: bool = True,
     seed: int = 0,
+    search: int = 0,
     base_model: str | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
@@ -110,7 +113,7 @@ def prune_to_folder(
         config: what to prune and how much.
         batches: calibration rows, as the model's forward takes them.
         cut: condense it, where there is anything to cut out; otherwise weights that are pruned stay as zeros.
-        seed: of [`prune`].
+        seed, search: of [`prune`].
         base_model: what the card says pruning started from.
         settings: what else the card lists.
         progress: see [`prune`].
@@ -123,13 +126,14 @@ def prune_to_folder(
     config, facts, before = complete(config), CardFacts.load(source), model.num_parameters()
     with new_folder(out) as folder:
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        report = prune(model, config, batches, calibration_rows=rows, seed=seed, progress=progress)
+        report = prune(model, config, batches, calibration_rows=rows, seed=seed, search=search, progress=progress)
         note = nothing_to_cut(model, None) if cut and condense_plan(model).empty else None
         condensed = cut and note is None
         if condensed:
             condense(model)
         error = "none measured" if report.held_out_error is None else f"{report.held_out_error:.4g}"
         listed = {"rows": rows, "seed": seed, "held-out error": error, "seconds": f"{report.seconds:.0f}"}
+        listed |= {"search": f"{search} tries"} if search else {}
         predicted = next(iter(report.budget.values()), None)
         facts = facts.of_child(base_model, calibration={**(settings or {}), **listed}, budget=budget_facts(config, predicted))
         left = write_made_from(model, source, folder, config, facts)

@@ -44,6 +44,8 @@ class PruneReport:
         budget: of a target in costs, what it became as far as costs can tell: `speedup`, `parameters`, `flops` or `bytes`.
         predicted_error: the rise of the loss that the scores add up to, before anything was changed: in nats a row under criterion
             `obs`, else in the criterion's own unit; only comparable between prunings by the same criterion.
+        searched: budget whose allocation was searched → the divergence of the model that the units as they were scored lead to, and
+            of the one that was found; on rows that weights were solved with, each weight as if all before it were dense.
         held_out_error: KL divergence of the model's predictions from the dense model's on held-out rows, in nats a prediction; of a
             model without logits the relative squared error of its output. None if no row was held out.
         seconds: of wall time.
@@ -56,6 +58,7 @@ class PruneReport:
     sparsity: float
     budget: Mapping[str, float]
     predicted_error: float
+    searched: Mapping[str, tuple[float, float]]
     held_out_error: float | None
     seconds: float
     extra_bytes: int

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from hf_prune.export.compare import Run
-from hf_prune.export.inputs import as_exported, outputs_of
+from hf_prune.export.inputs import outputs_of
 from hf_prune.export.runtimes import RUNTIMES, benchmark_runtimes
+from hf_prune.measure.running import as_exported
 from hf_prune.oneshot.data import calibration_batches
 
 Labelled = Sequence[tuple[Mapping[str, Tensor], Tensor]]

@@ -147,7 +147,7 @@ def speeds(epochs: int) -> tuple[Row, ...]:
     budget = {"rules": [{"pattern": "head"}, {"pattern": "neuron"}], "max_sparsity_per_module": 1.0}  # whole blocks may go
     return tuple(
         row
-        for factor, share in ((2, 0.51), (3, 0.69), (4, 0.78))
+        for factor, share in ((2, 0.54), (3, 0.71), (4, 0.79))
         for row in (
             Row(f"speedup-{factor}", f"heads + neurons, ×{factor}", epochs, budget | {"target_speedup": factor}),
             Row(f"share-{factor}", f"heads + neurons, {share:.0%} each", epochs, heads_and_neurons(share)),
@@ -348,7 +348,10 @@ def plan(table: ResultsTable, row: Row | None, seed: int, options: argparse.Name
         return Run(folder, arguments, first=prune)
     model = options.model_name_or_path
     facts = {"model_name": card_name(table, row, model), "base_model": hub_id(model), "metric": table.metric}
-    return Run(folder, arguments, row.config(), facts)
+    config = row.config()
+    if options.latency_table is not None and config.cost_target == "target_speedup":
+        config.latency_table = str(options.latency_table)
+    return Run(folder, arguments, config, facts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- results
@@ -423,6 +426,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help="only these rows, such as 4x1 or half")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="folder for models and logs")
     parser.add_argument("--results", type=Path, default=Path("model_cards"), help="folder for tables and cards")
+    parser.add_argument(
+        "--latency_table", type=Path, help="of `hf-prune latency`, for rows with a speed; else they measure their own"
+    )
     parser.add_argument("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--overrides", type=json.loads, default={}, help='JSON, such as {"max_steps": 10}')
     options = parser.parse_args(arguments)

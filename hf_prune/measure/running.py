@@ -1,0 +1,113 @@
+"""How a model is run to be timed: as it is, compiled by `torch.compile`, or as a graph by ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..condense.snapshot import configs_of, unchanged
+from ..settings.checks import check_name
+from ..settings.errors import ConfigError
+
+RUNTIMES = ("torch", "compile", "onnx")
+#: Those that build something of each model before it runs, which takes seconds.
+BUILDING = ("compile", "onnx")
+#: What writes a graph, and what runs it.
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
+    """Raise unless models of a dtype on a device can be run so.
+
+    Raises:
+        ConfigError: the runtime is unknown, or does not have the dtype or the device.
+        ImportError: its packages are not installed; says what to install.
+    """
+    check_name("runtime", runtime, RUNTIMES)
+    if runtime != "onnx":
+        return
+    if dtype != "float32":
+        raise ConfigError("dtype", dtype, "must be 'float32' in ONNX Runtime.")
+    if device.type != "cpu":
+        raise ConfigError("runtime", runtime, f"runs on the CPU, and the model is on {device.type}.")
+    if lacking := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"runtime='onnx' needs {', '.join(lacking)}: pip install 'hf-prune[onnx]'.")
+
+
+def prepared(model: PreTrainedModel, inputs: Mapping[str, Tensor], runtime: str) -> Callable[[], object]:
+    """What runs a model on a batch, on as many threads of the CPU as torch has now."""
+    if runtime == "onnx":
+        return _in_onnx_runtime(model, inputs)
+    if runtime == "torch":
+        return partial(model, **inputs)
+    torch._dynamo.reset()
+    compiled = partial(torch.compile(model), **inputs)
+    compiled()
+    return compiled
+
+
+def _in_onnx_runtime(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    with as_exported(model) as plain, quietly(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        program: Any = torch.onnx.export(plain, (), kwargs=dict(inputs), dynamo=True, verbose=False)
+        program.save(file)
+        opened = session(file, torch.get_num_threads())
+    return partial(opened.run, None, {entry.name: inputs[entry.name].numpy() for entry in opened.get_inputs()})
+
+
+def session(file: Path, threads: int = 0) -> Any:
+    """A file in ONNX Runtime, on the CPU; 0 threads: as many as it likes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def as_exported(model: PreTrainedModel) -> Iterator[Any]:
+    """The model as files have it: in evaluation mode, in float32, with eager attention and without a cache; then as it was.
+
+    Eager attention is what the exporter carries for every family, and what the runtimes know and fuse; of the ways to compute
+    experts it carries the one that gathers the weights of each token's.
+    """
+    plain: Any = model if model.dtype == torch.float32 else copy.deepcopy(model).float()  # type: ignore[no-untyped-call]
+    with unchanged(plain), torch.no_grad():
+        plain.eval()
+        plain.set_attn_implementation("eager")
+        plain.set_experts_implementation("batched_mm")
+        for config in configs_of(plain):
+            config.return_dict = True
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
+        yield plain
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings and progress bars of exporters and quantizers: what comes of them is compared with PyTorch."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "gguf", "nncf")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)

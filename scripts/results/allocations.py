@@ -1,0 +1,96 @@
+"""How well the loss that `prune()` predicts ranks allocations: the same budget divided at random, predicted and true.
+
+    python scripts/results/allocations.py mrpc=runs/mrpc/dense-1 --glue_dir glue
+
+Each allocation has half of the operations of a row left. A random part of what each block loses is forced by
+`min_sparsity_per_module`; what remains of the budget goes by the scores, as ever. Predicted is the sum of the scores of what goes,
+in nats; true is the KL divergence from the dense model on held-out rows, once all weights that stay have made up for it. Results
+go to a JSON file, allocation by allocation; those that it holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from oneshot import TASKS, calibration_of
+from rich.table import Table
+from scipy.stats import spearmanr
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_prune import PruningConfig, PruningRule, prune
+from hf_prune.model import find_blocks
+
+#: The share of the operations that stays.
+LEFT = 0.5
+#: The part of what goes that is forced, on the mean over blocks.
+FORCED = 0.45
+
+
+def divided(model: Any, generator: torch.Generator | None) -> PruningConfig:
+    """A config in which each block loses a random share of its units at least; None: nothing is forced."""
+    blocks = find_blocks(model)
+    least = torch.zeros(len(blocks)) if generator is None else torch.rand(len(blocks), generator=generator)
+    shares = (least * FORCED / least.mean().clamp_min(1e-9)).clamp_max(1.0).tolist()
+    rules = [
+        PruningRule(
+            pattern=block.unit, target_modules=rf"(.*\.)?{re.escape(block.layer)}\..*", min_sparsity_per_module=round(share, 3)
+        )
+        for block, share in zip(blocks, shares)
+    ]
+    return PruningConfig(target_flops=LEFT, rules=rules, max_sparsity_per_module=1.0)
+
+
+def measure(folder: str, task: str, glue: Path, number: int, rows: int, home: Path) -> dict[str, float]:
+    """One allocation, of the seed `number`; 0: the best by the scores."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    config = divided(model, torch.Generator().manual_seed(number) if number else None)
+    report = prune(model, config, calibration_of(task, glue, tokenizer, 0, rows), database=home / task)
+    assert report.held_out_error is not None
+    return {"predicted": report.predicted_error, "true": report.held_out_error, "flops": report.budget["flops"]}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure what the options ask for; return all results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="TASK=FOLDER", help="a dense model for each task")
+    parser.add_argument("--glue_dir", type=Path, required=True, help="a folder with TASK/SPLIT.jsonl")
+    parser.add_argument("--number", type=int, default=50, help="random allocations of each model")
+    parser.add_argument("--rows", type=int, default=512, help="calibration rows")
+    parser.add_argument("--output_dir", type=Path, default=Path("allocations"), help="for results and databases")
+    options = parser.parse_args(arguments)
+    if unknown := [model for model in options.models if model.partition("=")[0] not in TASKS]:
+        parser.error(f"{unknown[0]}: must be TASK=FOLDER, with a task of {', '.join(TASKS)}")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    file = options.output_dir / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    shown = Table(
+        "task", "allocations", "rank correlation", "true loss: median", "least", "by the scores", title="predicted and true loss"
+    )
+    for task, folder in (model.split("=", 1) for model in options.models):
+        found = results.setdefault(task, {"allocations": {}})
+        for number in range(options.number + 1):
+            if str(number) not in found["allocations"]:
+                cell = measure(folder, task, options.glue_dir, number, options.rows, options.output_dir)
+                found["allocations"][str(number)] = cell
+                file.write_text(json.dumps(results, indent=1) + "\n")
+                print(task, number, *(f"{value:.4g}" for value in cell.values()), flush=True)
+        best, drawn = found["allocations"]["0"], [cell for number, cell in found["allocations"].items() if number != "0"]
+        losses = torch.tensor([cell["true"] for cell in drawn])
+        found["rank_correlation"] = float(spearmanr([cell["predicted"] for cell in drawn], losses).statistic)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        values = (losses.median(), losses.min(), best["true"])
+        shown.add_row(task, str(len(drawn)), f"{found['rank_correlation']:.3f}", *(f"{float(value):.4f}" for value in values))
+    rich.print(shown)
+    return results
+
+
+if __name__ == "__main__":
+    main()
