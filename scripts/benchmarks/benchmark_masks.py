@@ -101,7 +101,7 @@ def measure_update(name: str, layers: int, criterion: str) -> dict[str, float | 
     }
 
 
-def measure_steps(name: str, layers: int, steps: int) -> dict[str, float | str]:
+def measure_steps(name: str, layers: int, steps: int, dtype: str) -> dict[str, float | str]:
     """Training steps without, without and with pruning, in turn."""
     models = {pruned: build(layers).train() for pruned in (False, True)}
     optimizers = {pruned: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) for pruned, model in models.items()}
@@ -114,7 +114,7 @@ def measure_steps(name: str, layers: int, steps: int) -> dict[str, float | str]:
         for kind in ("plain", "null", "pruned") if step % 2 else ("pruned", "null", "plain"):
             pruning = kind == "pruned"
             start = time.process_time()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss = models[pruning](**batch).loss
             loss.backward()
             before = time.process_time()
@@ -201,7 +201,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def in_a_process(arguments: argparse.Namespace, *command: str) -> dict[str, float | str]:
     """Run one measurement in a fresh process and read what it prints."""
-    sizes = ["--layers", str(arguments.layers), "--steps", str(arguments.steps)]
+    sizes = ["--layers", str(arguments.layers), "--steps", str(arguments.steps), "--dtype", arguments.dtype]
     result = subprocess.run([sys.executable, __file__, *sizes, *command], capture_output=True, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -211,6 +211,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (12 is BERT-base)")
     parser.add_argument("--steps", type=int, default=5, help="training steps of each kind")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of steps: float32 where bfloat16 is emulated"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_masks.json"), help="where the JSON goes")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="patterns and scopes")
     parser.add_argument("--against", metavar="COMMIT", help="compare updates with the package of another commit")
@@ -226,7 +229,7 @@ def main() -> None:
         print(json.dumps(measure_update(arguments.update[0], arguments.layers, arguments.update[1])))
         return
     if arguments.step:
-        print(json.dumps(measure_steps(arguments.step, arguments.layers, arguments.steps)))
+        print(json.dumps(measure_steps(arguments.step, arguments.layers, arguments.steps, arguments.dtype)))
         return
 
     updates = [
@@ -243,7 +246,7 @@ def main() -> None:
     rich.print(table)
 
     steps = [in_a_process(arguments, "--step", name) for name in arguments.settings]
-    table = Table(title=f"A training step at {BATCH} × {TOKENS} when no update is due")
+    table = Table(title=f"A training step at {BATCH} × {TOKENS} in {arguments.dtype} when no update is due")
     shown = ("null", "pruned", "observe and step", "log")
     for column in ("setting", "plain CPU s", "null run", "with pruning", "observe and step", "a log"):
         table.add_column(column, justify="left" if column == "setting" else "right")
