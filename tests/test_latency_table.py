@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from command_line import CommandLine
 from helpers import assert_equal, quickly_timed, snapshot
 from models import FAMILIES, ragged_batch, tiny, zero_units
@@ -183,6 +185,22 @@ def test_a_table_for_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.is_from_here(model)
     assert module.measured_speedup(model, table.setting, dict.fromkeys(table.blocks, 0), repeats=1) > 1
     assert_equal(snapshot(model), before)
+
+
+def test_half_precision_of_a_trainer_is_left_out_and_left_alone() -> None:
+    """accelerate puts autocast around the forward of a model: no dtype that a table has would be true."""
+    model = tiny()
+    seen: list[bool] = []
+    model.bert.encoder.layer[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    try:
+        prepared_model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    table = quick(prepared_model)
+    module.measured_speedup(prepared_model, table.setting, dict.fromkeys(table.blocks, 1), repeats=1)
+    assert set(seen) == {False}
+    prepared_model(**ragged_batch(model))
+    assert seen[-1]
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -135,8 +136,7 @@ def _compared(model: nn.Module, costs: Costs) -> Comparison | None:
     setting, inner = costs.setting, transformers_model(model)
     if setting is None or setting["runtime"] != "torch":
         return None
-    if (forward := vars(inner).pop("_original_forward", None)) is not None:
-        inner.forward = forward  # as it was before the Trainer put mixed precision around it
+    extract_model_from_parallel(inner, keep_fp32_wrapper=False)  # without the mixed precision that the Trainer put around it
     if inner.dtype != (dtype := DTYPES[setting["dtype"]]):
         inner = copy.deepcopy(inner).to(dtype)
     return compare(inner, rows=setting["batch_size"], tokens=setting["length"] or 1, threads=setting["threads"])

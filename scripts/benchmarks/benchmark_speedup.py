@@ -4,7 +4,7 @@
 
 For each shape a latency table is measured, and for each speed-up heads and neurons are chosen at once by magnitude, which is enough
 for sizes; the condensed model and the dense one are then timed in turn, on one thread, in CPU time, beside a dense model against
-itself. Results are a table and a JSON file.
+itself. With `--runtime onnx` all of this is in ONNX Runtime. Results are a table and a JSON file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from typing import Any
 import rich
 import torch
 from rich.table import Table
+from torch import nn
 from transformers import AutoModel
 
 from hf_prune import Pruner, PruningConfig, PruningRule, condense, latency_table
 from hf_prune.condense import sample_batch
 from hf_prune.measure.latency import benchmark
+from hf_prune.measure.running import RUNTIMES, prepared
 
 #: Batch size × length.
 SHAPES = ((8, 128), (1, 32))
@@ -51,12 +53,31 @@ def pruned(dense: Any, table: Path, speedup: float) -> tuple[Any, float]:
     return condense(pruner.model, verify=False), predicted
 
 
-def timed(folders: Sequence[str], shape: tuple[int, int], repeats: int) -> dict[str, float]:
+class Running(nn.Module):
+    """A model as a runtime has it, for a batch."""
+
+    def __init__(self, folder: str, shape: tuple[int, int], runtime: str) -> None:
+        super().__init__()
+        model = AutoModel.from_pretrained(folder).eval()
+        self.inputs = sample_batch(model, *shape, shortest=shape[1])
+        self.run = prepared(model, self.inputs, runtime)
+
+    def forward(self, **inputs: Any) -> object:
+        return self.run()
+
+
+def timed(folders: Sequence[str], shape: tuple[int, int], repeats: int, runtime: str) -> dict[str, float]:
     """Milliseconds of each folder's model, and of the first once more, in turn."""
     torch.set_num_threads(1)
-    models: dict[str, Any] = {name: AutoModel.from_pretrained(name).eval() for name in folders}
-    models["null"] = AutoModel.from_pretrained(folders[0]).eval()
-    return benchmark(models, sample_batch(models[folders[0]], *shape, shortest=shape[1]), repeats)
+    models = {name: Running(name, shape, runtime) for name in folders}
+    models["null"] = Running(folders[0], shape, runtime)
+    return benchmark(models, models["null"].inputs, repeats)
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """`8x128` → batch size and length."""
+    rows, tokens = map(int, text.split("x"))
+    return rows, tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -64,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder or a name on the Hub")
     parser.add_argument("--speedups", nargs="+", type=float, default=list(SPEEDUPS))
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=list(SHAPES), help="batch size × length, such as 8x128")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="what runs the models")
     parser.add_argument("--repeats", type=int, default=40, help="timed forwards of each model in a process")
     parser.add_argument("--processes", type=int, default=5, help="how many processes time them")
     parser.add_argument("--output", type=Path, default=Path("benchmark_speedup.json"))
@@ -71,14 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shape", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.timed:
-        print(json.dumps(timed(options.timed, tuple(options.shape), options.repeats)))
+        print(json.dumps(timed(options.timed, tuple(options.shape), options.repeats, options.runtime)))
         return []
     torch.set_num_threads(1)
     dense = AutoModel.from_pretrained(options.model).eval()
     results = []
-    for shape in SHAPES:
+    for shape in options.shapes:
         with tempfile.TemporaryDirectory() as home:
-            table = latency_table(dense, *shape)
+            table = latency_table(dense, *shape, runtime=options.runtime)
             table.save(Path(home, "table.json"))
             folders, predicted = [options.model], {}
             for speedup in options.speedups:
@@ -86,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 folders.append(str(Path(home, str(speedup))))
                 model.save_pretrained(folders[-1])
             command = [sys.executable, __file__, options.model, "--timed", *folders, "--shape", *map(str, shape)]
+            command += ["--runtime", options.runtime]
             runs = []
             for _ in range(options.processes):
                 done = subprocess.run([*command, "--repeats", str(options.repeats)], check=True, capture_output=True, text=True)
@@ -103,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 }
             )
             print(results[-1], flush=True)
-    shown = Table(*results[0], title=f"{options.model}, one thread, {options.processes} processes")
+    shown = Table(*results[0], title=f"{options.model}, {options.runtime}, one thread, {options.processes} processes")
     for result in results:
         shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in result.values()))
     rich.print(shown)
