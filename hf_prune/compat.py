@@ -147,3 +147,13 @@ def auto_classes(model_type: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 def without_peft(model: Any) -> Any:
     """The transformers model in a `PeftModel`, including its adapters; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def leave_mixed_precision(model: Any) -> None:
+    """Take off what accelerate puts around a model's forward for mixed precision: autocast, and outputs in float32.
+
+    accelerate's `extract_model_from_parallel(keep_fp32_wrapper=False)` takes off more: it compares functions with the method that
+    it kept, finds none equal, and ends at the forward without transformers' own decorators.
+    """
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        model.forward = forward

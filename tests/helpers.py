@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -208,3 +210,12 @@ def hooks(model: PreTrainedModel) -> list[str]:
     """The modules and parameters that have one."""
     found = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     return found + [name for name, item in model.named_parameters() if getattr(item, "_post_accumulate_grad_hooks", None)]
+
+
+def prepare_for_half_precision(model: Any) -> None:
+    """Put around the forward of a model what accelerate puts there in a Trainer with `bf16=True`, whatever ran before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

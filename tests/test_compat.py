@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import arguments, ragged_rows, tiny_bert
-from transformers import Trainer, TrainerCallback, TrainerState
+from accelerate.utils import extract_model_from_parallel
+from helpers import arguments, prepare_for_half_precision, ragged_rows, tiny_bert
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.models.auto import modeling_auto
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import hf_prune.hub.callback
 import hf_prune.training.callback  # noqa: F401  the patches are made where callbacks are
-from hf_prune.compat import auto_classes, wrap
+from hf_prune.compat import auto_classes, leave_mixed_precision, wrap
 
 pytestmark = pytest.mark.core
 
@@ -85,3 +87,14 @@ def test_auto_classes_know_every_head_and_their_mapping_is_still_private() -> No
     assert known["AutoModelForSequenceClassification"] == ("BertForSequenceClassification",)
     assert not any(auto_classes("no such family"))
     assert not hasattr(modeling_auto.AutoModel, "model_mapping"), "auto_classes() can use the public name"
+
+
+def test_accelerate_still_takes_too_much_off_a_forward() -> None:
+    own = BertForSequenceClassification.forward
+    assert hasattr(own, "__wrapped__")  # a decorator of transformers
+    for leave in (leave_mixed_precision, partial(extract_model_from_parallel, keep_fp32_wrapper=False)):
+        model = tiny_bert()
+        prepare_for_half_precision(model)
+        assert model.forward.__func__ is not own
+        leave(model)
+        assert (model.forward.__func__ is own) == (leave is leave_mixed_precision)

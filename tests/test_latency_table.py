@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from command_line import CommandLine
-from helpers import assert_equal, quickly_timed, snapshot
+from helpers import assert_equal, prepare_for_half_precision, quickly_timed, snapshot
 from models import FAMILIES, ragged_batch, tiny, zero_units
 
 import hf_prune.measure.latency_table as module
@@ -192,14 +190,10 @@ def test_half_precision_of_a_trainer_is_left_out_and_left_alone() -> None:
     model = tiny()
     seen: list[bool] = []
     model.bert.encoder.layer[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    try:
-        prepared_model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    table = quick(prepared_model)
-    module.measured_speedup(prepared_model, table.setting, dict.fromkeys(table.blocks, 1), repeats=1)
+    prepare_for_half_precision(model)
+    module.measured_speedup(model, quick(model).setting, {block.name: 1 for block in find_blocks(model)}, repeats=1)
     assert set(seen) == {False}
-    prepared_model(**ragged_batch(model))
+    model(**ragged_batch(model))
     assert seen[-1]
 
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat import leave_mixed_precision
 from ..condense import sample_batch
 from ..condense.layers import layer_counts, outline, remove_layers
 from ..condense.plan import check_plain, regroup
@@ -440,7 +440,7 @@ def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, runtime: 
     before = torch.get_num_threads()
     # tensors of inference mode cannot be traced
     with unchanged(model), torch.no_grad() if runtime == "onnx" else torch.inference_mode():
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)  # from the autocast of a Trainer in half precision
+        leave_mixed_precision(model)
         model.eval()  # type: ignore[no-untyped-call]
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():  # not `model.to`, which changes gradients too

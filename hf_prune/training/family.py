@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from ..compat import without_peft
+from ..compat import leave_mixed_precision, without_peft
 from ..condense import condense, condense_plan
 from ..files import new_folder
 from ..hub import CardFacts, ModelCardCallback, write_card
@@ -136,7 +135,7 @@ def _compared(model: nn.Module, costs: Costs) -> Comparison | None:
     setting, inner = costs.setting, transformers_model(model)
     if setting is None or setting["runtime"] != "torch":
         return None
-    extract_model_from_parallel(inner, keep_fp32_wrapper=False)  # without the mixed precision that the Trainer put around it
+    leave_mixed_precision(inner)
     if inner.dtype != (dtype := DTYPES[setting["dtype"]]):
         inner = copy.deepcopy(inner).to(dtype)
     return compare(inner, rows=setting["batch_size"], tokens=setting["length"] or 1, threads=setting["threads"])
