@@ -14,6 +14,8 @@ import pytest
 import torch
 from command_line import CommandLine
 from helpers import assert_equal, prepare_for_half_precision, quickly_timed, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
 from models import FAMILIES, ragged_batch, tiny, zero_units
 
 import hf_prune.measure.latency_table as module
@@ -132,6 +134,43 @@ def test_what_kinds_cost_together_is_shared(together: float, monkeypatch: pytest
 def test_turns_at_which_the_machine_was_slow_count_as_others() -> None:
     times = {(-1, 1): [[4.0, 4.0], [8.0], [4.0]], (-1, 0): [[1.0], [2.0], [1.0]], (0, 1): [[3.0], [6.0], [3.0]]}
     assert module.slowness(times) == [1.0, 2.0, 1.0]
+
+
+SIZES = [16, 20, 33, 40, 64, 65, 100, 128, 160, 192, 200, 256, 300, 320]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=3, max_size=3), st.floats(0, 10))
+def test_what_lies_on_a_curve_stays(coefficients: list[float], error: float) -> None:
+    values = [coefficients[0] + coefficients[1] * size / 100 + coefficients[2] * (size / 100) ** 2 for size in SIZES]
+    assert module.evened(SIZES, values, [error] * len(SIZES)) == pytest.approx(values, abs=1e-8)
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=len(SIZES)))
+def test_without_errors_or_with_few_sizes_timings_stay(values: list[float]) -> None:
+    for count, error in ((len(values), 0.0), (min(len(values), 3), 5.0)):
+        assert module.evened(SIZES[:count], values[:count], [error] * count) == pytest.approx(values[:count], abs=1e-6)
+
+
+def test_chance_is_evened_out_and_an_odd_size_is_not() -> None:
+    generator, true = np.random.default_rng(0), np.array(SIZES) / 10 + 3
+    before, after = [], []
+    for _ in range(200):
+        values = true + generator.normal(0, 2, len(SIZES))
+        before.append(np.square(values - true).mean())
+        after.append(np.square(module.evened(SIZES, list(values), [2.0] * len(SIZES)) - true).mean())
+    assert np.mean(after) < np.mean(before) / 2
+    odd = true + 8 * (np.array(SIZES) == 65)
+    assert module.evened(SIZES, list(odd), [0.2] * len(SIZES)) == pytest.approx(odd, abs=0.3)
+
+
+def test_the_standard_error_of_a_median() -> None:
+    """Against medians that are drawn again and again; more values in a turn are no more turns."""
+    generator = np.random.default_rng(0)
+    medians = [float(np.median(generator.normal(0, 1, 25))) for _ in range(4000)]
+    found = [module._error(list(generator.normal(0, 1, 25)), 25) for _ in range(400)]
+    assert np.mean(found) == pytest.approx(np.std(medians), rel=0.1)
+    assert module._error([1.0, 2.0, 3.0, 4.0] * 2, 4) == pytest.approx(module._error([1.0, 2.0, 3.0, 4.0] * 4, 4), rel=0.2)
+    assert module._error([1.0], 1) == 0.0
 
 
 def test_between_sizes_the_cost_is_linear(table: LatencyTable) -> None:

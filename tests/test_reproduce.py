@@ -6,15 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import allocations
 import oneshot_speedups
 import pytest
 import quickstart
 import reproduce
+import torch
 from hub_server import metadata_errors
+from models import ragged_batch, tiny
 from transformers import AutoModelForSequenceClassification
 
-from hf_prune import LatencyTable
+from hf_prune import LatencyTable, prune
+from hf_prune.condense import sample_batch
+from hf_prune.measure.flops import count_flops
 from hf_prune.measure.sparsity import sparsity_report, total_sparsity
+from hf_prune.model import find_blocks
 from hf_prune.pruning.allocation import Levels
 from hf_prune.pruning.costs import of_table
 
@@ -156,3 +162,20 @@ def test_speeds_are_compared_with_shares_of_each_block(name: str) -> None:
         heads, neurons = config.rules
         assert heads.target_sparsity == neurons.target_sparsity
     assert len({row.epochs for row in reproduce.TABLES[name].rows}) == 1
+
+
+def test_random_allocations_share_a_budget_within_their_bounds() -> None:
+    found = set()
+    for seed in (None, 1, 2):
+        model = tiny()
+        before = count_flops(model, sample_batch(model, 1, 16, shortest=16))[0]
+        config = allocations.divided(model, None if seed is None else torch.Generator().manual_seed(seed))
+        config.latency_length = 16
+        report = prune(model, config, [ragged_batch(model, rows=6, seed=row) for row in range(4)])
+        assert report.budget["flops"] <= before / 2
+        shares = [1 - module.units_left / module.units for module in report.modules]
+        bounds = [(rule.min_sparsity_per_module, rule.max_sparsity_per_module) for rule in config.rules]
+        sizes = [block.num_units for block in find_blocks(model)]
+        assert all(low - 1 / size < share <= high for share, (low, high), size in zip(shares, bounds, sizes))
+        found.add(tuple(shares))
+    assert len(found) == 3

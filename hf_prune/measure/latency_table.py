@@ -13,16 +13,18 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
 import re
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import nn
@@ -312,7 +314,7 @@ def latency_table(
     the one before, and at the multiples of 64 below them. A block costs at some size what the model takes with all blocks of its
     kind (at most those of six layers; other layers are absent) at this size, less what it takes without them, each its share. Where
     blocks of two kinds take longer together than apart, each bears half of that; see [`costs_of`]. Sizes take turns, in random
-    order, so that whatever else the machine does meets all alike; medians count. The model is left as it was.
+    order, so that whatever else the machine does meets all alike; medians count, see [`evened`]. The model is left as it was.
 
     Args:
         model: a transformers model, or an object that holds one (see `model/wrappers.py`), on the device that counts.
@@ -344,6 +346,10 @@ def latency_table(
         kinds = block_kinds(inner, blocks)
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
     middles = {case: 1000 * statistics.median(values) for case, values in times.items()}
+    for number, kind in enumerate(kinds):
+        cases = [(number, size) for size in kind.sizes[1:]]
+        errors = [1000 * _error(times[case], repeats) for case in cases]
+        middles |= zip(cases, evened(kind.sizes[1:], [middles[case] for case in cases], errors))
     costs = {block.name: {0: 0.0} for block in blocks} | costs_of(kinds, middles)
     setting = table_setting(inner, batch_size, length, dtype, threads, runtime)
     spread = statistics.median(_spread(values) for values in times.values())
@@ -387,6 +393,30 @@ def costs_of(kinds: list[Kind], milliseconds: Mapping[Case, float]) -> dict[str,
     return costs
 
 
+def evened(sizes: Sequence[int], values: Sequence[float], errors: Sequence[float]) -> list[float]:
+    """Timings of sizes, drawn toward a curve of the second degree as far as chance explains that they are off it.
+
+    On a busy machine the timings of all other sizes say more of one size than its own. Of what is off the curve the share
+    τ²/(τ² + σ²) stays, with σ² the variance of an error and τ² what there is beyond it (empirical Bayes, Efron and Morris 1973): on
+    a quiet machine nearly all, so that odd sizes cost what they cost.
+
+    Args:
+        sizes: ascending.
+        values: of each size.
+        errors: the standard error of each value.
+    """
+    free = len(sizes) - 3  # what three coefficients leave
+    if free < 1:
+        return list(values)
+    found = np.asarray(values, dtype=np.float64)
+    curve = np.polynomial.Polynomial.fit(sizes, found, 2)(np.asarray(sizes, dtype=np.float64))
+    chance = float(np.mean(np.square(errors)))
+    own = max(float(np.square(found - curve).sum()) / free - chance, 0.0)
+    kept = own / (own + chance) if own else 0.0
+    evened: list[float] = (curve + kept * (found - curve)).tolist()
+    return evened
+
+
 def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str, int], *, repeats: int = 9) -> float:
     """How many times faster than now a model is with other sizes; sizes and the model take turns.
 
@@ -412,6 +442,12 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
                     _cut([block], units[block.name])
                 ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"], turns)))
     return statistics.median(ratios)
+
+
+def _error(values: list[float], turns: int) -> float:
+    """The standard error of the median of values from so many turns, were they normal: values of a turn count as one."""
+    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
+    return (high - low) / 1.349 * math.sqrt(math.pi / 2 / turns)
 
 
 def _spread(values: list[float]) -> float:

@@ -2,10 +2,10 @@
 
     python scripts/results/allocations.py mrpc=runs/mrpc/dense-1 --glue_dir glue
 
-Each allocation has half of the operations of a row left. A random part of what each block loses is forced by
-`min_sparsity_per_module`; what remains of the budget goes by the scores, as ever. Predicted is the sum of the scores of what goes,
-in nats; true is the KL divergence from the dense model on held-out rows, once all weights that stay have made up for it. Results
-go to a JSON file, allocation by allocation; those that it holds are not measured again.
+Each allocation has half of the operations of a row left, and random bounds on what each block loses (`min_sparsity_per_module`,
+`max_sparsity_per_module`), between which the budget goes by the scores, as ever. Predicted is the sum of the scores of what goes,
+in nats; true is the KL divergence from the dense model on held-out rows, once all weights that stay have made up for it. Results go
+to a JSON file, allocation by allocation; those that it holds are not measured again.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_prune import PruningConfig, PruningRule, prune
 from hf_prune.model import find_blocks
 
-#: The share of the operations that stays.
+#: The share of the operations that stays; floors are below that of a block that goes, and caps above.
 LEFT = 0.5
-#: The part of what goes that is forced, on the mean over blocks.
-FORCED = 0.45
 
 
 def divided(model: Any, generator: torch.Generator | None) -> PruningConfig:
-    """A config in which each block loses a random share of its units at least; None: nothing is forced."""
-    blocks = find_blocks(model)
-    least = torch.zeros(len(blocks)) if generator is None else torch.rand(len(blocks), generator=generator)
-    shares = (least * FORCED / least.mean().clamp_min(1e-9)).clamp_max(1.0).tolist()
-    rules = [
-        PruningRule(
-            pattern=block.unit, target_modules=rf"(.*\.)?{re.escape(block.layer)}\..*", min_sparsity_per_module=round(share, 3)
+    """A config in which each block has a random floor and a random cap; None: it has none."""
+    rules = []
+    for block in find_blocks(model):
+        low, high = torch.zeros(2).tolist() if generator is None else torch.rand(2, generator=generator).tolist()
+        rules.append(
+            PruningRule(
+                pattern=block.unit,
+                target_modules=rf"(.*\.)?{re.escape(block.layer)}\..*",
+                min_sparsity_per_module=round(low * LEFT, 3),
+                max_sparsity_per_module=round(1 - high * LEFT, 3),
+            )
         )
-        for block, share in zip(blocks, shares)
-    ]
-    return PruningConfig(target_flops=LEFT, rules=rules, max_sparsity_per_module=1.0)
+    return PruningConfig(target_flops=LEFT, rules=rules)
 
 
 def measure(folder: str, task: str, glue: Path, number: int, rows: int, home: Path) -> dict[str, float]:
