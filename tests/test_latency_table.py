@@ -158,7 +158,7 @@ def test_chance_is_evened_out_and_an_odd_size_is_not() -> None:
         values = true + generator.normal(0, 2, len(SIZES))
         before.append(np.square(values - true).mean())
         after.append(np.square(module.evened(SIZES, list(values), [2.0] * len(SIZES)) - true).mean())
-    assert np.mean(after) < np.mean(before) / 2
+    assert np.mean(after) < np.mean(before) / 3  # 3/14 are the coefficients'
     odd = true + 8 * (np.array(SIZES) == 65)
     assert module.evened(SIZES, list(odd), [0.2] * len(SIZES)) == pytest.approx(odd, abs=0.3)
 
