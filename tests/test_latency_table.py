@@ -167,10 +167,12 @@ def test_the_standard_error_of_a_median() -> None:
     """Against medians that are drawn again and again; more values in a turn are no more turns."""
     generator = np.random.default_rng(0)
     medians = [float(np.median(generator.normal(0, 1, 25))) for _ in range(4000)]
-    found = [module._error(list(generator.normal(0, 1, 25)), 25) for _ in range(400)]
+    found = [module.standard_error(list(generator.normal(0, 1, 25)), 25) for _ in range(400)]
     assert np.mean(found) == pytest.approx(np.std(medians), rel=0.1)
-    assert module._error([1.0, 2.0, 3.0, 4.0] * 2, 4) == pytest.approx(module._error([1.0, 2.0, 3.0, 4.0] * 4, 4), rel=0.2)
-    assert module._error([1.0], 1) == 0.0
+    assert module.standard_error([1.0, 2.0, 3.0, 4.0] * 2, 4) == pytest.approx(
+        module.standard_error([1.0, 2.0, 3.0, 4.0] * 4, 4), rel=0.2
+    )
+    assert module.standard_error([1.0], 1) == 0.0
 
 
 def test_between_sizes_the_cost_is_linear(table: LatencyTable) -> None:

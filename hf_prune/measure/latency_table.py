@@ -348,7 +348,7 @@ def latency_table(
     middles = {case: 1000 * statistics.median(values) for case, values in times.items()}
     for number, kind in enumerate(kinds):
         cases = [(number, size) for size in kind.sizes[1:]]
-        errors = [1000 * _error(times[case], repeats) for case in cases]
+        errors = [1000 * standard_error(times[case], repeats) for case in cases]
         middles |= zip(cases, evened(kind.sizes[1:], [middles[case] for case in cases], errors))
     costs = {block.name: {0: 0.0} for block in blocks} | costs_of(kinds, middles)
     setting = table_setting(inner, batch_size, length, dtype, threads, runtime)
@@ -444,7 +444,7 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
     return statistics.median(ratios)
 
 
-def _error(values: list[float], turns: int) -> float:
+def standard_error(values: list[float], turns: int) -> float:
     """The standard error of the median of values from so many turns, were they normal: values of a turn count as one."""
     low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
     return (high - low) / 1.349 * math.sqrt(math.pi / 2 / turns)
