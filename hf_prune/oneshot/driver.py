@@ -167,7 +167,7 @@ def prune(
     started = time.perf_counter()
     model = transformers_model(model)
     check_model(model)
-    check_tries(search)
+    _check_tries(search)
     settings = at_once(config)
     rules, skipped = match_rules(model, settings, 1, None, layer_by_layer=True)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
@@ -205,27 +205,27 @@ def prune(
     )
 
 
-def check_tries(search: int) -> None:
-    """Raise unless it is a number of tries.
+def _check_tries(search: int) -> None:
+    """Raise unless a search has a number of tries.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it has not.
     """
     if not isinstance(search, int) or isinstance(search, bool) or search < 0:
         raise ConfigError("search", search, "must be a whole number of tries, 0 or more.")
 
 
 def _check_search(search: int, rules: Sequence[Rule], work: Sequence[_Work]) -> None:
-    """Raise if something is to be searched, and there is nothing to weigh.
+    """Raise if there is to be a search and no budget whose blocks can be weighed.
 
     Raises:
-        ConfigError: see there.
+        ConfigError: there is none.
     """
-    if search and not any(_is_open(budget, work) for budget in make_budgets(rules)):
+    if search and not any(_is_searchable(budget, work) for budget in make_budgets(rules)):
         raise ConfigError("search", search, "is for blocks that share a budget, and whose units criterion 'obs' measures.")
 
 
-def _is_open(budget: Budget, work: Sequence[_Work]) -> bool:
+def _is_searchable(budget: Budget, work: Sequence[_Work]) -> bool:
     """Whether what blocks count changes what goes of them, and all of it was measured."""
     measured = {item.group.name for item in work if item.is_measured}
     shared = budget.costs.measured is not None or budget.rules[0].settings.scope == "global"
@@ -329,7 +329,7 @@ def _choose(
     predicted, searched = 0.0, {}
     for budget in make_budgets(rules):
         costs = [rule.criterion.scores(group) for rule in budget.rules for group in rule.groups]
-        if search and _is_open(budget, passes.work):
+        if search and _is_searchable(budget, passes.work):
             searched[budget.name] = _search(budget, passes, search, seed)
         if budget.costs.setting is not None:
             _fit(budget, model, cost_targets)
