@@ -121,7 +121,8 @@ def test_regression_with_the_folder_from_the_environment(
     metrics = run_glue.main(flags(model_name_or_path=start, task_name="stsb", output_dir=tmp_path / "out", **settings))
     for name, apart in (("pearson", 1e-3), ("spearmanr", 1e-3), ("loss", 1e-5)):  # predictions are close together
         assert metrics[f"eval_{name}"] == pytest.approx(metrics[f"condensed_{name}"], abs=apart)
-        assert metrics[f"reloaded_{name}"] == metrics[f"condensed_{name}"]
+        # where weights lie in memory decides how MKL rounds sums, on some processors
+        assert metrics[f"reloaded_{name}"] == pytest.approx(metrics[f"condensed_{name}"], abs=apart)
     assert json.loads((tmp_path / "out" / "condensed" / "config.json").read_text())["id2label"] == {"0": "LABEL_0"}
 
 

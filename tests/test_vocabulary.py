@@ -144,7 +144,7 @@ def test_a_process_without_the_library_loads_and_uses_it(kind: str, report: dict
     row = report[kind]
     assert row["module"] == "transformers"
     assert row["same tokens"]
-    assert row["gap"] <= 1e-6
+    assert row["gap"] <= 1e-5  # products of another width are rounded otherwise, on some processors by more than 1e-6
     assert row.get("generates the same", True)
     assert row.get("pipeline", True)
     generates = KINDS[kind][1] in models.GENERATORS
