@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,12 @@ def test_onnx_runtime_runs_the_model_that_is_timed(family: str) -> None:
             module.resize(model, kinds, case)
             expected, found = model(**inputs).logits, prepared(model, inputs, "onnx")()
         assert min(np.abs(one - expected.numpy()).max() for one in found if one.shape == expected.shape) < 1e-5
+
+
+def test_onnx_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"runtime='onnx': needs onnxruntime; `pip install hf-prune\[onnx\]`"):
+        quick(tiny(), runtime="onnx")
 
 
 def test_a_table_for_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

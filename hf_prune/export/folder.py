@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,6 +24,7 @@ from ..measure.tables import as_text
 from ..model.changeable import check_changeable
 from ..oneshot.calibration import calibration
 from ..oneshot.data import load_tokenizer
+from ..settings.checks import check_installed
 from ..settings.errors import ConfigError, closest
 from . import gguf, onnx, openvino, per_layer_config
 from .compare import Agreement, compare
@@ -196,8 +196,7 @@ def check_export(format: str, quantize: str | None = None, has_rows: bool = Fals
     if opset is not None and format != "onnx":
         raise ConfigError("opset", opset, f"is a setting of onnx; {format} has none.")
     needed = (*known.packages, *(known.quantizations[quantize] if quantize else ()))
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"format={format!r}: needs {', '.join(missing)}; `pip install hf-prune[{known.extra}]`.")
+    check_installed(f"format={format!r}", needed, known.extra)
     if format == "onnx":
         onnx.check_opset(opset)
 

@@ -413,8 +413,8 @@ def evened(sizes: Sequence[int], values: Sequence[float], errors: Sequence[float
     chance = float(np.mean(np.square(errors)))
     own = max(float(np.square(found - curve).sum()) / free - chance, 0.0)
     kept = own / (own + chance) if own else 0.0
-    evened: list[float] = (curve + kept * (found - curve)).tolist()
-    return evened
+    drawn: list[float] = (curve + kept * (found - curve)).tolist()
+    return drawn
 
 
 def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str, int], *, repeats: int = 9) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import logging
 import tempfile
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..condense.snapshot import configs_of, unchanged
-from ..settings.checks import check_name
+from ..settings.checks import check_installed, check_name
 from ..settings.errors import ConfigError
 
 RUNTIMES = ("torch", "compile", "onnx")
@@ -43,8 +42,7 @@ def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
         raise ConfigError("dtype", dtype, "must be 'float32' in ONNX Runtime.")
     if device.type != "cpu":
         raise ConfigError("runtime", runtime, f"runs on the CPU, and the model is on {device.type}.")
-    if lacking := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"runtime='onnx' needs {', '.join(lacking)}: pip install 'hf-prune[onnx]'.")
+    check_installed(f"runtime={runtime!r}", ONNX_PACKAGES, "onnx")
 
 
 def prepared(model: PreTrainedModel, inputs: Mapping[str, Tensor], runtime: str) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -54,6 +55,21 @@ def check_type(name: str, value: object, hint: Any) -> None:
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         called = [_CALLED.get(get_origin(option) or option, str(option)) for option in options]
         raise ConfigError(name, value, f"must be {' or '.join(called)}.")
+
+
+def check_installed(wanted: str, packages: Iterable[str], extra: str) -> None:
+    """Raise unless some packages are installed, which are found without being imported.
+
+    Args:
+        wanted: what needs them, as given: `"runtime='onnx'"`.
+        packages: their names.
+        extra: what `pip install hf-prune[…]` calls them.
+
+    Raises:
+        ImportError: some are not; says what to install.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{wanted}: needs {', '.join(missing)}; `pip install hf-prune[{extra}]`.")
 
 
 def check_types(instance: Any) -> None:

@@ -91,10 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--processes", type=int, default=5, help="how many processes time them")
     parser.add_argument("--output", type=Path, default=Path("benchmark_speedup.json"))
     parser.add_argument("--timed", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.timed:
-        print(json.dumps(timed(options.timed, tuple(options.shape), options.repeats, options.runtime)))
+        print(json.dumps(timed(options.timed, options.shapes[0], options.repeats, options.runtime)))
         return []
     torch.set_num_threads(1)
     dense = AutoModel.from_pretrained(options.model).eval()
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 model, predicted[speedup] = pruned(dense, Path(home, "table.json"), speedup)
                 folders.append(str(Path(home, str(speedup))))
                 model.save_pretrained(folders[-1])
-            command = [sys.executable, __file__, options.model, "--timed", *folders, "--shape", *map(str, shape)]
+            command = [sys.executable, __file__, options.model, "--timed", *folders, "--shapes", "x".join(map(str, shape))]
             command += ["--runtime", options.runtime]
             runs = []
             for _ in range(options.processes):
