@@ -202,7 +202,7 @@ def timed_here(file: Path, model: Any, **setting: Any) -> Path:
     """A made-up table that says that it was measured on this machine."""
     table = LatencyTable.load(table_of(model, file))
     given = {"batch_size": 2, "length": 8, "dtype": "float32", "threads": 1, "runtime": "torch"} | setting
-    replace(table, device=device_facts(torch.device("cpu")), setting=given).save(file)
+    replace(table, device=device_facts(torch.device("cpu"), given["runtime"]), setting=given).save(file)
     return file
 
 

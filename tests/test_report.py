@@ -68,10 +68,11 @@ def test_shared_weights_are_counted_once() -> None:
     assert sum(module.parameters for module in sparsity_report(model).modules) == before - first.weight.numel()
 
 
-def test_the_benchmark_times_each_model_and_leaves_modes_alone() -> None:
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_the_benchmark_times_each_model_and_leaves_modes_alone(runtime: str) -> None:
     small, large = tiny_bert(num_hidden_layers=1), tiny_bert(num_hidden_layers=1).train()
     threads = torch.get_num_threads()
-    times = benchmark({"small": small, "large": large}, ragged_batch(small), repeats=2)
+    times = benchmark({"small": small, "large": large}, ragged_batch(small), repeats=2, runtime=runtime)
     assert set(times) == {"small", "large"}
     assert min(times.values()) > 0
     assert large.training

@@ -19,6 +19,7 @@ from ..condense import sample_batch
 from ..settings.checks import check_types, dataclass_from_dict
 from ..settings.errors import within
 from .memory import activation_bytes, megabytes, weight_bytes
+from .running import prepared, still
 from .sparsity import stock_twin
 from .tables import as_text
 
@@ -109,6 +110,7 @@ def compare(
     repeats: int = 10,
     track: Callable[[range], Iterable[int]] = iter,
     threads: int = 1,
+    runtime: str = "torch",
 ) -> Comparison:
     """Measure latency and memory of a model and of the dense one it came from, in turn, on a batch of full rows of random inputs.
 
@@ -120,25 +122,28 @@ def compare(
         tokens: length of the rows, but no more than the model has positions for; images and sounds have sizes of their own.
         repeats: turns of each model.
         track: wraps the rounds of measuring, to show progress.
-        threads: of the CPU; see [`benchmark`].
+        threads, runtime: of the CPU, and what runs the models there; see [`benchmark`].
     """
     reference = reference or ("the dense model" if dense is not None else "a random model of the sizes before condensing")
     twin: Any = stock_twin(model) if dense is None else dense
     models = {"dense": twin.to(model.device), "model": model}
     inputs = sample_batch(model, rows, tokens, shortest=tokens)  # the dense one may have more tokens, never fewer
-    times = benchmark(models, inputs, repeats, track, threads)
+    times = benchmark(models, inputs, repeats, track, threads, runtime)
     costs = {
         name: Cost(one.num_parameters(), weight_bytes(one), activation_bytes(one, inputs), times[name])
         for name, one in models.items()
     }
-    return Comparison(costs["dense"], costs["model"], reference, protocol_of(model, inputs, repeats, threads))
+    return Comparison(costs["dense"], costs["model"], reference, protocol_of(model, inputs, repeats, threads, runtime))
 
 
-def protocol_of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], repeats: int, threads: int = 1) -> str:
+def protocol_of(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], repeats: int, threads: int = 1, runtime: str = "torch"
+) -> str:
     """How [`benchmark`] measures models like this one, in words."""
     shape = " × ".join(str(size) for size in inputs[model.main_input_name].shape)
     clock = "CPU time" if model.device.type == "cpu" and threads == 1 else "time"
-    run = f"{model.dtype}, {model.device.type}, {'one thread' if threads == 1 else f'{threads} threads'}, {clock}"
+    place = model.device.type if runtime == "torch" else f"{model.device.type} ({runtime})"
+    run = f"{model.dtype}, {place}, {'one thread' if threads == 1 else f'{threads} threads'}, {clock}"
     return f"batch of {shape}, {run}, median of warm forwards in {repeats} turns"
 
 
@@ -148,23 +153,24 @@ def benchmark(
     repeats: int = 10,
     track: Callable[[range], Iterable[int]] = iter,
     threads: int = 1,
+    runtime: str = "torch",
 ) -> dict[str, float]:
     """Milliseconds that each model takes for a batch, the median over `repeats` turns: of CPU time on one thread; on more, and on
     CUDA, of time.
 
     The models take turns, so that whatever else the machine does meets all of them alike, and CPU time leaves out what other
-    processes take. What counts of a turn says [`warm`].
+    processes take. What counts of a turn says [`warm`]; what runs the models, `runtime`, is one of `measure.running.RUNTIMES`.
     """
     before, device = torch.get_num_threads(), next(iter(inputs.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with still(runtime):
+            runs = {name: prepared(model.eval(), inputs, runtime) for name, model in models.items()}
             for _ in track(range(repeats)):
-                for name, model in models.items():
-                    model.eval()
-                    seconds[name] += warm(partial(model, **inputs), (partial(now, device, threads),))[0]
+                for name, run in runs.items():
+                    seconds[name] += warm(run, (partial(now, device, threads),))[0]
     finally:
         torch.set_num_threads(before)
         for name, model in models.items():

@@ -45,7 +45,7 @@ from ..settings.checks import check_frequency, check_name, is_number
 from ..settings.errors import ConfigError
 from ..version import __version__
 from .latency import now, warm
-from .running import BUILDING, check_runtime, prepared
+from .running import BUILDING, check_runtime, prepared, still
 from .tables import as_text, table_of_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -474,8 +474,7 @@ def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, runtime: 
     where those are that are cut, so that sizes can be subtracted from each other; else they stay, as the model is used.
     """
     before = torch.get_num_threads()
-    # tensors of inference mode cannot be traced
-    with unchanged(model), torch.no_grad() if runtime == "onnx" else torch.inference_mode():
+    with unchanged(model), still(runtime):
         leave_mixed_precision(model)
         model.eval()  # type: ignore[no-untyped-call]
         for tensor in (*model.parameters(), *model.buffers()):

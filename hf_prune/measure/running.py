@@ -8,7 +8,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,13 @@ def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
     check_installed(f"runtime={runtime!r}", ONNX_PACKAGES, "onnx")
 
 
-def prepared(model: PreTrainedModel, inputs: Mapping[str, Tensor], runtime: str) -> Callable[[], object]:
+def still(runtime: str) -> AbstractContextManager[None]:
+    """A context in which nothing is noted for backward, as far as what a runtime builds allows: tensors that were made in inference
+    mode cannot be traced."""
+    return torch.no_grad() if runtime == "onnx" else torch.inference_mode()
+
+
+def prepared(model: Any, inputs: Mapping[str, Tensor], runtime: str) -> Callable[[], object]:
     """What runs a model on a batch, on as many threads of the CPU as torch has now."""
     if runtime == "onnx":
         return _in_onnx_runtime(model, inputs)

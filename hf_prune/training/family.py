@@ -133,12 +133,13 @@ def _measured(model: nn.Module, costs: Costs, config: PruningConfig) -> tuple[fl
 def _compared(model: nn.Module, costs: Costs) -> Comparison | None:
     """The condensed model timed against a dense one, as blocks were timed for the target; None if they were not timed here."""
     setting, inner = costs.setting, transformers_model(model)
-    if setting is None or setting["runtime"] != "torch":
+    if setting is None:
         return None
     leave_mixed_precision(inner)
     if inner.dtype != (dtype := DTYPES[setting["dtype"]]):
         inner = copy.deepcopy(inner).to(dtype)
-    return compare(inner, rows=setting["batch_size"], tokens=setting["length"] or 1, threads=setting["threads"])
+    where = {name: setting[name] for name in ("threads", "runtime")}
+    return compare(inner, rows=setting["batch_size"], tokens=setting["length"] or 1, **where)
 
 
 def _facts(trainer: Trainer, target: str, member: Member, comparison: Comparison | None) -> CardFacts:

@@ -23,13 +23,12 @@ from typing import Any
 import rich
 import torch
 from rich.table import Table
-from torch import nn
 from transformers import AutoModel
 
 from hf_prune import Pruner, PruningConfig, PruningRule, condense, latency_table
 from hf_prune.condense import sample_batch
 from hf_prune.measure.latency import benchmark
-from hf_prune.measure.running import RUNTIMES, prepared
+from hf_prune.measure.running import RUNTIMES
 
 #: Batch size × length.
 SHAPES = ((8, 128), (1, 32))
@@ -53,25 +52,12 @@ def pruned(dense: Any, table: Path, speedup: float) -> tuple[Any, float]:
     return condense(pruner.model, verify=False), predicted
 
 
-class Running(nn.Module):
-    """A model as a runtime has it, for a batch."""
-
-    def __init__(self, folder: str, shape: tuple[int, int], runtime: str) -> None:
-        super().__init__()
-        model = AutoModel.from_pretrained(folder).eval()
-        self.inputs = sample_batch(model, *shape, shortest=shape[1])
-        self.run = prepared(model, self.inputs, runtime)
-
-    def forward(self, **inputs: Any) -> object:
-        return self.run()
-
-
 def timed(folders: Sequence[str], shape: tuple[int, int], repeats: int, runtime: str) -> dict[str, float]:
     """Milliseconds of each folder's model, and of the first once more, in turn."""
     torch.set_num_threads(1)
-    models = {name: Running(name, shape, runtime) for name in folders}
-    models["null"] = Running(folders[0], shape, runtime)
-    return benchmark(models, models["null"].inputs, repeats)
+    models = {name: AutoModel.from_pretrained(name) for name in folders}
+    models["null"] = AutoModel.from_pretrained(folders[0])
+    return benchmark(models, sample_batch(models["null"], *shape, shortest=shape[1]), repeats, runtime=runtime)
 
 
 def shape_of(text: str) -> tuple[int, int]:
