@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import allocations
+import oneshot
 import oneshot_speedups
 import pytest
 import quickstart
@@ -179,3 +181,12 @@ def test_random_allocations_share_a_budget_within_their_bounds() -> None:
         assert all(low - 1 / size < share <= high for share, (low, high), size in zip(shares, bounds, sizes))
         found.add(tuple(shares))
     assert len(found) == 3
+
+
+def test_the_divergence_from_the_dense_model_is_a_mean_over_rows() -> None:
+    dense, pruned = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for old, new in zip(dense.double().softmax(dim=-1), pruned.double().softmax(dim=-1)):
+        total += sum(float(p) * math.log(p / q) for p, q in zip(old, new))
+    assert oneshot.divergence(dense, pruned) == pytest.approx(total / 5)
+    assert oneshot.divergence(dense, dense + 1) == pytest.approx(0, abs=1e-12)

@@ -4,8 +4,8 @@
 
 Each allocation has half of the operations of a row left, and random bounds on what each block loses (`min_sparsity_per_module`,
 `max_sparsity_per_module`), between which the budget goes by the scores, as ever. Predicted is the sum of the scores of what goes,
-in nats; true is the KL divergence from the dense model on held-out rows, once all weights that stay have made up for it. Results go
-to a JSON file, allocation by allocation; those that it holds are not measured again.
+in nats; true is the KL divergence from the dense model on the validation rows, once all weights that stay have made up for it.
+Results go to a JSON file, allocation by allocation; those that it holds are not measured again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import rich
 import torch
-from oneshot import TASKS, calibration_of
+from oneshot import TASKS, batches, calibration_of, divergence, logits_of, rows_of
 from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -52,9 +52,11 @@ def measure(folder: str, task: str, glue: Path, number: int, rows: int, home: Pa
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     config = divided(model, torch.Generator().manual_seed(number) if number else None)
+    validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
+    dense = logits_of(model, validation)
     report = prune(model, config, calibration_of(task, glue, tokenizer, 0, rows), database=home / task)
-    assert report.held_out_error is not None
-    return {"predicted": report.predicted_error, "true": report.held_out_error, "flops": report.budget["flops"]}
+    true = divergence(dense, logits_of(model, validation))
+    return {"predicted": report.predicted_error, "true": true, "flops": report.budget["flops"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

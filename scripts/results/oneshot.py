@@ -23,6 +23,7 @@ import torch
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -71,13 +72,22 @@ def calibration_of(task: str, folder: Path, tokenizer: Any, seed: int, number: i
 
 
 @torch.no_grad()
+def logits_of(model: Any, validation: Sequence[dict[str, Tensor]]) -> Tensor:
+    """What the model gives for each validation row, `[rows, classes]`."""
+    inputs = ({key: value for key, value in batch.items() if key != "labels"} for batch in validation)
+    return torch.cat([model(**batch).logits for batch in inputs])
+
+
 def predict(model: Any, validation: Sequence[dict[str, Tensor]]) -> list[int]:
     """The class that the model predicts for each validation row."""
-    predicted = []
-    for batch in validation:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        predicted += model(**inputs).logits.argmax(dim=-1).tolist()
+    predicted: list[int] = logits_of(model, validation).argmax(dim=-1).tolist()
     return predicted
+
+
+def divergence(dense: Tensor, pruned: Tensor) -> float:
+    """The KL divergence of the predictions from the dense model's, in nats a row, from the logits of both."""
+    old, new = (logits.double().log_softmax(dim=-1) for logits in (dense, pruned))
+    return float(functional.kl_div(new, old, reduction="batchmean", log_target=True))
 
 
 def measure(

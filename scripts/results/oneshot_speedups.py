@@ -3,9 +3,9 @@
     python scripts/results/oneshot_speedups.py mrpc=runs/mrpc/dense-1 sst2=runs/sst2/dense-1 --glue_dir glue
 
 For each task a latency table is measured once (8 × 128, one thread). At each speed-up the default method gets it as
-`target_speedup`, and equal shares get the share of every block at which the model is measured to be as fast. Metrics are of the
-validation rows; the speed of each condensed model is measured beside the dense model's, in turn, in CPU time. Results go to a JSON
-file cell by cell; cells that it holds are not measured again.
+`target_speedup`, and equal shares get the share of every block at which the model is measured to be as fast. Metrics, and the KL
+divergence from the dense model, are of the validation rows; the speed of each condensed model is measured beside the dense model's,
+in turn, in CPU time. Results go to a JSON file cell by cell; cells that it holds are not measured again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import rich
 import torch
-from oneshot import TASKS, batches, calibration_of, predict, rows_of
+from oneshot import TASKS, batches, calibration_of, divergence, logits_of, rows_of
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -80,13 +80,14 @@ def measure(folder: str, task: str, glue: Path, method: str, speedup: float, see
     validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
     labels = [label for batch in validation for label in batch["labels"].tolist()]
     metric = TASKS[task][1]
+    before, after = logits_of(dense, validation), logits_of(small, validation)
     times = benchmark({"dense": dense, "small": small}, sample_batch(dense, *SHAPE, shortest=SHAPE[1]), 30)
     return {
-        "dense": float(metric(labels, predict(dense, validation))),
-        "metric": float(metric(labels, predict(small, validation))),
+        "dense": float(metric(labels, before.argmax(dim=-1).tolist())),
+        "metric": float(metric(labels, after.argmax(dim=-1).tolist())),
+        "divergence": divergence(before, after),
         "measured": times["dense"] / times["small"],
         "sparsity": report.sparsity,
-        "held_out_error": report.held_out_error,
     }
 
 
@@ -103,9 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     file = options.output_dir / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-    shown = Table(
-        "task", "asked", "method", "seed", "measured", "metric", "against dense", title="the same speed, without training"
-    )
+    columns = ("task", "asked", "method", "seed", "measured", "metric", "against dense", "divergence")
+    shown = Table(*columns, title="the same speed, without training")
     for seed in options.seeds:
         for task, folder in (model.split("=", 1) for model in options.models):
             for speedup in options.speedups:
@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
                         file.write_text(json.dumps(results, indent=1))
                     cell = results[key]
                     cells = [f"{cell['measured']:.2f}", f"{cell['metric']:.4f}", f"{100 * (cell['metric'] - cell['dense']):+.1f}"]
+                    cells.append(f"{cell['divergence']:.4f}")
                     shown.add_row(task, str(speedup), method, str(seed), *cells)
                     print(key, *cells, flush=True)
     rich.print(shown)
