@@ -164,6 +164,78 @@ def test_chance_is_evened_out_and_an_odd_size_is_not() -> None:
     assert module.evened(SIZES, list(odd), [0.2] * len(SIZES)) == pytest.approx(odd, abs=0.3)
 
 
+def test_a_size_that_was_timed_more_often_counts_more() -> None:
+    """As in weighted least squares; and it is drawn toward the curve by less."""
+    sizes, errors = np.array(SIZES), np.where(np.array(SIZES) == 320, 0.1, 3.0)
+    generator, true = np.random.default_rng(1), np.array(SIZES) / 10
+    values = true + errors * generator.normal(size=len(SIZES))
+    values[-1] += 5
+    values[5] += 30
+    free, weights = len(SIZES) - 3, 1 / errors**2
+    design = np.stack([np.ones(len(SIZES)), sizes, sizes**2], axis=1).astype(float)
+    hat = design @ np.linalg.inv(design.T * weights @ design) @ (design.T * weights)
+    curve = hat @ values
+    beyond = (weights * (values - curve) ** 2).sum() - free
+    own = beyond / (weights * (1 - np.diag(hat))).sum()
+    assert own > 1
+    expected = curve + own / (own + errors**2) * (values - curve)
+    assert module.evened(SIZES, list(values), list(errors)) == pytest.approx(list(expected), rel=1e-6)
+    assert expected[-1] == pytest.approx(values[-1], abs=0.1)
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+def test_what_is_the_same_model_is_timed_as_one(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size heads and neurons are, and the dense model is, too, if no layer is absent."""
+    model = tiny(num_hidden_layers=layers)
+    kinds = module.block_kinds(model, find_blocks(model))
+    full = [(number, kind.sizes[-1]) for number, kind in enumerate(kinds)]
+    shapes = {}
+    for case in [module.DENSE, *full]:
+        with unchanged(model):
+            module.resize(model, kinds, case)
+            shapes[case] = (len({block.layer for block in find_blocks(model)}), [b.num_units for b in find_blocks(model)])
+    for case in full:
+        same = module.same_model(kinds, case)
+        assert (same == module.DENSE) == (layers == 2)
+        assert shapes[same] == shapes[case]
+    assert len({module.same_model(kinds, case) for case in full}) == 1
+    assert module.same_model(kinds, (0, 1)) == (0, 1)
+    seen: list[int] = []
+    errors: list[list[float]] = []
+
+    def evened(sizes: list[int], values: list[float], noise: list[float]) -> list[float]:
+        errors.append([error / value for error, value in zip(noise, values)])
+        return values
+
+    monkeypatch.setattr(module, "evened", evened)
+    quick(model, repeats=2, progress=lambda turns: seen.append(len(turns)) or turns)
+    sizes = sum(len(kind.sizes) for kind in kinds) - (2 if layers == 2 else 1)
+    assert seen == [2 * (2 + sizes + 4 * (4 if layers == 2 else 5))]  # what all costs rest on has five turns instead of one
+    for found in errors:
+        assert found == pytest.approx([found[0]] * (len(found) - 1) + [found[0] / 5**0.5])
+
+
+@pytest.mark.parametrize(("scatter", "fewest", "most"), [(0.001, 9, 9), (0.05, 10, 40), (0.5, 45, 45)])
+def test_where_turns_scatter_there_are_more(scatter: float, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(0)
+    taken: list[float] = []
+
+    def timed(*_: Any) -> list[float]:
+        taken.append(0.01 * (2 if len(taken) % 2 == 0 else 1) * (1 + scatter * generator.uniform(-1, 1)))
+        return taken[-1:]
+
+    monkeypatch.setattr(module, "_timed", timed)
+    monkeypatch.setattr(module, "_EXACT", 0.01)
+    model = tiny()
+    found = module.measured_speedup(model, module.table_setting(model, 2, 8), {find_blocks(model)[0].name: 1})
+    assert fewest <= len(taken) / 2 <= most
+    assert found == pytest.approx(2, rel=4 * scatter / 3 + 1e-3)
+    taken.clear()
+    monkeypatch.setattr(module, "_SECONDS", 0.05)  # of a large model three are enough
+    module.measured_speedup(model, module.table_setting(model, 2, 8), {find_blocks(model)[0].name: 1})
+    assert 6 <= len(taken) <= 10
+
+
 def test_the_standard_error_of_a_median() -> None:
     """Against medians that are drawn again and again; more values in a turn are no more turns."""
     generator = np.random.default_rng(0)

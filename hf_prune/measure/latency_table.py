@@ -56,10 +56,12 @@ _WIDTHS, _RATIO = 43, 0.9
 _MULTIPLE = 64
 #: So many alike layers are measured at once, at most: enough for no cache to hold more of them than it will of the whole model.
 _LAYERS = 6
-#: So many seconds of dense forwards are enough to compare a model with the dense one.
-_SECONDS = 5.0
-#: What every cost rests on is timed so often in a turn of all sizes: the dense model, the model and the kinds without blocks.
-_ANCHORS = 3
+#: So many seconds of dense forwards, or so many comparisons with the dense model, are enough, however they scatter.
+_SECONDS, _COMPARISONS = 10.0, 45
+#: With this standard error a speed-up is known well enough.
+_EXACT = 0.01
+#: What every cost rests on is timed so often in a turn of all sizes: the dense model, and the model and the kinds without blocks.
+_ANCHORS = 5
 
 
 @dataclass(frozen=True)
@@ -346,9 +348,12 @@ def latency_table(
         kinds = block_kinds(inner, blocks)
         times = _times(inner, kinds, inputs, runtime, repeats, progress)
     middles = {case: 1000 * statistics.median(values) for case, values in times.items()}
+    often = _anchors(kinds, runtime)
+    visits = {case: repeats * (_ANCHORS if same_model(kinds, case) in often else 1) for case in times}
+    noise = _noise(times, visits)
     for number, kind in enumerate(kinds):
         cases = [(number, size) for size in kind.sizes[1:]]
-        errors = [1000 * standard_error(times[case], repeats) for case in cases]
+        errors = [noise * middles[case] / math.sqrt(visits[case]) for case in cases]
         middles |= zip(cases, evened(kind.sizes[1:], [middles[case] for case in cases], errors))
     costs = {block.name: {0: 0.0} for block in blocks} | costs_of(kinds, middles)
     setting = table_setting(inner, batch_size, length, dtype, threads, runtime)
@@ -397,24 +402,32 @@ def evened(sizes: Sequence[int], values: Sequence[float], errors: Sequence[float
     """Timings of sizes, drawn toward a curve of the second degree as far as chance explains that they are off it.
 
     On a busy machine the timings of all other sizes say more of one size than its own. Of what is off the curve the share
-    τ²/(τ² + σ²) stays, with σ² the variance of an error and τ² what there is beyond it (empirical Bayes, Efron and Morris 1973): on
-    a quiet machine nearly all, so that odd sizes cost what they cost.
+    τ²/(τ² + σ²) stays, with σ the error of the size and τ² what there is beyond errors (empirical Bayes, Efron and Morris 1973;
+    τ² by moments, DerSimonian and Laird 1986): on a quiet machine nearly all, so that odd sizes cost what they cost.
 
     Args:
         sizes: ascending.
         values: of each size.
-        errors: the standard error of each value.
+        errors: the standard error of each value, all 0 or all above.
     """
     free = len(sizes) - 3  # what three coefficients leave
-    if free < 1:
+    if free < 1 or not all(errors):
         return list(values)
-    found = np.asarray(values, dtype=np.float64)
-    curve = np.polynomial.Polynomial.fit(sizes, found, 2)(np.asarray(sizes, dtype=np.float64))
-    chance = float(np.mean(np.square(errors)))
-    own = max(float(np.square(found - curve).sum()) / free - chance, 0.0)
-    kept = own / (own + chance) if own else 0.0
-    drawn: list[float] = (curve + kept * (found - curve)).tolist()
+    found, error = np.asarray(values, dtype=np.float64), np.asarray(errors, dtype=np.float64)
+    scale = error / error.max()
+    basis, _ = np.linalg.qr(np.vander(np.asarray(sizes) / sizes[-1], 3) / scale[:, None])
+    curve = scale * (basis @ (basis.T @ (found / scale)))
+    leverage = np.square(basis).sum(axis=1)
+    beyond = np.square((found - curve) / scale).sum() - free * error.max() ** 2
+    own = max(beyond, 0.0) / ((1 - leverage) / scale**2).sum()
+    drawn: list[float] = (curve + (own / (own + error**2) if own else 0.0) * (found - curve)).tolist()
     return drawn
+
+
+def _noise(times: Mapping[Case, list[float]], visits: Mapping[Case, int]) -> float:
+    """The standard error of a timing that was made once, as a share of it: of all sizes together, since each has few."""
+    errors = [standard_error(found, visits[case]) / statistics.median(found) for case, found in times.items()]
+    return math.sqrt(statistics.mean(error**2 * visits[case] for error, case in zip(errors, times)))
 
 
 def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str, int], *, repeats: int = 9) -> float:
@@ -424,7 +437,7 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
         model: the model. It is left as it was.
         setting: at which it is measured, as a [`LatencyTable`] has it.
         units: block → how many of its heads or neurons are left; other blocks keep all.
-        repeats: how often each has its turn; of a large model, whose turns scatter less, three are enough that take some seconds.
+        repeats: how often each has its turn, and more often as long as turns scatter; of a large model three turns are enough.
     """
     inner = transformers_model(model)
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
@@ -434,7 +447,7 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
     spent = 0.0
     with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], setting["runtime"], copied=False):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
-        while len(ratios) < (repeats if spent < _SECONDS else min(repeats, 3)):
+        while len(ratios) < min(repeats, 3) or (spent < _SECONDS and not _is_exact(ratios, repeats)):
             whole = statistics.median(_timed(inner, inputs, setting["runtime"], turns))
             spent += whole
             with unchanged(inner):
@@ -442,6 +455,11 @@ def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str,
                     _cut([block], units[block.name])
                 ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"], turns)))
     return statistics.median(ratios)
+
+
+def _is_exact(ratios: list[float], repeats: int) -> bool:
+    number = len(ratios)
+    return number >= repeats and (standard_error(ratios, number) <= _EXACT * statistics.median(ratios) or number >= _COMPARISONS)
 
 
 def standard_error(values: list[float], turns: int) -> float:
@@ -562,12 +580,12 @@ def _times(
     progress: Callable[[range], Iterable[int]],
 ) -> dict[Case, list[float]]:
     """Seconds of forwards of each case, as if the machine had been as fast in each turn as in the middle one."""
-    cases: list[Case] = [DENSE, GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
-    anchors = [case for case in cases if case[0] < 0 or case[1] in (0, kinds[case[0]].sizes[-1])]
+    sizes: list[Case] = [DENSE, GONE, *((number, size) for number, kind in enumerate(kinds) for size in kind.sizes)]
+    cases = list(dict.fromkeys(same_model(kinds, case) for case in sizes))
     together = 1
     if runtime in BUILDING:  # once a size
-        repeats, together, anchors = 1, repeats, []
-    everyone = cases + anchors * (_ANCHORS - 1)
+        repeats, together = 1, repeats
+    everyone = cases + _anchors(kinds, runtime) * (_ANCHORS - 1)
     turns = [(turn, case) for turn in range(repeats) for case in random.Random(turn).sample(everyone, len(everyone))]
     times: dict[Case, list[list[float]]] = {case: [[] for _ in range(repeats)] for case in cases}
     for place in progress(range(len(turns))):
@@ -576,7 +594,26 @@ def _times(
             resize(model, kinds, case)
             times[case][turn] += _timed(model, inputs, runtime, together)
     slow = slowness(times)
-    return {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
+    even = {case: [value / by for values, by in zip(found, slow) for value in values] for case, found in times.items()}
+    return {case: even[same_model(kinds, case)] for case in sizes}
+
+
+def _anchors(kinds: Sequence[Kind], runtime: str) -> list[Case]:
+    """What every cost rests on, once each."""
+    if runtime in BUILDING:
+        return []
+    ends = ((number, size) for number, kind in enumerate(kinds) for size in (0, kind.sizes[-1]))
+    return list(dict.fromkeys((DENSE, GONE, *(same_model(kinds, case) for case in ends))))
+
+
+def same_model(kinds: Sequence[Kind], case: Case) -> Case:
+    """The case that stands for all with the same model: of kinds at full size the first that lacks the same layers, or `DENSE`."""
+    number, size = case
+    if number < 0 or size < kinds[number].sizes[-1]:
+        return case
+    removed = kinds[number].removed
+    first = next(place for place, kind in enumerate(kinds) if kind.removed == removed)
+    return (first, kinds[first].sizes[-1]) if removed else DENSE
 
 
 def _timed(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], runtime: str, turns: int = 1) -> list[float]:

@@ -227,9 +227,9 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
     """Milliseconds of a forward, from a latency table: the config's, or one that is measured now.
 
     Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
-    machine, the model is measured with the sizes that it would get if small weights went (of a family, all members), and what units
-    save is corrected by what they save together; see [`fitted`]. Of several processes the mean counts, so that all choose the same
-    units.
+    machine, the model is measured with the sizes that it would get if all blocks were alike (of a family, all members), and what
+    units save is corrected by what they save together; see [`fitted`]. Of several processes the mean counts, so that all choose the
+    same units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
@@ -319,12 +319,21 @@ def _mean(value: Tensor, device: torch.device) -> Tensor:
 
 
 def _likely(costs: Costs, value: float, groups: Sequence[UnitGroup], cap: float) -> dict[str, int]:
-    """Sizes that blocks may have at a speed-up, by name: those of the units whose weights are smallest; blocks that shrink only."""
+    """Sizes that blocks may have at a speed-up, by name; blocks that shrink only.
+
+    No score is known yet. So each block loses what it costs times the square of the share that goes: then about the same share of
+    all goes, at sizes that cost little.
+    """
     levels = [costs.levels(group) for group in groups]
-    scores = [group.reduce(lambda target: target.weight().abs(), "sum").float() for group in groups]
+    scores = [_squares(group.num_units, float(level.costs[-1])).to(group.device) for group, level in zip(groups, levels)]
     none = [torch.zeros(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     floors, caps = [0.0] * len(groups), [cap] * len(groups)
     return sizes_of(costs, groups, allocate_levels(groups, scores, none, levels, costs.needed(value), floors, caps))
+
+
+def _squares(number: int, whole: float) -> Tensor:
+    """The scores of units of which any m, from the first, count `whole` · (m/number)² together."""
+    return whole * (2 * torch.arange(number) + 1) / number**2
 
 
 def sizes_of(costs: Costs, groups: Sequence[UnitGroup], removed: Sequence[Tensor]) -> dict[str, int]:
