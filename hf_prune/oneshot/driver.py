@@ -21,7 +21,6 @@ from ..model.targets import Target, named_layers
 from ..model.units import UnitGroup, View
 from ..model.wrappers import transformers_model
 from ..pruning.budget import Budget, make_budgets
-from ..pruning.costs import Costs, fitted, sizes_of
 from ..pruning.criteria.activations import kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, aimed, damping, elimination, inverse
 from ..pruning.rules import Rule, match_rules
@@ -332,7 +331,7 @@ def _choose(
         if search and _is_searchable(budget, passes.work):
             searched[budget.name] = _search(budget, passes, search, seed)
         if budget.costs.setting is not None:
-            _fit(budget, model, cost_targets)
+            budget.fit(model, cost_targets)
         chosen = budget.allocate(1)
         predicted += sum(float(cost[~stay].sum()) for cost, stay in zip(costs, (stay for kept in chosen for stay in kept)))
         for rule, kept in zip(budget.rules, chosen):
@@ -361,20 +360,6 @@ def _search(budget: Budget, passes: _Passes, tries: int, seed: int) -> tuple[flo
         best, before, after = search_weights(len(groups), passes.progress(range(tries)), loss, generator)
     weigh(best)
     return before, after
-
-
-def _fit(budget: Budget, model: PreTrainedModel, targets: Sequence[float]) -> None:
-    """Let a budget of time meet its target with the sizes that it comes to."""
-
-    def sizes(costs: Costs) -> list[dict[str, int]]:
-        try:
-            budget.aim(costs, targets)
-        except ConfigError:  # a trial goes beyond what can be had; where the first does, aiming below says so
-            return [{}]
-        removed = [~kept for rule_kept in budget.allocate(1) for kept in rule_kept]
-        return [sizes_of(costs, budget.groups, removed)]
-
-    budget.aim(fitted(budget.costs, model, targets, sizes), targets)
 
 
 def _generator(model: PreTrainedModel, seed: int) -> torch.Generator:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.units import UnitGroup
+from ..settings.errors import ConfigError
 from .allocation import allocate, allocate_levels, normalize
-from .costs import WEIGHTS, Costs
+from .costs import WEIGHTS, Costs, fitted, sizes_of
 from .rules import Rule
 from .schedules import Stages, Timeline
 
@@ -136,6 +137,20 @@ class Budget:
         for rule in self.rules:
             rule.costs, rule.timeline = self.costs, self.timeline
             rule.settings = replace(rule.settings, target_sparsity=self.timeline.target)
+
+    def fit(self, model: nn.Module, values: Sequence[float]) -> None:
+        """Let a budget of time meet its targets with the sizes that it comes to by the scores that it has now."""
+
+        def sizes(costs: Costs) -> list[dict[str, int]]:
+            try:
+                self.aim(costs, values)
+            except ConfigError:  # a trial goes beyond what can be had; where the first does, aiming below says so
+                return [{}]
+            chosen = [self.allocate(end) for end in self.timeline.ends]
+            removed = ([~kept for rule_kept in each for kept in rule_kept] for each in chosen)
+            return [sizes_of(costs, self.groups, gone) for gone in removed]
+
+        self.aim(fitted(self.costs, model, values, sizes).averaged(next(model.parameters()).device), values)
 
     def metrics(self) -> dict[str, float]:
         """Where a target in costs stands: the field of the target without its first word → what the model has by now."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +66,12 @@ class Costs:
         """The same where units save this share of what they did when they go."""
         levels = {name: level.saving(share) for name, level in (self.measured or {}).items()}
         return of_table(self.total, levels, self.layers, self.setting)
+
+    def averaged(self, device: torch.device) -> Costs:
+        """The same as they are on the mean of all processes, which talk on a device."""
+        levels = {name: Levels(level.left, _mean(level.costs, device)) for name, level in (self.measured or {}).items()}
+        total = float(_mean(torch.tensor(self.total, dtype=torch.float64), device))
+        return of_table(total, levels, self.layers, self.setting)
 
     def saved(self, units: Mapping[str, int]) -> float:
         """What goes of the cost when so many units are left in some blocks, by name, where blocks were measured."""
@@ -228,8 +233,8 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
 
     Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
     machine, the model is measured with the sizes that it would get if all blocks were alike (of a family, all members), and what
-    units save is corrected by what they save together; see [`fitted`]. Of several processes the mean counts, so that all choose the
-    same units.
+    units save is corrected by what they save together; see [`fitted`]. Once there are scores, `Budget.fit` does so with the sizes
+    that come of them. Of several processes the mean counts, so that all choose the same units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
@@ -245,9 +250,7 @@ def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGr
         costs = fitted(
             costs, model, config.cost_targets, lambda trial: [_likely(trial, value, groups, cap) for value in config.cost_targets]
         )
-    mean = partial(_mean, device=next(model.parameters()).device)
-    blocks = {name: Levels(levels.left, mean(levels.costs)) for name, levels in (costs.measured or {}).items()}
-    return of_table(float(mean(torch.tensor(table.total, dtype=torch.float64))), blocks, costs.layers, costs.setting)
+    return costs.averaged(next(model.parameters()).device)
 
 
 def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Callable[[Costs], Sequence[Mapping[str, int]]]) -> Costs:

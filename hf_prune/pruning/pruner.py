@@ -88,6 +88,10 @@ class Pruner:
         #: The config's rules, matched to the model, and the budgets that they share.
         self.rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch, costs=costs)
         self.budgets = make_budgets(self.rules)
+        if costs is None and not any(is_sharded(parameter) for parameter in model.parameters()):
+            for budget in self.budgets:
+                if budget.costs.setting is not None and all(rule.criterion.scores_weights for rule in budget.rules):
+                    budget.fit(model, config.cost_targets)
         self._locked = LockedZeros(model, config)
         self._regrowth = Regrowth(self.rules)
         self._rewind = Rewind(model, self.budgets)

@@ -71,6 +71,11 @@ class Criterion:
         self.reduction = settings.reduction
         self.state: dict[str, Tensor] = {}
 
+    @property
+    def scores_weights(self) -> bool:
+        """Whether it scores weights as they are, so that there are scores before anything was seen."""
+        return not (self.reads_gradients or self.activations or self.scores_remainders or self.scores_absences)
+
     def reduce(self, group: UnitGroup, elements: Callable[[Target], Tensor]) -> Tensor:
         """Reduce elements of a group's weights to units, `[units]`."""
         return group.reduce(elements, self.reduction)
