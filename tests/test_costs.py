@@ -159,6 +159,23 @@ def test_what_the_whole_model_saves_corrects_the_table(
     assert len(asked) > 1
 
 
+def test_scales_between_which_measurements_cannot_tell_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is now a fiftieth too fast, now too slow, has no nearer sizes, however often it is asked."""
+    whole = costs.of_table(10.0, {"block": Levels.of({size: size / 100 for size in range(1001)})}, setting={"runtime": "torch"})
+    found: list[float] = []
+
+    def measured(model: Any, setting: dict[str, Any], units: dict[str, int]) -> float:
+        found.append(2.0 * 1.01 * (1.02 if len(found) % 2 else 0.98))
+        return found[-1]
+
+    def sizes(trial: costs.Costs) -> list[dict[str, int]]:
+        return [{"block": round(1000 * (1 - trial.needed(2.0) / trial.saved({"block": 0})))}]
+
+    monkeypatch.setattr(costs, "measured_speedup", measured)
+    costs.fitted(whole, tiny("bert"), [2.0], sizes)
+    assert 1 < len(found) < 6
+
+
 def test_a_trial_beyond_what_can_be_had_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a trial comes out a little slow, the next asks for more than all units cost."""
     model = tiny("bert")

@@ -41,7 +41,7 @@ from ..model import Block, find_blocks, spec_for
 from ..model.blocks import body, layer_lists, out_features
 from ..model.targets import computed_part
 from ..model.wrappers import transformers_model
-from ..settings.checks import check_frequency, check_name, is_number
+from ..settings.checks import check_count, check_name, is_number
 from ..settings.errors import ConfigError
 from ..version import __version__
 from .latency import now, warm
@@ -333,10 +333,10 @@ def latency_table(
         ImportError: ONNX Runtime is not installed.
         ValueError: the family has no architecture spec, or a projection is no plain Linear or Conv1D.
     """
-    check_frequency("batch_size", batch_size, "rows")
-    check_frequency("length", length, "tokens")
-    check_frequency("threads", threads, "threads")
-    check_frequency("repeats", repeats, "turns")
+    check_count("batch_size", batch_size, "rows")
+    check_count("length", length, "tokens")
+    check_count("threads", threads, "threads")
+    check_count("repeats", repeats, "turns")
     check_name("dtype", dtype, DTYPES)
     inner = transformers_model(model)
     check_runtime(runtime, dtype, inner.device)

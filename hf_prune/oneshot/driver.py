@@ -25,6 +25,7 @@ from ..pruning.criteria.activations import kept_in_order, removal_costs
 from ..pruning.reconstruction import Moments, aimed, damping, elimination, inverse
 from ..pruning.rules import Rule, match_rules
 from ..pruning.updates import DAMPING, zero
+from ..settings.checks import check_count
 from ..settings.config import LOCAL_SCOPES, PruningConfig
 from ..settings.errors import ConfigError
 from .calibration import at_once, calibration, check_model
@@ -166,7 +167,7 @@ def prune(
     started = time.perf_counter()
     model = transformers_model(model)
     check_model(model)
-    _check_tries(search)
+    check_count("search", search, "tries", least=0)
     settings = at_once(config)
     rules, skipped = match_rules(model, settings, 1, None, layer_by_layer=True)
     rows = calibration(model, dataloader, calibration_rows, held_out, labels, seed)
@@ -202,16 +203,6 @@ def prune(
         modules=tuple(modules),
         skipped=skipped,
     )
-
-
-def _check_tries(search: int) -> None:
-    """Raise unless a search has a number of tries.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    if not isinstance(search, int) or isinstance(search, bool) or search < 0:
-        raise ConfigError("search", search, "must be a whole number of tries, 0 or more.")
 
 
 def _check_search(search: int, rules: Sequence[Rule], work: Sequence[_Work]) -> None:
@@ -331,7 +322,7 @@ def _choose(
         if search and _is_searchable(budget, passes.work):
             searched[budget.name] = _search(budget, passes, search, seed)
         if budget.costs.setting is not None:
-            budget.fit(model, cost_targets)
+            budget.fit(model, cost_targets, scored=True)
         chosen = budget.allocate(1)
         predicted += sum(float(cost[~stay].sum()) for cost, stay in zip(costs, (stay for kept in chosen for stay in kept)))
         for rule, kept in zip(budget.rules, chosen):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..model.units import UnitGroup
 from ..settings.errors import ConfigError
 from .allocation import allocate, allocate_levels, normalize
-from .costs import WEIGHTS, Costs, fitted, sizes_of
+from .costs import WEIGHTS, Costs, fitted, likely_sizes, sizes_of
 from .rules import Rule
 from .schedules import Stages, Timeline
 
@@ -78,7 +78,6 @@ class Budget:
         scores = normalize(scores, settings.normalization)
         gone = [gone for rule in self.rules for gone in rule.removed]
         floors = [rule.settings.min_sparsity_per_module * progress for rule in self.rules for _ in rule.groups]
-        caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
         if self.costs.measured is None:
             removed = allocate(
                 self.groups,
@@ -88,16 +87,21 @@ class Budget:
                 settings.scope,
                 costs=self._unit_costs,
                 floors=floors,
-                caps=caps,
+                caps=self._caps,
                 threshold=None if settings.threshold is None else settings.threshold * progress,
                 at_least=self.costs is not WEIGHTS,
             )
         else:
             levels = [self.costs.levels(group) for group in self.groups]
             needed = self.requested_sparsity * self.costs.total_of(self.groups)
-            removed = allocate_levels(self.groups, self._per_unit(scores), gone, levels, needed, floors, caps)
+            removed = allocate_levels(self.groups, self._per_unit(scores), gone, levels, needed, floors, self._caps)
         kept = iter(~gone for gone in removed)
         return [[next(kept) for _ in rule.groups] for rule in self.rules]
+
+    @property
+    def _caps(self) -> list[float]:
+        """The share of each group's units that may go."""
+        return [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
 
     @property
     def _unit_costs(self) -> list[float]:
@@ -132,16 +136,18 @@ class Budget:
         """Go on to some targets in terms of other costs."""
         self.costs = costs
         self.requested_sparsity = self.spent()
-        caps = [rule.settings.max_sparsity_per_module for rule in self.rules for _ in rule.groups]
-        self.timeline = self.timeline.aimed_at(self.costs.shares(values, self.groups, caps))
+        self.timeline = self.timeline.aimed_at(self.costs.shares(values, self.groups, self._caps))
         for rule in self.rules:
             rule.costs, rule.timeline = self.costs, self.timeline
             rule.settings = replace(rule.settings, target_sparsity=self.timeline.target)
 
-    def fit(self, model: nn.Module, values: Sequence[float]) -> None:
-        """Let a budget of time meet its targets with the sizes that it comes to by the scores that it has now."""
+    def fit(self, model: nn.Module, values: Sequence[float], scored: bool) -> None:
+        """Let a budget of time meet its targets with the sizes that it comes to, or is likely to come to if there are no scores
+        yet; see [`fitted`]."""
 
         def sizes(costs: Costs) -> list[dict[str, int]]:
+            if not scored:
+                return [likely_sizes(costs, value, self.groups, self._caps) for value in values]
             try:
                 self.aim(costs, values)
             except ConfigError:  # a trial goes beyond what can be had; where the first does, aiming below says so

@@ -26,6 +26,8 @@ from .allocation import Levels, allocate_levels, most_removable
 
 #: How many sizes of the whole model are measured at most, for costs that meet a speed, and how near to it is near enough.
 _TRIALS, _NEAR = 6, 0.01
+#: When two scales of what units save are next to one another: what lies between is less than measurements tell apart.
+_CLOSE = 0.005
 #: So much of a speed is aimed at, since other processes find it a few hundredths higher or lower, and lower is worse.
 _AIM = 1.01
 #: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
@@ -231,34 +233,26 @@ def _views(group: UnitGroup) -> Sequence[View]:
 def _time_costs(model: nn.Module, config: PruningConfig, groups: Sequence[UnitGroup]) -> Costs:
     """Milliseconds of a forward, from a latency table: the config's, or one that is measured now.
 
-    Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. Where the table is of this
-    machine, the model is measured with the sizes that it would get if all blocks were alike (of a family, all members), and what
-    units save is corrected by what they save together; see [`fitted`]. Once there are scores, `Budget.fit` does so with the sizes
-    that come of them. Of several processes the mean counts, so that all choose the same units.
+    Of several processes the mean counts, so that all choose the same units.
 
     Raises:
         ConfigError: there is no table, and the model is sharded, so that no process can run it alone.
     """
-    shards = any(is_sharded(parameter) for parameter in model.parameters())
-    if shards and config.latency_table is None:
+    if config.latency_table is None and any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError("latency_table", None, "must be given: the model is sharded over ranks, so it cannot be timed here.")
     table = _given_table(model, config) or latency_table(model, config.latency_batch_size, config.latency_length)
     blocks = {name: Levels.of(levels) for name, levels in table.blocks.items()}
     costs = of_table(table.total, blocks, _layers(model), table.setting if table.is_from_here(model) else None)
-    if costs.setting is not None and not shards:
-        cap = config.max_sparsity_per_module
-        costs = fitted(
-            costs, model, config.cost_targets, lambda trial: [_likely(trial, value, groups, cap) for value in config.cost_targets]
-        )
     return costs.averaged(next(model.parameters()).device)
 
 
 def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Callable[[Costs], Sequence[Mapping[str, int]]]) -> Costs:
     """Costs with which budgets come to sizes that are as fast as was asked, as near as some measurements of the whole model get.
 
-    What units save is scaled by what the model is measured to save with the sizes that come out, which change with it; where that
-    leads no further, by the middle between scales that were too fast and too slow. Of all that was tried the nearest counts, since
-    its sizes are those that were measured; being too slow counts twice.
+    Costs of blocks do not quite add up, and a budget prefers the sizes whose timings happen to be low. So what units save is scaled
+    by what the model is measured to save with the sizes that come out, which change with it; where that leads no further, by the
+    middle between scales that were too fast and too slow, until these are next to one another. Of all that was tried the nearest
+    counts, since its sizes are those that were measured; being too slow counts twice.
 
     Args:
         costs: of a speed-up, timed on this machine.
@@ -284,6 +278,8 @@ def fitted(costs: Costs, model: nn.Module, values: Sequence[float], sizes: Calla
         if tried[-1][0] <= _NEAR:
             break
         low, high = (share, high) if farthest > 0 else (low, share)
+        if high - low < _CLOSE:
+            break
         share = needed * sum(costs.total * (1 - 1 / speed) for speed in speeds) / predicted
         if not low < share < high:  # as happens where one unit is much of the cost
             share = (low + high) / 2
@@ -321,17 +317,16 @@ def _mean(value: Tensor, device: torch.device) -> Tensor:
     return summed(value.to(device)).to(value.device) / num_ranks()
 
 
-def _likely(costs: Costs, value: float, groups: Sequence[UnitGroup], cap: float) -> dict[str, int]:
-    """Sizes that blocks may have at a speed-up, by name; blocks that shrink only.
+def likely_sizes(costs: Costs, value: float, groups: Sequence[UnitGroup], caps: Sequence[float]) -> dict[str, int]:
+    """Sizes that blocks may have at a speed-up, by name, before units have scores; blocks that shrink only.
 
-    No score is known yet. So each block loses what it costs times the square of the share that goes: then about the same share of
-    all goes, at sizes that cost little.
+    Each block loses what it costs times the square of the share that goes: then about the same share of all goes, at sizes that
+    cost little.
     """
     levels = [costs.levels(group) for group in groups]
     scores = [_squares(group.num_units, float(level.costs[-1])).to(group.device) for group, level in zip(groups, levels)]
     none = [torch.zeros(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
-    floors, caps = [0.0] * len(groups), [cap] * len(groups)
-    return sizes_of(costs, groups, allocate_levels(groups, scores, none, levels, costs.needed(value), floors, caps))
+    return sizes_of(costs, groups, allocate_levels(groups, scores, none, levels, costs.needed(value), [0.0] * len(groups), caps))
 
 
 def _squares(number: int, whole: float) -> Tensor:

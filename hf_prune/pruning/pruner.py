@@ -90,8 +90,8 @@ class Pruner:
         self.budgets = make_budgets(self.rules)
         if costs is None and not any(is_sharded(parameter) for parameter in model.parameters()):
             for budget in self.budgets:
-                if budget.costs.setting is not None and all(rule.criterion.scores_weights for rule in budget.rules):
-                    budget.fit(model, config.cost_targets)
+                if budget.costs.setting is not None:
+                    budget.fit(model, config.cost_targets, all(rule.criterion.scores_weights for rule in budget.rules))
         self._locked = LockedZeros(model, config)
         self._regrowth = Regrowth(self.rules)
         self._rewind = Rewind(model, self.budgets)

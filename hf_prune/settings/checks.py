@@ -264,7 +264,7 @@ def check_flag(name: str, value: object) -> None:
         raise ConfigError(name, value, "must be true or false.")
 
 
-def check_frequency(name: str, value: object, unit: str = "steps") -> None:
-    """A whole number of something, 1 or more."""
-    if not (is_number(value) and isinstance(value, int) and value >= 1):
-        raise ConfigError(name, value, f"must be a whole number of {unit}, 1 or more.")
+def check_count(name: str, value: object, unit: str = "steps", least: int = 1) -> None:
+    """A whole number of something."""
+    if not (is_number(value) and isinstance(value, int) and value >= least):
+        raise ConfigError(name, value, f"must be a whole number of {unit}, {least} or more.")

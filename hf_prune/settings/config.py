@@ -18,9 +18,9 @@ from typing import Any
 from ..files import write_text
 from .checks import (
     SCHEDULES,
+    check_count,
     check_duration,
     check_flag,
-    check_frequency,
     check_initial,
     check_modules,
     check_number,
@@ -231,13 +231,13 @@ class PruningSettings:
         None, "Epochs at the end with frozen masks, instead of cooldown_steps.", partial(check_duration, whole=False)
     )
     frequency: int | None = setting(
-        None, "Optimizer steps between mask updates. By default 50, or fewer, so that a short run has 20 updates.", check_frequency
+        None, "Optimizer steps between mask updates. By default 50, or fewer, so that a short run has 20 updates.", check_count
     )
     updates: int | None = setting(
         None,
         "Number of mask updates, spread evenly between warm-up and cool-down, instead of a frequency. By default 5 under "
         "schedule 'lottery', which trains anew after each. A family shares them out over its targets.",
-        partial(check_frequency, unit="updates"),
+        partial(check_count, unit="updates"),
     )
     target_modules: str | list[str] | None = setting(
         None,
@@ -315,9 +315,9 @@ class PruningConfig(PruningSettings):
         "are measured here, in batches of latency_batch_size rows of latency_length tokens.",
         check_text,
     )
-    latency_batch_size: int = setting(8, "Rows of a batch for which speed is measured.", partial(check_frequency, unit="rows"))
+    latency_batch_size: int = setting(8, "Rows of a batch for which speed is measured.", partial(check_count, unit="rows"))
     latency_length: int = setting(
-        128, "Tokens of a row for which speed is measured and operations are counted.", partial(check_frequency, unit="tokens")
+        128, "Tokens of a row for which speed is measured and operations are counted.", partial(check_count, unit="tokens")
     )
     keep_zeros: bool = setting(
         False,
