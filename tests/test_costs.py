@@ -115,7 +115,7 @@ def test_what_the_whole_model_saves_corrects_the_table(
     driver: str, wanted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine where heads save three quarters of what the table says, and neurons nine tenths. The sizes that are chosen are
-    measured, unless there are no scores before training, when blocks are taken to be alike."""
+    measured, unless there are no scores before training, when later layers are taken to keep less."""
     model = tiny("bert")
     file = timed_here(tmp_path / "table.json", model)
     table = LatencyTable.load(file)
@@ -153,7 +153,9 @@ def test_what_the_whole_model_saves_corrects_the_table(
         nearest = {name: left for name, left in alive.items() if left < max(table.blocks[name])}
         assert nearest in asked
     else:
-        assert nearest.keys() == table.blocks.keys()
+        left = [nearest.get(name, max(table.blocks[name])) for name in table.blocks if "intermediate" in name]
+        assert left[0] >= left[1] >= left[2] > 0
+        assert left[0] > left[2]
     assert found >= wanted
     assert wanted - 0.01 <= speedup(nearest) < wanted + 0.05
     assert len(asked) > 1

@@ -28,6 +28,8 @@ from .allocation import Levels, allocate_levels, most_removable
 _TRIALS, _NEAR = 6, 0.01
 #: When two scales of what units save are next to one another: what lies between is less than measurements tell apart.
 _CLOSE = 0.005
+#: How much smaller a share the last layer is taken to keep than the first, before units have scores.
+_SPREAD = 32.0
 #: So much of a speed is aimed at, since other processes find it a few hundredths higher or lower, and lower is worse.
 _AIM = 1.01
 #: By how much at most, either way: of a small speed-up little is left beside the noise of a measurement.
@@ -320,18 +322,19 @@ def _mean(value: Tensor, device: torch.device) -> Tensor:
 def likely_sizes(costs: Costs, value: float, groups: Sequence[UnitGroup], caps: Sequence[float]) -> dict[str, int]:
     """Sizes that blocks may have at a speed-up, by name, before units have scores; blocks that shrink only.
 
-    Each block loses what it costs times the square of the share that goes: then about the same share of all goes, at sizes that
-    cost little.
+    Of fine-tuned models the first layers keep most and the last ones next to nothing, and such mixtures are slower than as many
+    units spread evenly, or than fewer layers. So the loss of a block of n units with k left is taken to be w·log(n/k) times its
+    cost, by which w says what share of it stays; w falls from layer to layer, to 1/[`_SPREAD`] of what it was.
     """
+    places = {name: place for place, (layer, blocks) in enumerate(costs.layers.items()) for name in (layer, *blocks)}
     levels = [costs.levels(group) for group in groups]
-    scores = [_squares(group.num_units, float(level.costs[-1])).to(group.device) for group, level in zip(groups, levels)]
+    scores = []
+    for group, level in zip(groups, levels):
+        weight = _SPREAD ** (-places.get(group.name, 0) / max(len(costs.layers) - 1, 1))
+        left = torch.arange(group.num_units, 0, -1, device=group.device)
+        scores.append(weight * float(level.costs[-1]) * torch.log((left + 0.5) / (left - 0.5)))
     none = [torch.zeros(group.num_units, dtype=torch.bool, device=group.device) for group in groups]
     return sizes_of(costs, groups, allocate_levels(groups, scores, none, levels, costs.needed(value), [0.0] * len(groups), caps))
-
-
-def _squares(number: int, whole: float) -> Tensor:
-    """The scores of units of which any m, from the first, count `whole` · (m/number)² together."""
-    return whole * (2 * torch.arange(number) + 1) / number**2
 
 
 def sizes_of(costs: Costs, groups: Sequence[UnitGroup], removed: Sequence[Tensor]) -> dict[str, int]:

@@ -4,7 +4,8 @@
 
 For each shape a latency table is measured, and for each speed-up heads and neurons are chosen at once by magnitude, which is enough
 for sizes; the condensed model and the dense one are then timed in turn, on one thread, in CPU time, beside a dense model against
-itself. With `--runtime onnx` all of this is in ONNX Runtime. Results are a table and a JSON file.
+itself. With `--runtime onnx` all of this is in ONNX Runtime. Results are a table and a JSON file, with the heads and neurons that
+stay: for each shape others, since what they cost depends on it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModel
 
-from hf_prune import Pruner, PruningConfig, PruningRule, condense, latency_table
+from hf_prune import Pruner, PruningConfig, PruningRule, condense, latency_table, sparsity_report
 from hf_prune.condense import sample_batch
 from hf_prune.measure.latency import benchmark
 from hf_prune.measure.running import RUNTIMES
@@ -50,6 +52,14 @@ def pruned(dense: Any, table: Path, speedup: float) -> tuple[Any, float]:
     predicted = pruner.metrics()["speedup"]
     pruner.finish()
     return condense(pruner.model, verify=False), predicted
+
+
+def units_of(model: Any) -> Counter[str]:
+    """How many heads and neurons a model has."""
+    left: Counter[str] = Counter()
+    for block in sparsity_report(model).blocks:
+        left[block.kind] += block.alive
+    return left
 
 
 def timed(folders: Sequence[str], shape: tuple[int, int], repeats: int, runtime: str) -> dict[str, float]:
@@ -88,9 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as home:
             table = latency_table(dense, *shape, runtime=options.runtime)
             table.save(Path(home, "table.json"))
-            folders, predicted = [options.model], {}
+            folders, predicted, left = [options.model], {}, {1.0: units_of(dense)}
             for speedup in options.speedups:
                 model, predicted[speedup] = pruned(dense, Path(home, "table.json"), speedup)
+                left[speedup] = units_of(model)
                 folders.append(str(Path(home, str(speedup))))
                 model.save_pretrained(folders[-1])
             command = [sys.executable, __file__, options.model, "--timed", *folders, "--shapes", "x".join(map(str, shape))]
@@ -109,12 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     "measured": statistics.median(found),
                     "least": found[0],
                     "most": found[-1],
+                    **left[speedup],
                 }
             )
             print(results[-1], flush=True)
     shown = Table(*results[0], title=f"{options.model}, {options.runtime}, one thread, {options.processes} processes")
     for result in results:
-        shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in result.values()))
+        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in result.values()))
     rich.print(shown)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     return results
