@@ -142,8 +142,16 @@ class Budget:
             rule.settings = replace(rule.settings, target_sparsity=self.timeline.target)
 
     def fit(self, model: nn.Module, values: Sequence[float], scored: bool) -> None:
-        """Let a budget of time meet its targets with the sizes that it comes to, or is likely to come to if there are no scores
-        yet; see [`fitted`]."""
+        """Let a budget of time meet its targets with the sizes that it comes to; see [`fitted`].
+
+        Args:
+            model: the model.
+            values: the speed-ups that are asked.
+            scored: whether units have scores by now; else it is fitted to [`likely_sizes`].
+
+        Raises:
+            ConfigError: a target cannot be reached.
+        """
 
         def sizes(costs: Costs) -> list[dict[str, int]]:
             if not scored:

@@ -88,6 +88,7 @@ class Pruner:
         #: The config's rules, matched to the model, and the budgets that they share.
         self.rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch, costs=costs)
         self.budgets = make_budgets(self.rules)
+        # A resumed run goes on with what it measured, and no process can run a sharded model alone.
         if costs is None and not any(is_sharded(parameter) for parameter in model.parameters()):
             for budget in self.budgets:
                 if budget.costs.setting is not None:

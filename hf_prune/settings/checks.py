@@ -265,6 +265,6 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object, unit: str = "steps", least: int = 1) -> None:
-    """A whole number of something."""
+    """A whole number of something, `least` or more."""
     if not (is_number(value) and isinstance(value, int) and value >= least):
         raise ConfigError(name, value, f"must be a whole number of {unit}, {least} or more.")
