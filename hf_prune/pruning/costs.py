@@ -324,8 +324,8 @@ def likely_sizes(costs: Costs, value: float, groups: Sequence[UnitGroup], caps: 
 
     Of encoders fine-tuned on a task (MiniLM on MRPC and SST-2) the first layers keep most and the last ones next to nothing, and
     such mixtures are slower than sizes that are alike, or than fewer layers. So the loss of a block of n units with k left is taken
-    to be w·log(n/k) times its cost, by which w says what share of it stays; w falls from layer to layer, to 1/[`_SPREAD`] of what
-    it was.
+    to be w·log((n + ½)/(k + ½)) times its cost, by which w says about what share of it stays; w falls from layer to layer, to
+    1/[`_SPREAD`] of what it was.
     """
     places = {name: place for place, (layer, blocks) in enumerate(costs.layers.items()) for name in (layer, *blocks)}
     levels = [costs.levels(group) for group in groups]
