@@ -3,9 +3,10 @@
     python scripts/results/oneshot_speedups.py mrpc=runs/mrpc/dense-1 sst2=runs/sst2/dense-1 --glue_dir glue
 
 For each task a latency table is measured once (8 × 128, one thread). At each speed-up the default method gets it as
-`target_speedup`, and equal shares get the share of every block at which the model is measured to be as fast. Metrics, and the KL
-divergence from the dense model, are of the validation rows; the speed of each condensed model is measured beside the dense model's,
-in turn, in CPU time. Results go to a JSON file cell by cell; cells that it holds are not measured again.
+`target_speedup`, and equal shares get the share of every block at which the model is measured to be as fast; with `--search N` the
+default method also tries out N ways to divide the budget among blocks. Metrics, and the KL divergence from the dense model, are of
+the validation rows; the speed of each condensed model is measured beside the dense model's, in turn, in CPU time. Results go to a
+JSON file cell by cell; cells that it holds are not measured again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hf_prune.pruning.costs import Costs, fitted, of_table
 
 #: Batch size × length at which speed counts.
 SHAPE = (8, 128)
-METHODS = ("budget", "equal shares")
+METHODS = ("budget", "equal shares", "search")
 
 
 def sizes_at(table: LatencyTable, share: float) -> dict[str, int]:
@@ -60,14 +61,14 @@ def equal_share(dense: Any, table: LatencyTable, speedup: float) -> float:
 def config_of(method: str, dense: Any, table: Path, speedup: float) -> PruningConfig:
     """What a method prunes with."""
     rules = [PruningRule(pattern="head"), PruningRule(pattern="neuron")]
-    if method == "budget":
+    if method != "equal shares":
         return PruningConfig(target_speedup=speedup, latency_table=str(table), rules=rules)
     share = equal_share(dense, LatencyTable.load(table), speedup)
     return PruningConfig(target_sparsity=share, scope="local", rules=rules)
 
 
-def measure(folder: str, task: str, glue: Path, method: str, speedup: float, seed: int, home: Path) -> dict[str, Any]:
-    """One cell."""
+def measure(folder: str, task: str, glue: Path, method: str, speedup: float, seed: int, tries: int, home: Path) -> dict[str, Any]:
+    """One cell. `tries`: of a search."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     dense = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -75,7 +76,8 @@ def measure(folder: str, task: str, glue: Path, method: str, speedup: float, see
     if not file.exists():
         latency_table(dense, *SHAPE).save(file)
     calibration = calibration_of(task, glue, tokenizer, seed, 2048)
-    report = prune(model, config_of(method, dense, file, speedup), calibration, seed=seed, database=home / f"{task}-{seed}")
+    config, database = config_of(method, dense, file, speedup), home / f"{task}-{seed}"
+    report = prune(model, config, calibration, seed=seed, database=database, search=tries if method == "search" else 0)
     small = condense(model)
     validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
     labels = [label for batch in validation for label in batch["labels"].tolist()]
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--glue_dir", type=Path, required=True, help="a folder with TASK/SPLIT.jsonl")
     parser.add_argument("--speedups", nargs="+", type=float, default=[1.3, 1.5, 2.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--search", type=int, default=0, help="how many ways to divide the budget are tried out")
     parser.add_argument("--output_dir", type=Path, default=Path("oneshot_speedups"), help="for results, tables and databases")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -109,10 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     for seed in options.seeds:
         for task, folder in (model.split("=", 1) for model in options.models):
             for speedup in options.speedups:
-                for method in METHODS:
+                for method in METHODS if options.search else METHODS[:2]:
                     key = f"{task}/{method}/{speedup}/{seed}"
                     if key not in results:
-                        results[key] = measure(folder, task, options.glue_dir, method, speedup, seed, options.output_dir)
+                        results[key] = measure(
+                            folder, task, options.glue_dir, method, speedup, seed, options.search, options.output_dir
+                        )
                         file.write_text(json.dumps(results, indent=1))
                     cell = results[key]
                     cells = [f"{cell['measured']:.2f}", f"{cell['metric']:.4f}", f"{100 * (cell['metric'] - cell['dense']):+.1f}"]
