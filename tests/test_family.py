@@ -50,6 +50,7 @@ from hf_prune import (
 from hf_prune.hub.card import PICTURES, write_card
 from hf_prune.hub.family import Family, Member, folder_name, number
 from hf_prune.measure.latency import Comparison, compare
+from hf_prune.measure.latency_table import measured_speedup
 from hf_prune.measure.memory import megabytes
 from hf_prune.oneshot.folder import prune_to_folder
 from hf_prune.pruning import costs
@@ -496,9 +497,16 @@ def test_a_resumed_run_to_a_speedup_is_not_timed_again(tmp_path: Path, monkeypat
         to = config(criterion="snip_momentum", target_speedup=1.01, latency_length=32, latency_batch_size=2)
         return trainer_for(tmp_path / name, to, tiny_bert(seed=seed, **TIMED), save_strategy="steps", save_steps=4)
 
+    def measured(*given: Any) -> float:
+        found.append(measured_speedup(*given))
+        return found[-1]
+
+    found: list[float] = []
     whole, resumed = trainer("whole", 0), trainer("resumed", 9)
+    monkeypatch.setattr(costs, "measured_speedup", measured)
     with quickly_timed():
         whole.train()
+    assert len(found) == 1, "the costs of blocks were not fitted to the whole model"
     for name in ("latency_table", "measured_speedup"):
         monkeypatch.delattr(costs, name)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))

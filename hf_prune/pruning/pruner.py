@@ -89,7 +89,7 @@ class Pruner:
         self.rules, self._left_out = match_rules(model, config, total_steps, steps_per_epoch, costs=costs)
         self.budgets = make_budgets(self.rules)
         # A resumed run goes on with what it measured, and no process can run a sharded model alone.
-        if costs is None and not any(is_sharded(parameter) for parameter in model.parameters()):
+        if not costs and not any(is_sharded(parameter) for parameter in model.parameters()):
             for budget in self.budgets:
                 if budget.costs.setting is not None:
                     budget.fit(model, config.cost_targets, all(rule.criterion.scores_weights for rule in budget.rules))
