@@ -10,11 +10,15 @@ import tarfile
 import venv
 import zipfile
 from configparser import ConfigParser
+from contextlib import suppress
 from email.parser import Parser
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
 import versions
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from hf_prune.version import __version__
@@ -104,3 +108,16 @@ def test_lower_bounds_are_those_that_were_measured(declared: ConfigParser) -> No
 def test_the_page_shows_what_was_measured() -> None:
     page = versions.PAGE.read_text(encoding="utf-8")
     assert versions.in_page(page, MEASURED) == page
+
+
+@pytest.mark.parametrize("python", ["3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0"])
+def test_a_constraint_leaves_a_python_what_can_be_installed_there(python: str) -> None:
+    """Where nothing fits a constraint, pip searches without an end."""
+    here = {"python_version": python.rpartition(".")[0], "python_full_version": python}
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(pins) > 100
+    for pin in pins:
+        if pin.marker is None or pin.marker.evaluate(here):
+            with suppress(PackageNotFoundError):  # what only another system needs
+                needs = metadata(pin.name)["Requires-Python"]
+                assert needs is None or python in SpecifierSet(needs), pin
