@@ -10,15 +10,15 @@ import tarfile
 import venv
 import zipfile
 from configparser import ConfigParser
-from contextlib import suppress
 from email.parser import Parser
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import versions
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from hf_prune.version import __version__
@@ -115,9 +115,9 @@ def test_a_constraint_leaves_a_python_what_can_be_installed_there(python: str) -
     """Where nothing fits a constraint, pip searches without an end."""
     here = {"python_version": python.rpartition(".")[0], "python_full_version": python}
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert len(pins) > 100
-    for pin in pins:
+    installed = {canonicalize_name(one.metadata["Name"]): one.metadata["Requires-Python"] for one in distributions()}
+    here_too = [pin for pin in pins if canonicalize_name(pin.name) in installed]  # others are for another system
+    assert len(here_too) > 0.95 * len(pins)
+    for pin in here_too:
         if pin.marker is None or pin.marker.evaluate(here):
-            with suppress(PackageNotFoundError):  # what only another system needs
-                needs = metadata(pin.name)["Requires-Python"]
-                assert needs is None or python in SpecifierSet(needs), pin
+            assert python in SpecifierSet(installed[canonicalize_name(pin.name)] or ""), pin

@@ -31,7 +31,8 @@ from hf_prune.pruning.costs import Costs, fitted, of_table
 
 #: Batch size × length at which speed counts.
 SHAPE = (8, 128)
-METHODS = ("budget", "equal shares", "search")
+#: Method → how many ways to divide the budget it tries out.
+METHODS = {"budget": 0, "equal shares": 0}
 
 
 def sizes_at(table: LatencyTable, share: float) -> dict[str, int]:
@@ -68,7 +69,7 @@ def config_of(method: str, dense: Any, table: Path, speedup: float) -> PruningCo
 
 
 def measure(folder: str, task: str, glue: Path, method: str, speedup: float, seed: int, tries: int, home: Path) -> dict[str, Any]:
-    """One cell. `tries`: of a search."""
+    """One cell. `tries`: how many ways to divide the budget are tried out."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     dense = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -77,7 +78,7 @@ def measure(folder: str, task: str, glue: Path, method: str, speedup: float, see
         latency_table(dense, *SHAPE).save(file)
     calibration = calibration_of(task, glue, tokenizer, seed, 2048)
     config, database = config_of(method, dense, file, speedup), home / f"{task}-{seed}"
-    report = prune(model, config, calibration, seed=seed, database=database, search=tries if method == "search" else 0)
+    report = prune(model, config, calibration, seed=seed, database=database, search=tries)
     small = condense(model)
     validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
     labels = [label for batch in validation for label in batch["labels"].tolist()]
@@ -108,16 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     file = options.output_dir / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     columns = ("task", "asked", "method", "seed", "measured", "metric", "against dense", "divergence")
+    methods = METHODS | ({f"search {options.search}": options.search} if options.search else {})
     shown = Table(*columns, title="the same speed, without training")
     for seed in options.seeds:
         for task, folder in (model.split("=", 1) for model in options.models):
             for speedup in options.speedups:
-                for method in METHODS if options.search else METHODS[:2]:
+                for method, tries in methods.items():
                     key = f"{task}/{method}/{speedup}/{seed}"
                     if key not in results:
-                        results[key] = measure(
-                            folder, task, options.glue_dir, method, speedup, seed, options.search, options.output_dir
-                        )
+                        results[key] = measure(folder, task, options.glue_dir, method, speedup, seed, tries, options.output_dir)
                         file.write_text(json.dumps(results, indent=1))
                     cell = results[key]
                     cells = [f"{cell['measured']:.2f}", f"{cell['metric']:.4f}", f"{100 * (cell['metric'] - cell['dense']):+.1f}"]
