@@ -59,7 +59,19 @@ def holder(module: nn.Module) -> Any:
     return SimpleNamespace(body=module, head=nn.Linear(2, 2), labels=["a", "b"])
 
 
-WRAPPERS = {"module": Classifier, "object": lambda: holder(Classifier()), "compiled": lambda: torch.compile(Classifier())}
+def parallel() -> Classifier:
+    """A module of one's own whose encoder is in a container."""
+    model = Classifier()
+    model.encoder = nn.DataParallel(model.encoder)
+    return model
+
+
+WRAPPERS = {
+    "module": Classifier,
+    "object": lambda: holder(Classifier()),
+    "compiled": lambda: torch.compile(Classifier()),
+    "parallel inside": parallel,
+}
 
 
 @pytest.fixture(params=WRAPPERS)

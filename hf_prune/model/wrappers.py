@@ -21,6 +21,9 @@ from ..settings.errors import ConfigError
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+#: What containers call the module to which they forward calls: DDP and its like, and `torch.compile`.
+_HELD = ("module", "_orig_mod")
+
 
 def bare_model(model: Any) -> nn.Module:
     """The module that is trained: the one inside DDP and `torch.compile`, or the one that an object holds if it is not a module.
@@ -45,7 +48,10 @@ def bare_model(model: Any) -> nn.Module:
 
 def contents(module: nn.Module) -> nn.Module:
     """The module inside a container that only forwards calls: DDP, `torch.compile`, `PeftModel`; any other module itself."""
-    inner: nn.Module = without_peft(extract_model_from_parallel(module, keep_torch_compile=False))
+    inner: nn.Module = without_peft(module)
+    # accelerate looks for DeepSpeed on disk and through all submodules, which is too much for each module of a model.
+    if any(name in held for name in _HELD for held in (module._modules, vars(module))):
+        inner = without_peft(extract_model_from_parallel(module, keep_torch_compile=False))
     return module if inner is module else contents(inner)
 
 
