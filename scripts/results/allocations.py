@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,31 @@ def divided(model: Any, generator: torch.Generator | None) -> PruningConfig:
     return PruningConfig(target_flops=LEFT, rules=rules)
 
 
-def measure(folder: str, task: str, glue: Path, number: int, rows: int, home: Path) -> dict[str, float]:
-    """One allocation, of the seed `number`; 0: the best by the scores."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    config = divided(model, torch.Generator().manual_seed(number) if number else None)
-    validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
-    dense = logits_of(model, validation)
-    report = prune(model, config, calibration_of(task, glue, tokenizer, 0, rows), database=home / task)
-    true = divergence(dense, logits_of(model, validation))
-    return {"predicted": report.predicted_error, "true": true, "flops": report.budget["flops"]}
+@dataclass(frozen=True)
+class Case:
+    """A dense model on a task: what all allocations have in common."""
+
+    folder: str
+    calibration: Any
+    validation: Any
+    #: What the dense model says of the validation rows, `[rows, labels]`.
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, folder: str, task: str, glue: Path, rows: int) -> Case:
+        """The model in a folder, with so many calibration rows."""
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        validation = batches(rows_of(task, glue, "validation", tokenizer), tokenizer, 64)
+        dense = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        return cls(folder, calibration_of(task, glue, tokenizer, 0, rows), validation, logits_of(dense, validation))
+
+    def measure(self, number: int, database: Path) -> dict[str, float]:
+        """One allocation, of the seed `number`; 0: the best by the scores."""
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
+        config = divided(model, torch.Generator().manual_seed(number) if number else None)
+        report = prune(model, config, self.calibration, database=database)
+        true = divergence(self.logits, logits_of(model, self.validation))
+        return {"predicted": report.predicted_error, "true": true, "flops": report.budget["flops"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -78,9 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     for task, folder in (model.split("=", 1) for model in options.models):
         found = results.setdefault(task, {"allocations": {}})
-        for number in range(options.number + 1):
-            if str(number) not in found["allocations"]:
-                cell = measure(folder, task, options.glue_dir, number, options.rows, options.output_dir)
+        if missing := [number for number in range(options.number + 1) if str(number) not in found["allocations"]]:
+            case = Case.of(folder, task, options.glue_dir, options.rows)
+            for number in missing:
+                cell = case.measure(number, options.output_dir / task)
                 found["allocations"][str(number)] = cell
                 file.write_text(json.dumps(results, indent=1) + "\n")
                 print(task, number, *(f"{value:.4g}" for value in cell.values()), flush=True)
