@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from helpers import ROWS, SCHEDULED, arguments, prune_at_once, tiny_bert
 from models import prune_randomly, randomize, tiny
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ WRAPPERS = {
     "module": Classifier,
     "object": lambda: holder(Classifier()),
     "compiled": lambda: torch.compile(Classifier()),
+    "compiled layer by layer": lambda: compile_regions(Classifier()),
     "parallel inside": parallel,
 }
 
