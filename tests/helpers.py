@@ -41,7 +41,7 @@ def quickly_timed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_prune.measure.latency._FORWARDS", 1)
         patch.setattr("hf_prune.measure.latency_table._WIDTHS", 3)
-        patch.setattr("hf_prune.measure.latency_table._EXACT", 1.0)
+        patch.setattr("hf_prune.measure.latency_table._SECONDS", 0.0)
         patch.setattr("hf_prune.pruning.costs._TRIALS", 1)
         yield
 

@@ -178,6 +178,26 @@ def test_scales_between_which_measurements_cannot_tell_are_not_tried(monkeypatch
     assert 1 < len(found) < 6
 
 
+def test_what_is_near_by_chance_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sizes are a tenth too slow, and a measurement of them is off by as much; two others are not."""
+    whole = costs.of_table(10.0, {"block": Levels.of({size: size / 100 for size in range(1001)})}, setting={"runtime": "torch"})
+    seen: list[int] = []
+
+    def measured(model: Any, setting: dict[str, Any], units: dict[str, int]) -> float:
+        seen.append(units["block"])
+        true = 10 / (10 - 0.89 * (1000 - units["block"]) / 100)
+        return 2.0 * 1.01 if len(seen) == 1 else true
+
+    def sizes(trial: costs.Costs) -> list[dict[str, int]]:
+        return [{"block": round(1000 * (1 - trial.needed(2.0) / trial.saved({"block": 0})))}]
+
+    monkeypatch.setattr(costs, "measured_speedup", measured)
+    (left,) = sizes(costs.fitted(whole, tiny("bert"), [2.0], sizes))
+    assert seen[:2] == [500, 500]
+    assert 10 / (10 - 0.89 * (1000 - left["block"]) / 100) == pytest.approx(2.0 * 1.01, rel=0.01)
+    assert seen[-3:] == [left["block"]] * 3, "what was chosen was not confirmed"
+
+
 def test_a_trial_beyond_what_can_be_had_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a trial comes out a little slow, the next asks for more than all units cost."""
     model = tiny("bert")
@@ -187,7 +207,7 @@ def test_a_trial_beyond_what_can_be_had_is_no_error(tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="target_speedup can be at most") as error:
         prune(tiny("bert"), replace(config, target_speedup=100.0), [ragged_batch(model, rows=8)])
     most = float(str(error.value).split("at most ")[-1].split()[0].rstrip("."))
-    found = iter([1.01 * 0.999 * most] + [0.9 * most] * 20)
+    found = iter([1.01 * 0.999 * most] + [0.9 * most] * 20)  # the second measurement of the same sizes among them
     monkeypatch.setattr(costs, "measured_speedup", lambda *_: next(found))
     report = prune(model, replace(config, target_speedup=0.999 * most), [ragged_batch(model, rows=8)])
     assert report.budget["speedup"] >= 0.999 * most

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import leave_mixed_precision
@@ -45,7 +45,7 @@ from ..settings.checks import check_count, check_name, is_number
 from ..settings.errors import ConfigError
 from ..version import __version__
 from .latency import now, warm
-from .running import BUILDING, check_runtime, prepared, still
+from .running import BUILDING, as_loaded, check_runtime, prepared, put_in_files, still, tensors_in
 from .tables import as_text, table_of_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,10 +56,11 @@ _WIDTHS, _RATIO = 43, 0.9
 _MULTIPLE = 64
 #: So many alike layers are measured at once, at most: enough for no cache to hold more of them than it will of the whole model.
 _LAYERS = 6
-#: So many seconds of dense forwards, or so many comparisons with the dense model, are enough, however they scatter.
-_SECONDS, _COMPARISONS = 10.0, 45
-#: With this standard error a speed-up is known well enough.
-_EXACT = 0.01
+#: So many seconds of dense forwards are enough to know a speed-up. That comparisons agree is no reason to stop before: what else a
+#: machine does lasts for seconds, and then all of them err alike.
+_SECONDS = 10.0
+#: So many turns of a model that is built for them, since it takes no turns with another.
+_TURNS = 9
 #: What every cost rests on is timed so often in a turn of all sizes: the dense model, and the model and the kinds without blocks.
 _ANCHORS = 5
 
@@ -430,36 +431,39 @@ def _noise(times: Mapping[Case, list[float]], visits: Mapping[Case, int]) -> flo
     return math.sqrt(statistics.mean(error**2 * visits[case] for error, case in zip(errors, times)))
 
 
-def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str, int], *, repeats: int = 9) -> float:
-    """How many times faster than now a model is with other sizes; sizes and the model take turns.
+def measured_speedup(model: Any, setting: Mapping[str, Any], units: Mapping[str, int], *, repeats: int = 100) -> float:
+    """How many times faster than now a model is with other sizes, both with weights as they are loaded; they take turns.
 
     Args:
         model: the model. It is left as it was.
         setting: at which it is measured, as a [`LatencyTable`] has it.
         units: block → how many of its heads or neurons are left; other blocks keep all.
-        repeats: how often each has its turn, and more often as long as turns scatter; of a large model three turns are enough.
+        repeats: how often each has its turn; of a large model less often, but three times at least.
     """
     inner = transformers_model(model)
     sized = [block for block in find_blocks(model) if units.get(block.name, block.num_units) < block.num_units]
     # a size is built once
-    repeats, turns = (1, repeats) if setting["runtime"] in BUILDING else (repeats, 1)
+    repeats, turns = (1, min(repeats, _TURNS)) if setting["runtime"] in BUILDING else (repeats, 1)
     ratios: list[float] = []
     spent = 0.0
-    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], setting["runtime"], copied=False):
+    smaller: list[Tensor] = []  # what was cut, once it lies in files
+    with _at_rest(inner, DTYPES[setting["dtype"]], setting["threads"], setting["runtime"], copied=False), as_loaded(inner):
         inputs = _inputs(inner, setting["batch_size"], setting["length"] or 1)
-        while len(ratios) < min(repeats, 3) or (spent < _SECONDS and not _is_exact(ratios, repeats)):
-            whole = statistics.median(_timed(inner, inputs, setting["runtime"], turns))
-            spent += whole
+        whole = set(tensors_in(inner))
+        while len(ratios) < min(repeats, 3) or (len(ratios) < repeats and spent < _SECONDS):
+            dense = statistics.median(_timed(inner, inputs, setting["runtime"], turns))
+            spent += dense
             with unchanged(inner):
                 for block in sized:
                     _cut([block], units[block.name])
-                ratios.append(whole / statistics.median(_timed(inner, inputs, setting["runtime"], turns)))
+                cut = [tensor for tensor in tensors_in(inner) if tensor not in whole]
+                if not smaller:
+                    put_in_files(cut)
+                    smaller = [tensor.data for tensor in cut]
+                for tensor, data in zip(cut, smaller):
+                    tensor.data = data
+                ratios.append(dense / statistics.median(_timed(inner, inputs, setting["runtime"], turns)))
     return statistics.median(ratios)
-
-
-def _is_exact(ratios: list[float], repeats: int) -> bool:
-    number = len(ratios)
-    return number >= repeats and (standard_error(ratios, number) <= _EXACT * statistics.median(ratios) or number >= _COMPARISONS)
 
 
 def standard_error(values: list[float], turns: int) -> float:
@@ -488,14 +492,14 @@ def _check_blocks(blocks: Iterable[Block]) -> None:
 def _at_rest(model: PreTrainedModel, dtype: torch.dtype, threads: int, runtime: str, *, copied: bool) -> Iterator[None]:
     """A model in evaluation mode and of a dtype, and torch on so many threads; afterwards all is as it was.
 
-    Where weights lie matters: in the pages of a file they may be read faster than in memory of the process. `copied` puts them
-    where those are that are cut, so that sizes can be subtracted from each other; else they stay, as the model is used.
+    Where weights lie matters, see `running.as_loaded`: `copied` puts them where those are that are cut, so that sizes can be
+    subtracted from each other.
     """
     before = torch.get_num_threads()
     with unchanged(model), still(runtime):
         leave_mixed_precision(model)
         model.eval()  # type: ignore[no-untyped-call]
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors_in(model):
             if tensor.is_floating_point():  # not `model.to`, which changes gradients too
                 tensor.data = tensor.data.to(dtype, copy=copied)
         torch.set_num_threads(threads)

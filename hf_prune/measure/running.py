@@ -1,20 +1,22 @@
-"""How a model is run to be timed: as it is, compiled by `torch.compile`, or as a graph by ONNX Runtime."""
+"""How a model is run to be timed: as it is, compiled by `torch.compile`, or as a graph by ONNX Runtime; where its weights lie."""
 
 from __future__ import annotations
 
 import copy
 import io
 import logging
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..condense.snapshot import configs_of, unchanged
@@ -26,6 +28,8 @@ RUNTIMES = ("torch", "compile", "onnx")
 BUILDING = ("compile", "onnx")
 #: What writes a graph, and what runs it.
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+#: Bytes of weights that are written to one file.
+_FILE = 256 << 20
 
 
 def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
@@ -49,6 +53,47 @@ def still(runtime: str) -> AbstractContextManager[None]:
     """A context in which nothing is noted for backward, as far as what a runtime builds allows: tensors that were made in inference
     mode cannot be traced."""
     return torch.no_grad() if runtime == "onnx" else torch.inference_mode()
+
+
+def tensors_in(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a model."""
+    return [*model.parameters(), *model.buffers()]
+
+
+@contextmanager
+def as_loaded(model: nn.Module) -> Iterator[None]:
+    """The weights of a model on the CPU lie in pages of files, where `from_pretrained` leaves them; afterwards, where they were.
+
+    From there some systems read them faster than from other memory. So what was trained, copied or cut in this process is slower
+    than it will be where it is loaded, and a large model more than a small one.
+    """
+    tensors = tensors_in(model)
+    before = [tensor.data for tensor in tensors]
+    try:
+        put_in_files(tensors)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before):
+            tensor.data = data
+
+
+def put_in_files(tensors: Iterable[Tensor]) -> None:
+    """Move weights on the CPU into pages of files, if the disk has room; nobody sees these, and they go with the last weight."""
+    plain = [one for one in tensors if type(one.data) is Tensor and one.device.type == "cpu" and one.is_floating_point()]
+    strided = [one for one in plain if one.layout == torch.strided and one.is_contiguous() and one.numel()]
+    files: list[dict[str, Tensor]] = [{}]
+    for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in strided}.values():  # of those that share one
+        if sum(other.nbytes for other in files[-1].values()) >= _FILE:
+            files.append({})
+        files[-1][str(len(files[-1]))] = tensor
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are in use
+        if shutil.disk_usage(folder).free < 2 * sum(tensor.nbytes for members in files for tensor in members.values()):
+            return
+        for number, members in enumerate(files):
+            file = Path(folder, f"{number}.safetensors")
+            save_file({name: tensor.data for name, tensor in members.items()}, file)
+            for name, data in load_file(file).items():
+                members[name].data = data
 
 
 def prepared(model: Any, inputs: Mapping[str, Tensor], runtime: str) -> Callable[[], object]:
