@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,9 @@ def metrics_for(task_name: str | None, regression: bool) -> Callable[[EvalPredic
     return compute
 
 
+@cache
 def metric_module(*name: str) -> Any:
-    """A metric of `evaluate`, or None if it is not available. `name`: as for `evaluate.load`."""
+    """A metric of `evaluate`, or None if it is not available, looked for once. `name`: as for `evaluate.load`."""
     if HF_HUB_OFFLINE:
         return None
     try:

@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -273,8 +273,9 @@ def _f1(text: str, answer: str) -> float:
     return 2 * common / (len(words) + len(wanted))
 
 
+@cache
 def metric_module(*name: str) -> Any:
-    """A metric of `evaluate`, or None if it is not available. `name`: as for `evaluate.load`."""
+    """A metric of `evaluate`, or None if it is not available, looked for once. `name`: as for `evaluate.load`."""
     if HF_HUB_OFFLINE:
         return None
     try:
